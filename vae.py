@@ -1,0 +1,206 @@
+"""The autoencoder between images and latents: AutoencoderKL of latent diffusion (arXiv:2112.10752).
+
+Eight times smaller each way, four channels. It is frozen: training and sampling only call `encode`
+and `decode`. Module names are the checkpoint's (`first_stage_model.*`), in its order.
+
+b batch, c channels, h w image or feature grid, z latent channels.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+SCALE_FACTOR = 0.18215         # Stable Diffusion's: latents times this have a deviation near 1
+LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
+NORM_GROUPS, NORM_EPS = 32, 1e-6
+
+
+class AutoencoderKL(nn.Module):
+    """Images to the posterior of their latents, and latents back to images.
+
+    ch: channels of the finest level; ch_mult: multiples of it, one a level, each level half the size
+    of the one before; attn_resolutions: grid sizes with attention, counted from `resolution`,
+    whatever the image's own size.
+    """
+    def __init__(self, ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=4, embed_dim=4,
+                 attn_resolutions=(), resolution=256):
+        super().__init__()
+        levels = (ch, ch_mult, num_res_blocks, attn_resolutions, resolution)
+        self.encoder = Encoder(*levels, 2 * z_channels)
+        self.decoder = Decoder(*levels, z_channels)
+        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
+
+    def encode(self, x):
+        """Image in [-1, 1] to the posterior's (mean, logvar).
+
+        (b, 3, h, w) -> two of (b, embed_dim, h // 8, w // 8). The mean is also the posterior's mode.
+        Neither is multiplied by SCALE_FACTOR.
+        """
+        return posterior(self.quant_conv(self.encoder(x)))
+
+    def decode(self, z):
+        """Latent, already divided by SCALE_FACTOR, to an image, not clamped.
+
+        (b, embed_dim, h, w) -> (b, 3, 8h, 8w).
+        """
+        return self.decoder(self.post_quant_conv(z))
+
+
+def posterior(moments):
+    """The encoder's moments (b, 2z, h, w) to (mean, logvar), each (b, z, h, w)."""
+    mean, logvar = moments.chunk(2, dim=1)
+    return mean, logvar.clamp(LOGVAR_MIN, LOGVAR_MAX)
+
+
+def sample(mean, logvar, noise):
+    """A latent from the posterior by standard normal noise; all of one shape. No SCALE_FACTOR yet."""
+    return mean + (0.5 * logvar).exp() * noise
+
+
+class Encoder(nn.Module):
+    """(b, 3, h, w) -> (b, c_out, h/8, w/8) for four levels."""
+    def __init__(self, ch, ch_mult, num_res_blocks, attn_resolutions, resolution, c_out):
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
+        self.down = nn.ModuleList()
+        c = ch
+        for level, mult in enumerate(ch_mult):
+            attention = resolution >> level in attn_resolutions
+            down = Level(c, ch * mult, num_res_blocks, attention)
+            if level < len(ch_mult) - 1:
+                down.downsample = Downsample(ch * mult)
+            self.down.append(down)
+            c = ch * mult
+        self.mid = Middle(c)
+        self.norm_out = norm(c)
+        self.conv_out = nn.Conv2d(c, c_out, 3, padding=1)
+
+    def forward(self, x):
+        h = self.conv_in(x)
+        for down in self.down:
+            h = down(h)
+            if hasattr(down, "downsample"):
+                h = down.downsample(h)                                   # (b, c, h/2, w/2)
+        return self.conv_out(swish(self.norm_out(self.mid(h))))
+
+
+class Decoder(nn.Module):
+    """(b, z, h, w) -> (b, 3, 8h, 8w) for four levels.
+
+    `up` counts from the finest level, as the checkpoint does, so it runs backwards.
+    """
+    def __init__(self, ch, ch_mult, num_res_blocks, attn_resolutions, resolution, c_in):
+        super().__init__()
+        c = ch * ch_mult[-1]
+        self.conv_in = nn.Conv2d(c_in, c, 3, padding=1)
+        self.mid = Middle(c)
+        up = []
+        for level, mult in reversed(list(enumerate(ch_mult))):
+            attention = resolution >> level in attn_resolutions
+            up.insert(0, Level(c, ch * mult, num_res_blocks + 1, attention))
+            if level > 0:
+                up[0].upsample = Upsample(ch * mult)
+            c = ch * mult
+        self.up = nn.ModuleList(up)
+        self.norm_out = norm(c)
+        self.conv_out = nn.Conv2d(c, 3, 3, padding=1)
+
+    def forward(self, z):
+        h = self.mid(self.conv_in(z))
+        for up in reversed(self.up):
+            h = up(h)
+            if hasattr(up, "upsample"):
+                h = up.upsample(h)                                       # (b, c, 2h, 2w)
+        return self.conv_out(swish(self.norm_out(h)))
+
+
+class Level(nn.Module):
+    """Residual blocks at one grid size, each followed by attention where the level has it."""
+    def __init__(self, c_in, c_out, blocks, attention):
+        super().__init__()
+        self.block = nn.ModuleList(ResBlock(c_out if i else c_in, c_out) for i in range(blocks))
+        self.attn = nn.ModuleList(Attention(c_out) for _ in range(blocks) if attention)
+
+    def forward(self, x):
+        for i, block in enumerate(self.block):
+            x = block(x)
+            if self.attn:
+                x = self.attn[i](x)
+        return x
+
+
+class Middle(nn.Module):
+    """Block, attention, block at the coarsest grid."""
+    def __init__(self, c):
+        super().__init__()
+        self.block_1 = ResBlock(c, c)
+        self.attn_1 = Attention(c)
+        self.block_2 = ResBlock(c, c)
+
+    def forward(self, x):
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convs around a skip connection. (b, c_in, h, w) -> (b, c_out, h, w)."""
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.norm1 = norm(c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = norm(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        if c_in != c_out:
+            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x):
+        h = self.conv1(swish(self.norm1(x)))
+        h = self.conv2(swish(self.norm2(h)))
+        return h.add_(self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over all grid positions. (b, c, h, w) -> same."""
+    def __init__(self, c):
+        super().__init__()
+        self.norm = norm(c)
+        self.q = nn.Conv2d(c, c, 1)
+        self.k = nn.Conv2d(c, c, 1)
+        self.v = nn.Conv2d(c, c, 1)
+        self.proj_out = nn.Conv2d(c, c, 1)
+
+    def forward(self, x):
+        h = self.norm(x)
+        q, k, v = (f(h).flatten(2).mT[:, None] for f in (self.q, self.k, self.v))   # (b, 1, hw, c)
+        h = F.scaled_dot_product_attention(q, k, v)
+        return self.proj_out(h[:, 0].mT.unflatten(2, x.shape[2:])).add_(x)          # (b, c, h, w)
+
+
+class Downsample(nn.Module):
+    """3x3 conv of stride 2. (b, c, h, w) -> (b, c, h // 2, w // 2)."""
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, stride=2)
+
+    def forward(self, x):
+        # quirk: pads right and below only; padding=1 would load every key and give other latents
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Nearest neighbour, then a 3x3 conv. (b, c, h, w) -> (b, c, 2h, 2w)."""
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+def norm(c):
+    return nn.GroupNorm(NORM_GROUPS, c, eps=NORM_EPS)
+
+
+def swish(x):
+    """x * sigmoid(x), in place: its argument is always a norm's output, which nothing else reads."""
+    return F.silu(x, inplace=True)
