@@ -13,7 +13,9 @@ import typing
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-MODES = ("3dof", "7dof", "7dof_unscaled", "7dof_stereomag_scale", "7dof_quantile_scale", "7dof_metric_scale")
+import camera
+
+MODES = tuple(camera.T_WIDTH)
 FORMATS = ("co3d", "re10k", "acid", "encoded")
 CHOICES = {
     "latent": ("vae", "pixels"),
@@ -104,6 +106,7 @@ class Config:
     eta: float = 1.0                        # DDIM's noise: 0 deterministic, 1 as much as DDPM
 
     def __post_init__(self):
+        object.__setattr__(self, "mode", camera.ALIASES.get(self.mode, self.mode))
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(unknown(name, getattr(self, name), choices))
