@@ -1,0 +1,201 @@
+"""Samplers: from pure noise to a clean latent, with a network that predicts the noise.
+
+DDIM (arXiv:2010.02502), DPM-Solver++(2M) (arXiv:2211.01095), UniPC (arXiv:2302.04867), and
+classifier-free guidance (arXiv:2207.12598). Every sampler follows a function `eps(z_t, t)` of the
+noisy latent (b, c, h, w) and the timestep, a python number; `guided` makes that function of a network.
+`abar` is the schedule's alpha-bar at timesteps 0 .. n-1. b batch, c channels, h w latent grid.
+"""
+
+import math
+
+import numpy as np
+import torch
+
+SAMPLERS = ("ddim", "reference", "dpm++", "unipc")
+SPACINGS = ("auto", "leading", "trailing", "logsnr")
+TIMESTEPS = 1000                    # of the schedule that the published models were trained with
+EVERYWHERE = (0, TIMESTEPS)         # guidance interval: the timesteps at which guidance acts
+
+
+def novel_views(model, image_cond, T, numbers, seed=0, sampler="ddim", steps=50, eta=1.0,
+                guidance=3.0, interval=EVERYWHERE, spacing="auto", watch=None):
+    """Views of what `image_cond` shows, as the camera conditioning T asks: (b, 3, h, w) in [-1, 1].
+
+    image_cond (b, 3, h, w) in [-1, 1], T (b, d). The noise of row i is a function of (seed,
+    numbers[i]) alone, so equal numbers share their noise and the batch size changes nothing.
+    """
+    z_cond, context = model.condition(image_cond, T)
+    shape, device = z_cond.shape[1:], z_cond.device
+    z_T = gaussian(seed, numbers, 0, shape, device)
+    z_0 = sample(guided(model.eps, z_cond, context, guidance, interval), z_T, model.alphas_cumprod,
+                 sampler, steps, eta, lambda k: gaussian(seed, numbers, k + 1, shape, device),
+                 spacing, watch)
+    return model.decode(z_0).clamp(-1, 1)
+
+
+def gaussian(seed, numbers, position, shape, device="cpu"):
+    """Standard normal (b, *shape); row i depends on (seed, numbers[i], position) and nothing else."""
+    rows = {}
+    for number in set(numbers):
+        state = np.random.SeedSequence((seed, number, position)).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
+        rows[number] = torch.randn(tuple(shape), generator=generator)
+    return torch.stack([rows[number] for number in numbers]).to(device)
+
+
+def guided(eps, z_cond, context, guidance=3.0, interval=EVERYWHERE):
+    """The function (z_t, t) that samplers follow, of a network eps(z_t, t, z_cond, context).
+
+    z_cond (b, c, h, w) and context (b, n, d) are zeros in the unconditional branch; both branches
+    are one batch, the unconditional first. Guidance 1, or a timestep outside `interval` (lowest,
+    highest: arXiv:2404.07724), evaluates the conditional branch alone.
+    """
+    low, high = interval
+    zeros_first = [torch.cat([torch.zeros_like(x), x]) for x in (z_cond, context)]
+
+    def follow(z_t, t):
+        t_b = torch.full((len(z_t),), float(t), device=z_t.device)
+        if guidance == 1 or not low <= t <= high:
+            return eps(z_t, t_b, z_cond, context).to(z_t.dtype)
+        both = eps(torch.cat([z_t, z_t]), torch.cat([t_b, t_b]), *zeros_first).to(z_t.dtype)
+        unconditional, conditional = both.chunk(2)
+        return unconditional + guidance * (conditional - unconditional)
+
+    return follow
+
+
+@torch.no_grad()
+def sample(eps, z_T, abar, sampler="ddim", steps=50, eta=1.0, noise=None, spacing="auto",
+           watch=None):
+    """Clean latent z_0 of the noise z_T (b, c, h, w), in `steps` evaluations of eps(z_t, t).
+
+    eta: DDIM's noise, 0 none, 1 as much as DDPM; `noise(k)` is the standard normal of step k = 0,
+    1, ... (only asked for when it is needed); the two solvers are deterministic.
+    watch(k, t, z_t, z_0) sees each step's result and the clean latent that it predicted.
+    Raises ValueError for an unknown name, an impossible number of steps, or noise that is missing.
+    """
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler {sampler!r} is not known, it is one of {', '.join(SAMPLERS)}")
+    if sampler == "reference" and spacing != "auto":
+        raise ValueError(f"spacing {spacing!r} does not apply to the reference's own schedule")
+    if sampler in ("ddim", "reference") and eta > 0 and noise is None:
+        raise ValueError(f"eta {eta:g} adds noise at every step: give noise, or eta 0")
+    if spacing == "auto":
+        spacing = {"ddim": "leading", "reference": "reference"}.get(sampler, "trailing")
+    t, levels = grid(abar, steps, spacing)
+    watch = watch or (lambda k, t, z_t, z_0: None)
+    if sampler == "dpm++":
+        return solve(eps, z_T, t, levels, watch, correct=False)
+    if sampler == "unipc":
+        return solve(eps, z_T, t, levels, watch, correct=True)
+    return ddim(eps, z_T, t, levels, eta, noise, watch)
+
+
+def ddim_timesteps(steps, n=TIMESTEPS):
+    """The `steps` timesteps of DDIM, ascending: 1, 21, ..., 981 for 50 of 1000.
+
+    # departs: the reference has more of them where n is no multiple of `steps`, and fails at n.
+    """
+    if not 1 <= steps <= n:
+        raise ValueError(f"{steps} sampling steps: there can be 1 to {n}")
+    first = 1 if steps < n else 0
+    return [k * n // steps + first for k in range(steps)]
+
+
+def reference_timesteps(steps, n=TIMESTEPS):
+    """The timesteps that the reference's DDIM runs, ascending: 1, 21, ..., 961 for 50 of 1000.
+
+    # quirk: the noisiest timestep of its table is never run, so `steps` gives steps - 1 evaluations.
+    """
+    if not 2 <= steps <= n // 2:
+        raise ValueError(f"{steps} sampling steps: the reference's schedule can have 2 to {n // 2}")
+    return [t + 1 for t in range(0, n, n // steps)][:-1]
+
+
+def grid(abar, steps, spacing):
+    """(t, levels): timesteps to evaluate at, noisiest first; abar at each of them and at the end.
+
+    leading: DDIM's own. trailing: equal steps that begin at the noisiest timestep. logsnr: equal
+    steps of log(sqrt(abar / (1 - abar))) from the noisiest to the cleanest timestep, t fractional.
+    reference: DDIM exactly as the reference runs it.
+    """
+    abar = abar.detach().double().cpu()
+    n = len(abar)
+    if not 1 <= steps <= n:
+        raise ValueError(f"{steps} sampling steps: there can be 1 to {n}")
+    # departs: all end at abar 1, a clean latent; the reference ends at abar[0] with noise left in
+    end = 1.0
+    if spacing == "leading":
+        t = ddim_timesteps(steps, n)[::-1]
+    elif spacing == "trailing":
+        t = [round(n - k * n / steps) - 1 for k in range(steps)]
+    elif spacing == "reference":
+        t, end = reference_timesteps(steps, n)[::-1], abar[0].item()
+    elif spacing == "logsnr":
+        known = (abar / (1 - abar)).log().div(2).flip(0).numpy()        # ascending, t = n-1 .. 0
+        wanted = np.linspace(known[0], known[-1], steps)
+        t = np.interp(wanted, known, np.arange(n - 1, -1, -1)).tolist()
+        return t, [*(1 / (1 + np.exp(-2 * wanted))).tolist(), end]
+    else:
+        raise ValueError(f"spacing {spacing!r} is not known, it is one of {', '.join(SPACINGS)}")
+    return t, [*abar[t].tolist(), end]
+
+
+def ddim_sigma(abar, abar_prev, eta):
+    """Standard deviation of the noise that a DDIM step adds (arXiv:2010.02502, eq. 16)."""
+    return eta * math.sqrt((1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev))
+
+
+def ddim(eps, z_t, t, levels, eta, noise, watch):
+    """DDIM, eq. 12 of arXiv:2010.02502, over the timesteps t and the values of abar `levels`."""
+    for k, abar, abar_prev in zip(range(len(t)), levels, levels[1:]):
+        eps_t = eps(z_t, t[k])
+        z_0 = (z_t - math.sqrt(1 - abar) * eps_t) / math.sqrt(abar)
+        sigma = ddim_sigma(abar, abar_prev, eta)
+        # rounding may leave the root's argument a little below 0 in the last step
+        z_t = math.sqrt(abar_prev) * z_0 + math.sqrt(max(1 - abar_prev - sigma**2, 0)) * eps_t
+        if sigma > 0:
+            z_t = z_t + sigma * noise(k)
+        watch(k, t[k], z_t, z_0)
+    return z_t
+
+
+def solve(eps, z_t, t, levels, watch, correct):
+    """DPM-Solver++(2M), and with `correct` UniPC of order 2 (bh2), whose predictor is the same.
+
+    Both are multistep solvers for the clean latent over lambda = log(alpha / sigma). The first and
+    the last step are of order 1. The corrector needs no evaluation of its own.
+    """
+    alpha = [math.sqrt(abar) for abar in levels]
+    sigma = [math.sqrt(1 - abar) for abar in levels]
+    lam = [math.log(a / s) if s > 0 else math.inf for a, s in zip(alpha, sigma)]
+    z_0, start = [], z_t        # predictions so far; the latent at the start of the last step
+    for k in range(len(t)):
+        z_0.append((z_t - sigma[k] * eps(z_t, t[k])) / alpha[k])
+        if correct and k > 0:
+            z_t = corrected(start, z_0, alpha, sigma, lam, k)
+        start = z_t
+        h = lam[k + 1] - lam[k]
+        towards = z_0[k]
+        if 0 < k < len(t) - 1:
+            r = (lam[k] - lam[k - 1]) / h
+            towards = z_0[k] + (z_0[k] - z_0[k - 1]) / (2 * r)
+        z_t = sigma[k + 1] / sigma[k] * start - alpha[k + 1] * math.expm1(-h) * towards
+        watch(k, t[k], z_t, z_0[k])
+    return z_t
+
+
+def corrected(start, z_0, alpha, sigma, lam, k):
+    """The latent at step k again, now that z_0[k] is known: UniC of arXiv:2302.04867, B(h) = bh2."""
+    h = lam[k] - lam[k - 1]
+    phi_1 = math.expm1(-h)
+    change = 0.5 * (z_0[k] - z_0[k - 1])
+    if k > 1:
+        # weights (for z_0[k-2], z_0[k]) that make the quadrature exact for polynomials of degree 2
+        phi_2 = phi_1 / -h - 1
+        phi_3 = phi_2 / -h - 0.5
+        r = (lam[k - 2] - lam[k - 1]) / h
+        first = (phi_2 - 2 * phi_3) / phi_1 / (1 - r)
+        change = (first * (z_0[k - 2] - z_0[k - 1]) / r
+                  + (phi_2 / phi_1 - first) * (z_0[k] - z_0[k - 1]))
+    return sigma[k] / sigma[k - 1] * start - alpha[k] * phi_1 * (z_0[k - 1] + change)

@@ -1,0 +1,99 @@
+"""Samplers against golden trajectories, diffusers' solvers, and their own order of convergence."""
+
+import math
+
+import pytest
+import torch
+
+import samplers
+from golden import assert_close, case, network_input
+
+
+def analytic(name):
+    """(eps network, its conditions z_cond and context, z_T, noise(k), abar) of a golden ddim case."""
+    about, _ = case(name)
+    _, schedule = case("schedule")
+    shape = (about["batch"], *about["shape"])
+
+    def eps(z_t, t, z_cond, context):
+        pooled = context.tanh().mean(-1)[:, :, None, None]
+        return (0.1 * z_t + 0.05 * z_cond.tanh() + 0.02 * pooled
+                + t.to(z_t.dtype)[:, None, None, None] / 1000)
+
+    z_cond = network_input(f"{name}/c_concat", shape)
+    context = network_input(f"{name}/c_crossattn", about["inputs"][f"{name}/c_crossattn"])
+    return (eps, z_cond, context, network_input(f"{name}/x_T", shape),
+            lambda k: network_input(f"{name}/noise_{k}", shape), schedule["alphas_cumprod"])
+
+
+GOLDEN = ["ddim_S10_eta0", "ddim_S10_eta1", "ddim_S50_eta0", "ddim_S50_eta1"]
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_reference_sampler_follows_every_golden_trajectory(name):
+    about, golden = case(name)
+    eps, z_cond, context, z_T, noise, abar = analytic(name)
+    seen, batches = [], set()
+
+    def counted(z_t, t, z_cond, context):
+        batches.add(len(z_t))
+        return eps(z_t, t, z_cond, context)
+
+    follow = samplers.guided(counted, z_cond, context, about["unconditional_guidance_scale"])
+    final = samplers.sample(follow, z_T, abar, "reference", about["S"], about["eta"], noise,
+                            watch=lambda *step: seen.append(step))
+    assert [t for _, t, _, _ in seen] == about["timesteps_run_in_order"]
+    assert batches == {about["batch_seen_by_model"]}
+    every = 1 if about["S"] == 10 else 7
+    suffix = "after_each_step" if every == 1 else "after_every_7th_step"
+    assert_close(final, golden["final"])
+    assert_close(torch.stack([z_t for _, _, z_t, _ in seen][::every]), golden[f"x_{suffix}"])
+    assert_close(torch.stack([z_0 for _, _, _, z_0 in seen][::every]), golden[f"pred_x0_{suffix}"])
+
+
+@pytest.mark.parametrize("steps", [10, 50, 100, 200])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_ddim_tables_are_the_golden_ones(steps, eta):
+    _, golden = case("schedule")
+    abar = golden["alphas_cumprod"].double()
+    prefix = f"ddim/S{steps}_eta{eta}/"
+    t = samplers.ddim_timesteps(steps)
+    assert t == golden[prefix + "timesteps"].tolist()
+    prev = torch.cat([abar[:1], abar[t][:-1]])
+    assert_close(abar[t], golden[prefix + "alphas"], relative=1e-7)
+    assert_close(prev, golden[prefix + "alphas_prev"], relative=1e-12)
+    pairs = zip(abar[t].tolist(), prev.tolist())
+    sigmas = [samplers.ddim_sigma(a, a_prev, eta) for a, a_prev in pairs]
+    assert_close(torch.tensor(sigmas), golden[prefix + "sigmas"], relative=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 30, 49, 501, 999, 1000])
+def test_ddim_runs_exactly_the_steps_that_were_asked_for(steps):
+    _, _, _, z_T, _, abar = analytic("ddim_S10_eta0")
+    asked = []
+
+    def eps(z_t, t):
+        asked.append(t)
+        return 0.1 * z_t
+
+    samplers.sample(eps, z_T, abar, "ddim", steps, eta=0)
+    assert len(asked) == len(set(asked)) == steps
+    assert asked == sorted(asked, reverse=True) and 0 <= asked[-1] and asked[0] <= 999
+
+
+@pytest.mark.parametrize("sampler", samplers.SAMPLERS[:1] + samplers.SAMPLERS[2:])
+@pytest.mark.parametrize("spacing", samplers.SPACINGS)
+def test_a_network_that_knows_the_clean_latent_ends_exactly_there(sampler, spacing):
+    _, _, _, z_T, _, abar = analytic("ddim_S10_eta0")
+    clean = network_input("clean", z_T.shape)
+    table = abar.double()
+
+    def eps(z_t, t):
+        log_snr = (table / (1 - table)).log()
+        low, share = int(t), t - int(t)
+        at_t = log_snr[low] if share == 0 else (1 - share) * log_snr[low] + share * log_snr[low + 1]
+        a = torch.sigmoid(at_t)
+        return ((z_t - a.sqrt() * clean) / (1 - a).sqrt()).float()
+
+    found = samplers.sample(eps, z_T, abar, sampler, 12, 0, spacing=spacing)
+    assert_close(found, clean)
