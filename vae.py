@@ -18,8 +18,8 @@ NORM_GROUPS, NORM_EPS = 32, 1e-6
 class AutoencoderKL(nn.Module):
     """Images to the posterior of their latents, and latents back to images.
 
-    ch: channels of the finest level; ch_mult: multiples of it, one a level, each level half the size
-    of the one before; attn_resolutions: grid sizes with attention, counted from `resolution`,
+    ch: channels of the finest level; ch_mult: multiples of it, one a level, each level half the
+    size of the one before; attn_resolutions: grid sizes with attention, counted from `resolution`,
     whatever the image's own size.
     """
     def __init__(self, ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=4, embed_dim=4,
@@ -34,7 +34,7 @@ class AutoencoderKL(nn.Module):
     def encode(self, x):
         """Image in [-1, 1] to the posterior's (mean, logvar).
 
-        (b, 3, h, w) -> two of (b, embed_dim, h // 8, w // 8). The mean is also the posterior's mode.
+        (b, 3, h, w) -> two of (b, embed_dim, h // 8, w // 8). The mean is the posterior's mode too.
         Neither is multiplied by SCALE_FACTOR.
         """
         return posterior(self.quant_conv(self.encoder(x)))
@@ -54,7 +54,7 @@ def posterior(moments):
 
 
 def sample(mean, logvar, noise):
-    """A latent from the posterior by standard normal noise; all of one shape. No SCALE_FACTOR yet."""
+    """A latent from the posterior by standard normal noise; all of one shape. Not yet scaled."""
     return mean + (0.5 * logvar).exp() * noise
 
 
@@ -202,5 +202,5 @@ def norm(c):
 
 
 def swish(x):
-    """x * sigmoid(x), in place: its argument is always a norm's output, which nothing else reads."""
+    """x * sigmoid(x), in place: it is only given a norm's output, which nothing else reads."""
     return F.silu(x, inplace=True)
