@@ -1,0 +1,445 @@
+"""The network that ZeroNVS trains: a UNet over noisy latents, told the view and the pose.
+
+UNet: Stable Diffusion 1's (arXiv:2112.10752). Conditioning: zero123's (arXiv:2303.11328), a latent
+concatenated to the input and one context token. Module names are the checkpoint's, in its order.
+Letters: `b` batch, `c` channels, `h w` latent grid, `n` tokens, `d` head width, `e` embedding width.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+import camera
+import vae
+from clip import CLIP
+
+NORM_GROUPS = 32
+RES_EPS, TRANSFORMER_EPS = 1e-5, 1e-6       # quirk: the two kinds of block use different eps
+LARGEST_PERIOD = 10_000                     # of the timestep embedding
+TIMESTEPS, BETA_START, BETA_END = 1000, 0.00085, 0.0120
+FEED_FORWARD = 4                            # hidden width of a feed-forward, in channels
+
+
+# ---- UNet
+
+def zero(module):
+    """The module with its parameters set to zero: a residual branch that starts as nothing."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def timestep_embedding(t, width):
+    """Timesteps t (b,) -> (b, width). # quirk: cosines first, then sines."""
+    half = width // 2
+    index = torch.arange(half, dtype=torch.float32, device=t.device)
+    frequency = torch.exp(-math.log(LARGEST_PERIOD) * index / half)
+    angle = t.float()[:, None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convs with the timestep embedding added between them. x: (b, c, h, w), emb: (b, e)."""
+    def __init__(self, c_in, c_out, c_emb):
+        super().__init__()
+        self.in_layers = nn.Sequential(nn.GroupNorm(NORM_GROUPS, c_in, RES_EPS), nn.SiLU(),
+                                       nn.Conv2d(c_in, c_out, 3, padding=1))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(c_emb, c_out))
+        # Identity stands where CompVis has dropout, so that the conv keeps its key out_layers.3
+        self.out_layers = nn.Sequential(nn.GroupNorm(NORM_GROUPS, c_out, RES_EPS), nn.SiLU(),
+                                        nn.Identity(), zero(nn.Conv2d(c_out, c_out, 3, padding=1)))
+        self.skip_connection = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x, emb):
+        h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
+        return self.skip_connection(x) + self.out_layers(h)
+
+
+class Attention(nn.Module):
+    """Softmax attention of x (b, n, c) over context (b, m, c_context). Returns (b, n, c).
+
+    With one context token the softmax is 1, so the result is that token's value for every x: it is
+    computed once, (b, 1, c), and q and k are not touched.
+    """
+    def __init__(self, c, c_context, heads):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(c, c, bias=False)
+        self.to_k = nn.Linear(c_context, c, bias=False)
+        self.to_v = nn.Linear(c_context, c, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(c, c), nn.Identity())     # Identity: dropout's place
+
+    def forward(self, x, context):
+        if context.shape[1] == 1:
+            return self.to_out(self.to_v(context))                      # (b, 1, c)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2)    # (b, heads, n, d)
+                   for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.to_out(out.transpose(1, 2).flatten(2))              # (b, n, c)
+
+
+class GEGLU(nn.Module):
+    """Linear layer whose second half gates the first, through the exact (erf) GELU."""
+    def __init__(self, c, c_hidden):
+        super().__init__()
+        self.proj = nn.Linear(c, 2 * c_hidden)
+
+    def forward(self, x):
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """Position-wise GEGLU network."""
+    def __init__(self, c):
+        super().__init__()
+        hidden = FEED_FORWARD * c
+        self.net = nn.Sequential(GEGLU(c, hidden), nn.Identity(), nn.Linear(hidden, c))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, attention to the context, feed-forward; each behind a LayerNorm, with a skip."""
+    def __init__(self, c, c_context, heads):
+        super().__init__()
+        self.attn1 = Attention(c, c, heads)
+        self.ff = FeedForward(c)
+        self.attn2 = Attention(c, c_context, heads)
+        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(c), nn.LayerNorm(c), nn.LayerNorm(c)
+
+    def forward(self, x, context):
+        y = self.norm1(x)
+        x = x + self.attn1(y, y)
+        x = x + self.attn2(x if context.shape[1] == 1 else self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """A transformer block over the grid's positions as tokens. x: (b, c, h, w), context: (b, m, e)."""
+    def __init__(self, c, c_context, heads):
+        super().__init__()
+        self.norm = nn.GroupNorm(NORM_GROUPS, c, TRANSFORMER_EPS)
+        self.proj_in = nn.Conv2d(c, c, 1)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(c, c_context, heads)])
+        self.proj_out = zero(nn.Conv2d(c, c, 1))
+
+    def forward(self, x, context):
+        # 1x1 convolutions are matrix products over (b, hw, c), which a channels-last grid already is.
+        tokens = self.norm(x).flatten(2).mT                             # (b, hw, c)
+        tokens = F.linear(tokens, self.proj_in.weight.flatten(1), self.proj_in.bias)
+        for block in self.transformer_blocks:
+            tokens = block(tokens, context)
+        tokens = F.linear(tokens, self.proj_out.weight.flatten(1), self.proj_out.bias)
+        return x + tokens.mT.unflatten(2, x.shape[2:])                  # (b, c, h, w)
+
+
+class Downsample(nn.Module):
+    """Half the grid: a strided 3x3 conv."""
+    def __init__(self, c):
+        super().__init__()
+        self.op = nn.Conv2d(c, c, 3, stride=2, padding=1)
+
+    def forward(self, x):
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    """Twice the grid: nearest neighbour, then a 3x3 conv."""
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Stage(nn.Sequential):
+    """Layers in a row, each given what it needs: a ResBlock the time, a transformer the context."""
+    recompute = False       # drop activations in the forward pass, compute them again in the backward
+
+    def forward(self, x, emb, context):
+        for layer in self:
+            extra = {ResBlock: (emb,), SpatialTransformer: (context,)}.get(type(layer), ())
+            if self.recompute and self.training and extra:
+                x = checkpoint(layer, x, *extra, use_reentrant=False)
+            else:
+                x = layer(x, *extra)
+        return x
+
+
+class UNet(nn.Module):
+    """Noise prediction. x (b, c_in, h, w), t (b,) timesteps, context (b, m, e) -> (b, c_out, h, w).
+
+    `num_heads` attention heads at every width; or heads of `num_head_channels` where that is not 0.
+    h and w must be multiples of 2 ** (levels - 1).
+    """
+    def __init__(self, in_channels=8, out_channels=4, model_channels=320, channel_mult=(1, 2, 4, 4),
+                 num_res_blocks=2, attention_resolutions=(4, 2, 1), num_heads=8, context_dim=768,
+                 num_head_channels=0):
+        super().__init__()
+        self.model_channels = model_channels
+        c, c_emb = model_channels, FEED_FORWARD * model_channels
+
+        def transformer(c):
+            heads = c // num_head_channels if num_head_channels else num_heads
+            return SpatialTransformer(c, context_dim, heads)
+
+        def attends(level):
+            return 2**level in attention_resolutions
+
+        self.time_embed = nn.Sequential(nn.Linear(c, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
+        self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(in_channels, c, 3, padding=1))])
+        skips, last = [c], len(channel_mult) - 1
+        for level, mult in enumerate(channel_mult):
+            for _ in range(num_res_blocks):
+                block = [ResBlock(c, mult * model_channels, c_emb)]
+                c = mult * model_channels
+                self.input_blocks.append(Stage(*block, *[transformer(c)] * attends(level)))
+                skips.append(c)
+            if level < last:
+                self.input_blocks.append(Stage(Downsample(c)))
+                skips.append(c)
+        self.middle_block = Stage(ResBlock(c, c, c_emb), transformer(c), ResBlock(c, c, c_emb))
+        self.output_blocks = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            for i in range(num_res_blocks + 1):
+                block = [ResBlock(c + skips.pop(), mult * model_channels, c_emb)]
+                c = mult * model_channels
+                block += [transformer(c)] * attends(level)
+                block += [Upsample(c)] * (level > 0 and i == num_res_blocks)
+                self.output_blocks.append(Stage(*block))
+        self.out = nn.Sequential(nn.GroupNorm(NORM_GROUPS, c, RES_EPS), nn.SiLU(),
+                                 zero(nn.Conv2d(c, out_channels, 3, padding=1)))
+
+    def forward(self, x, t, context):
+        emb = self.time_embed(timestep_embedding(t, self.model_channels).to(x.dtype))
+        skips = []
+        for stage in self.input_blocks:
+            x = stage(x, emb, context)
+            skips.append(x)
+        x = self.middle_block(x, emb, context)
+        for stage in self.output_blocks:
+            x = stage(torch.cat([x, skips.pop()], dim=1), emb, context)
+        return self.out(x)
+
+    def idle_parameters(self):
+        """{name: parameter} that one context token leaves without a gradient (see Attention)."""
+        idle = ("attn2.to_q.", "attn2.to_k.", ".norm2.")
+        return {name: p for name, p in self.named_parameters() if any(i in name for i in idle)}
+
+
+# ---- noise schedule
+
+def schedule_buffers():
+    """The twelve float32 tables (1000,) of DDPM (arXiv:2006.11239), by their checkpoint names."""
+    betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, TIMESTEPS, dtype=torch.float64)**2
+    abar = (1 - betas).cumprod(0)
+    abar_prev = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
+    variance = betas * (1 - abar_prev) / (1 - abar)                 # eq. 7
+    smallest = 1e-20                                                # the variance of step 0 is 0
+    tables = {
+        "betas": betas,
+        "alphas_cumprod": abar,
+        "alphas_cumprod_prev": abar_prev,
+        "sqrt_alphas_cumprod": abar.sqrt(),
+        "sqrt_one_minus_alphas_cumprod": (1 - abar).sqrt(),
+        "log_one_minus_alphas_cumprod": (1 - abar).log(),
+        "sqrt_recip_alphas_cumprod": (1 / abar).sqrt(),
+        "sqrt_recipm1_alphas_cumprod": (1 / abar - 1).sqrt(),
+        "posterior_variance": variance,
+        "posterior_log_variance_clipped": variance.clamp(min=smallest).log(),
+        "posterior_mean_coef1": betas * abar_prev.sqrt() / (1 - abar),
+        "posterior_mean_coef2": (1 - abar_prev) * (1 - betas).sqrt() / (1 - abar),
+    }
+    return {name: table.float() for name, table in tables.items()}
+
+
+# ---- randomness: a function of (seed, stream, pair), not of batch, rank or device
+
+PHILOX_M, PHILOX_W = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
+PHILOX_ROUNDS, WORD = 10, 0xFFFFFFFF
+STREAMS = ("timestep", "drop", "posterior", "noise", "sample")
+
+
+def philox(counter, key):
+    """Philox4x32-10 (Salmon et al. 2011): four words of counter and two of key -> four random words.
+
+    Words are int64 tensors holding 0..2**32-1, of shapes that broadcast.
+    """
+    (c0, c1, c2, c3), (k0, k1) = counter, key
+    for _ in range(PHILOX_ROUNDS):
+        p0, p1 = c0 * PHILOX_M[0], c2 * PHILOX_M[1]     # 64 bits; the sign bit is masked off below
+        c0, c1, c2, c3 = (p1 >> 32 & WORD) ^ c1 ^ k0, p1 & WORD, (p0 >> 32 & WORD) ^ c3 ^ k1, p0 & WORD
+        k0, k1 = (k0 + PHILOX_W[0]) & WORD, (k1 + PHILOX_W[1]) & WORD
+    return c0, c1, c2, c3
+
+
+def uniform(seed, stream, numbers, count):
+    """Uniform float32 (b, count) in (0, 1), row i a function of (seed, stream, numbers[i]) alone.
+
+    seed: int from 0. stream: one of STREAMS. numbers: (b,) int64, the pairs' numbers.
+    """
+    block = torch.arange(-(-count // 4), device=numbers.device)[None]
+    number = numbers[:, None]
+    counter = (block, torch.full_like(block, STREAMS.index(stream)), number & WORD, number >> 32 & WORD)
+    words = torch.stack(philox(counter, (seed & WORD, seed >> 32 & WORD)), dim=-1)  # (b, blocks, 4)
+    # 23 bits and a half: exact in float32, never 0 or 1
+    return ((words.flatten(1)[:, :count] >> 9).float() + 0.5) * 2.0**-23
+
+
+def normal(seed, stream, numbers, shape):
+    """Standard normal float32 (b, *shape) by Box and Muller's transform of `uniform`."""
+    count = math.prod(shape)
+    u, v = uniform(seed, stream, numbers, count + count % 2).chunk(2, dim=1)
+    radius, angle = (-2 * u.log()).sqrt(), 2 * math.pi * v
+    pair = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)
+    return pair[:, :count].unflatten(1, shape)
+
+
+@dataclass
+class Draws:
+    """What chance decides about a batch. t (b,) int64; u (b,) which conditions are dropped; the
+    posterior's and the diffusion's noise (b, c, h, w)."""
+    t: torch.Tensor
+    u: torch.Tensor
+    posterior_noise: torch.Tensor
+    noise: torch.Tensor
+
+
+def draw(seed, numbers, shape):
+    """Draws for the pairs `numbers` (b,) of latents of `shape` (c, h, w)."""
+    return Draws(t=(uniform(seed, "timestep", numbers, 1)[:, 0] * TIMESTEPS).long(),
+                 u=uniform(seed, "drop", numbers, 1)[:, 0],
+                 posterior_noise=normal(seed, "posterior", numbers, shape),
+                 noise=normal(seed, "noise", numbers, shape))
+
+
+# ---- the whole model
+
+class Pixels(nn.Module):
+    """Stands where the autoencoder does when the latent is the image: a posterior without variance."""
+    def encode(self, x):
+        return x, torch.full_like(x, vae.LOGVAR_MIN)
+
+    def decode(self, z):
+        return z
+
+
+class NoEmbedding(nn.Module):
+    """Stands where CLIP does when there are no weights for it: an embedding of width 0."""
+    def encode_image(self, x):
+        return x.new_zeros(len(x), 0)
+
+
+class ZeroNVS(nn.Module):
+    """UNet, autoencoder, image embedding and pose projection, under the checkpoint's names.
+
+    latent: "vae" builds the autoencoder and CLIP; "pixels" needs neither. The rest is Config's.
+    """
+    def __init__(self, unet, first_stage_model, clip, mode, scale_factor, embedding_dim, context_dim):
+        super().__init__()
+        for name, table in schedule_buffers().items():
+            self.register_buffer(name, table)
+        self.mode, self.scale_factor = mode, scale_factor
+        self.model = nn.Module()
+        self.model.diffusion_model = unet
+        self.first_stage_model = first_stage_model.eval().requires_grad_(False)
+        self.cond_stage_model = nn.Module()
+        self.cond_stage_model.model = clip.eval().requires_grad_(False)
+        self.cc_projection = pose_projection(embedding_dim, camera.T_WIDTH[mode], context_dim)
+        for parameter in unet.idle_parameters().values():
+            parameter.requires_grad_(False)
+
+    def train(self, mode=True):
+        """Only the UNet and the projection train; the frozen networks stay as they are."""
+        self.model.train(mode)
+        self.cc_projection.train(mode)
+        self.training = mode
+        return self
+
+    @torch.no_grad()
+    def encode(self, image):
+        """Image (b, 3, h, w) in [-1, 1] -> posterior (mean, logvar) of its latent, not scaled."""
+        return self.first_stage_model.encode(image)
+
+    @torch.no_grad()
+    def embed(self, image):
+        """Image (b, 3, h, w) in [-1, 1] -> CLIP embedding (b, e)."""
+        return self.cond_stage_model.model.encode_image(image)
+
+    def context(self, embedding, T):
+        """Image embedding (b, e) and pose vector T (b, d) -> the one context token (b, 1, width)."""
+        both = torch.cat([embedding, T.to(embedding.dtype)], dim=-1)
+        return self.cc_projection(both)[:, None]
+
+    @torch.no_grad()
+    def condition(self, image_cond, T):
+        """Conditioning view (b, 3, h, w) and pose vector (b, d) -> (z_cond, context) for `eps`."""
+        # quirk: the conditioning latent is the posterior's mode, not multiplied by the scale factor.
+        return self.encode(image_cond)[0], self.context(self.embed(image_cond), T)
+
+    def eps(self, z_t, t, z_cond, context):
+        """The noise in z_t (b, c, h, w) at timesteps t (b,), as the network sees it."""
+        return self.model.diffusion_model(torch.cat([z_t, z_cond], dim=1), t, context)
+
+    @torch.no_grad()
+    def decode(self, z):
+        """Latent (b, c, h, w) -> image (b, 3, h, w), not clamped."""
+        return self.first_stage_model.decode(z / self.scale_factor)
+
+    def forward(self, mean, logvar, z_cond, embedding, T, draws, drop=(0.05, 0.05, 0.05)):
+        """Mean squared error of the predicted noise, per sample (b,), in float32.
+
+        mean, logvar: the target's posterior; z_cond: the conditioning view's mean; embedding (b, e).
+        drop: shares of samples that lose the embedding alone, both, the conditioning latent alone.
+        """
+        z = self.scale_factor * vae.sample(mean, logvar, draws.posterior_noise)
+        only_embedding, both, only_latent = drop
+        lost = only_embedding + both
+        # A dropped embedding is zeros before the projection, so the pose stays.
+        embedding = embedding * (draws.u >= lost)[:, None]
+        keeps_latent = (draws.u < only_embedding) | (draws.u >= lost + only_latent)
+        z_cond = z_cond * keeps_latent[:, None, None, None]
+        signal, sigma = (table[draws.t][:, None, None, None] for table in
+                         (self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod))
+        z_t = signal * z + sigma * draws.noise
+        eps = self.eps(z_t, draws.t, z_cond, self.context(embedding, T))
+        return F.mse_loss(eps.float(), draws.noise, reduction="none").mean(dim=(1, 2, 3))
+
+
+def pose_projection(embedding_dim, pose_dim, context_dim):
+    """cc_projection: identity on the embedding, default initialisation on the pose, no bias yet."""
+    projection = nn.Linear(embedding_dim + pose_dim, context_dim)
+    with torch.no_grad():
+        projection.weight[:, :embedding_dim] = torch.eye(context_dim, embedding_dim)
+        projection.bias.zero_()
+    return projection
+
+
+def build(config):
+    """The ZeroNVS that a Config describes, with random weights."""
+    latents = config.latent == "vae"
+    channels = 4 if latents else 3
+    unet = UNet(2 * channels, channels, config.model_channels, config.channel_mult,
+                config.num_res_blocks, config.attention_resolutions, config.num_heads,
+                config.context_dim)
+    for module in unet.modules():
+        if isinstance(module, Stage):
+            module.recompute = config.checkpoint_activations
+    if latents:
+        return ZeroNVS(unet, vae.AutoencoderKL(), CLIP(transformer_layers=0), config.mode,
+                       vae.SCALE_FACTOR, 768, config.context_dim)
+    return ZeroNVS(unet, Pixels(), NoEmbedding(), config.mode, 1.0, 0, config.context_dim)
+
+
+def latent_shape(config):
+    """(c, h, w) of the latents of a Config."""
+    if config.latent == "vae":
+        return 4, config.image_size // 8, config.image_size // 8
+    return 3, config.image_size, config.image_size

@@ -1,0 +1,178 @@
+"""model.py against the reference's numbers: UNet, schedule, conditioning, training step, randomness."""
+
+import json
+
+import golden
+import pytest
+import torch
+
+import clip
+import model
+import vae
+
+
+def unet_of(case):
+    """The UNet that a golden case describes, with its weights."""
+    c = case["config"]
+    heads = max(c["num_heads"], 1)
+    unet = model.UNet(c["in_channels"], c["out_channels"], c["model_channels"], c["channel_mult"],
+                      c["num_res_blocks"], c["attention_resolutions"], heads, c["context_dim"],
+                      c.get("num_head_channels", 0))
+    return golden.fill(unet)
+
+
+def unet_inputs(name, case):
+    x, context = (golden.network_input(f"{name}/{key}", case["inputs"][f"{name}/{key}"])
+                  for key in ("x", "context"))
+    return x, torch.tensor(case["timesteps"]), context
+
+
+@pytest.mark.parametrize("name", ["unet_tiny_a", "unet_tiny_b", "unet_tiny_c", "unet_full"])
+def test_unet_output_equals_the_reference(name):
+    case, expected = golden.case(name)
+    unet = unet_of(case)
+    assert sum(p.numel() for p in unet.parameters()) == case["n_parameters"]
+    x, t, context = unet_inputs(name, case)
+    with torch.no_grad():
+        out = unet(x, t, context)
+    observed = case["tolerance_observed"]
+    golden.assert_close(out, expected["out"],
+                        observed["max_abs_difference_between_two_reference_runs_on_different_cpu_kernels"])
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", ["unet_tiny_a", "unet_tiny_b"])
+def test_unet_gradients_equal_the_reference(name, recompute):
+    case, expected = golden.case(name)
+    unet = unet_of(case)
+    for module in unet.modules():
+        if isinstance(module, model.Stage):
+            module.recompute = recompute
+    x, t, context = unet_inputs(name, case)
+    x.requires_grad_(), context.requires_grad_()
+    loss = unet(x, t, context).square().mean()
+    loss.backward()
+    assert abs(loss.item() - case["loss"]) < 1e-5 * case["loss"]
+    parameters = dict(unet.named_parameters())
+    found = {"grad_x": x.grad, "grad_context": context.grad}
+    for key in expected:
+        if key.startswith("grad:"):
+            parameter = parameters[key.removeprefix("grad:")]
+            # With one token, q and k are never touched: no gradient at all stands for exact zeros.
+            found[key] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    for key, value in found.items():
+        golden.assert_close(value, expected[key], case["tolerance_observed_gradients"][key][0])
+
+
+def test_one_context_token_gives_what_softmax_attention_gives():
+    torch.manual_seed(0)
+    attention = model.Attention(32, 24, 4).double()
+    x, token = torch.randn(2, 9, 32).double(), torch.randn(2, 1, 24).double()
+    twice = attention(x, token.expand(2, 2, 24))     # the same token twice: full softmax, same answer
+    torch.testing.assert_close(attention(x, token).expand_as(twice), twice)
+
+
+def test_state_dict_is_the_checkpoints_key_by_key_and_in_order():
+    wanted = json.loads((golden.FOLDER / "zero123_keys.json").read_text())
+    keys = {k: shape for k, (shape, _) in wanted["keys"].items() if not k.startswith("model_ema.")}
+    with torch.device("meta"):
+        unet = model.UNet()
+        whole = model.ZeroNVS(unet, vae.AutoencoderKL(), clip.CLIP(transformer_layers=0), "3dof",
+                              vae.SCALE_FACTOR, 768, 768)
+    found = {name: list(tensor.shape) for name, tensor in whole.state_dict().items()}
+    assert found == keys
+    assert list(found) == list(keys)
+
+
+def test_schedule_tables_equal_the_reference():
+    case, expected = golden.case("schedule")
+    tables = model.schedule_buffers()
+    assert len(tables) == 12
+    for name, table in tables.items():
+        assert table.dtype == torch.float32
+        golden.assert_close(table, expected[name], relative=1e-7)
+    embedding = model.timestep_embedding(torch.tensor(case["timestep_embedding_t"]), 320)
+    key = next(k for k in expected if "timestep_embedding" in k and expected[k].shape[-1] == 320)
+    golden.assert_close(embedding, expected[key], relative=1e-6)
+
+
+# ---- training step: the whole small model
+
+def small_model():
+    case, _ = golden.case("training_step")
+    u = case["config"]["unet_config"]["params"]
+    v = case["config"]["first_stage_config"]["params"]["ddconfig"]
+    unet = model.UNet(u["in_channels"], u["out_channels"], u["model_channels"], u["channel_mult"],
+                      u["num_res_blocks"], u["attention_resolutions"], u["num_heads"], u["context_dim"])
+    autoencoder = vae.AutoencoderKL(v["ch"], v["ch_mult"], v["num_res_blocks"])
+    tower = clip.CLIP(**{**case["clip_config"], "transformer_layers": 0})
+    whole = model.ZeroNVS(unet, autoencoder, tower, "7dof_quantile_scale", vae.SCALE_FACTOR, 768, 768)
+    return golden.fill(whole)
+
+
+# ---- randomness
+
+def test_philox_gives_the_published_known_answers():
+    # Random123's kat_vectors, philox4x32 10
+    zeros, ones = torch.tensor([0]), torch.tensor([0xFFFFFFFF])
+    words = model.philox([zeros] * 4, [0, 0])
+    assert [int(w) for w in words] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    words = model.philox([ones] * 4, [0xFFFFFFFF] * 2)
+    assert [int(w) for w in words] == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+
+
+def test_draws_of_a_pair_do_not_depend_on_its_batch():
+    numbers = torch.tensor([5, 2**33 + 1, 0, 7])
+    together = model.draw(42, numbers, (4, 8, 8))
+    for i, number in enumerate(numbers):
+        alone = model.draw(42, number[None], (4, 8, 8))
+        for name in ("t", "u", "posterior_noise", "noise"):
+            assert torch.equal(getattr(alone, name)[0], getattr(together, name)[i])
+
+
+def test_draws_differ_between_seeds_streams_and_pairs():
+    noise = [model.normal(seed, stream, torch.tensor([number]), (4, 8, 8))
+             for seed in (0, 1) for stream in ("noise", "posterior") for number in (3, 4, 3 + 2**32)]
+    for i, a in enumerate(noise):
+        for b in noise[:i]:
+            assert (a * b).mean().abs() < 0.3 and not torch.equal(a, b)
+
+
+def test_draws_have_the_right_distribution():
+    draws = model.draw(0, torch.arange(4000), (4, 8, 8))
+    n = draws.noise.numel()
+    assert abs(draws.noise.mean()) < 5 / n**0.5 and abs(draws.noise.var() - 1) < 5 * (2 / n)**0.5
+    assert abs(draws.noise.pow(4).mean() - 3) < 5 * (96 / n)**0.5
+    assert 0 <= draws.t.min() <= 5 and 994 <= draws.t.max() <= 999
+    assert abs(draws.t.float().mean() - 499.5) < 5 * 1000 / 12**0.5 / 4000**0.5
+    assert abs((draws.u < 0.1).float().mean() - 0.1) < 5 * (0.09 / 4000)**0.5
+
+
+def test_conditions_are_dropped_in_the_reference_s_shares():
+    """u < .05 drops the embedding, < .10 both, < .15 the latent: seen by what reaches the network."""
+    seen = {}
+
+    class Spy(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+
+        def idle_parameters(self):
+            return {}
+
+        def forward(self, x, t, context):
+            seen["latent"], seen["context"] = x[:, 3:], context
+            return torch.zeros_like(x[:, :3])
+
+    class Ones(torch.nn.Module):
+        def encode_image(self, x):
+            return x.new_ones(len(x), 2)
+
+    whole = model.ZeroNVS(Spy(), model.Pixels(), Ones(), "3dof", 1.0, 2, 2)
+    with torch.no_grad():
+        whole.cc_projection.weight.copy_(torch.tensor([[1.0, 0, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0]]))
+    image, T = torch.ones(5, 3, 8, 8), torch.ones(5, 4)
+    draws = model.draw(0, torch.arange(5), (3, 8, 8))
+    draws.u = torch.tensor([0.0, 0.05, 0.10, 0.15, 0.9])
+    whole(*whole.encode(image), whole.encode(image)[0], whole.embed(image), T, draws)
+    assert seen["latent"].amax((1, 2, 3)).tolist() == [1, 0, 0, 1, 1]
+    assert seen["context"][:, 0].tolist() == [[0, 1], [0, 1], [1, 1], [1, 1], [1, 1]]
