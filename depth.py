@@ -1,23 +1,47 @@
 """Dense depth of one view: a disparity network, and its alignment to the view's sparse depth.
 
-`DPT` is MiDaS 3.1's DPT_SwinV2_T_256: a Swin V2 tiny encoder (arXiv:2111.09883) and the DPT
-decoder (arXiv:2103.13413). It answers relative disparity, inverse depth up to scale and shift,
-which `dense_depth` fits to the depths that are known.
+`DPT` is MiDaS 3.1's DPT_SwinV2_T_256 (github.com/isl-org/MiDaS): a Swin Transformer V2 tiny encoder
+(arXiv:2111.09883) under the DPT decoder (arXiv:2103.13413). It answers disparity, that is inverse
+depth up to scale and shift, which `dense_depth` fits to the depths that are known.
 
-b batch, c channels, h w image or feature grid, n tokens of one window, m windows, k heads, d head width.
+b batch, c channels, h w image or feature grid, m windows, n pixels of a window, d head width.
 """
 
+import math
+
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
 DEPTH_RANGE = (1e-3, 1e3)  # disparities and depths are clipped to it: reference behaviour
 SINGULAR = 8  # a disparity that varies by fewer units of rounding than this is constant
+
+PATCH = 4  # pixels along each side of an encoder token
+MLP_RATIO = 4
+BIAS_WIDTH = 512  # hidden width of the position bias network, Swin V2 section 3.3
+BIAS_MAX = 16  # the sigmoid's multiple in it: the bias is between 0 and 16
+BIAS_EXTENT = 8  # relative positions are scaled to +-8 before their logarithm is taken
+MAX_LOGIT_SCALE = math.log(100)  # Swin V2 section 3.2: the temperature is 0.01 or more
+MASKED = -100.0  # what is added to the score of two pixels that are no neighbours
+CLASSES = 1000  # of the encoder's classifier
+HEAD_WIDTH = 32  # before the decoder's last convolution
+NAMES_SHOWN = 3  # keys of each kind that an error lists
+
+# What the file holds and disparity does not depend on. It stays in the state dict, untouched.
+UNUSED = {
+    "pretrained.model.norm.": "the encoder's last norm: the decoder reads the stages before it",
+    "pretrained.model.head.": "the encoder's ImageNet classifier",
+    "scratch.refinenet4.resConfUnit1.": "the coarsest fusion has no finer stage to add",
+}
+# What files of other versions of timm have more or less. It follows from the sizes alone.
+DERIVED = (".attn_mask", ".relative_coords_table", ".relative_position_index", ".k_bias")
 
 
 def scale_and_shift(disparity, target, mask):
     """Least squares of scale * disparity + shift against target over the pixels of mask.
 
-    disparity, target: (b, h, w); mask: (b, h, w) bool or 0/1. Returns scale (b,), shift (b,). Solved about
-    the mean, which in float32 loses far less than MiDaS's normal equations, and is the same solution.
+    disparity, target: (b, h, w); mask: (b, h, w) bool or 0/1. Returns scale (b,), shift (b,).
+    Solved about the means: MiDaS's normal equations have the same solution, but cancel in float32.
     quirk: without two different disparities there is no line, and scale = shift = 0.
     """
     mask = mask.bool().flatten(1)
@@ -49,3 +73,267 @@ def dense_depth(disparity, depth, blend):
     fitted = scale[:, None, None] * disparity + shift[:, None, None]
     fitted = 1 / fitted.clamp(*DEPTH_RANGE)
     return depth.where(known, fitted) if blend else fitted
+
+
+def load(path):
+    """The frozen network of MiDaS's `dpt_swin2_tiny_256.pt`. ValueError if path is another file."""
+    import checkpoint
+
+    found = {name: w for name, w in checkpoint.read(path).items() if not name.endswith(DERIVED)}
+    model = DPT()
+    wanted = {name: w for name, w in model.state_dict().items() if not name.endswith(DERIVED)}
+    misfits = {
+        "missing": [name for name in wanted if name not in found],
+        "unexpected": [name for name in found if name not in wanted],
+        "misshapen": [f"{name} {tuple(found[name].shape)}, not {tuple(w.shape)}"
+                      for name, w in wanted.items()
+                      if name in found and found[name].shape != w.shape],
+    }
+    if any(misfits.values()):
+        kinds = "; ".join(f"{len(names)} {kind}: {', '.join(names[:NAMES_SHOWN])}"
+                          + (", ..." if len(names) > NAMES_SHOWN else "")
+                          for kind, names in misfits.items() if names)
+        raise ValueError(f"{path}: not DPT_SwinV2_T_256 (dpt_swin2_tiny_256.pt): {kinds}")
+    # strict but for what is derived: the names were compared above
+    model.load_state_dict(found, strict=False)
+    return model.eval().requires_grad_(False)
+
+
+class DPT(nn.Module):
+    """Image to disparity. The defaults are DPT_SwinV2_T_256; state dict names are MiDaS's.
+
+    image: (b, 3, h, w) in [-1, 1], which goes in as it is. Returns (b, h, w), 0 or more.
+    departs: images of another size than the network's are resized to it, and the disparity back.
+    The reference refuses them.
+    """
+    def __init__(self, image_size=256, embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24),
+                 window_size=16, features=256):
+        super().__init__()
+        self.image_size = image_size
+        encoder = SwinV2(image_size, embed_dim, depths, num_heads, window_size)
+        self.pretrained = nn.ModuleDict({"model": encoder})
+        self.scratch = Decoder(embed_dim, features)
+
+    def forward(self, image):
+        if image.ndim != 4 or image.shape[1] != 3:
+            raise ValueError(f"the image is {tuple(image.shape)}, must be (b, 3, h, w)")
+        size = image.shape[2:]
+        x = resize(image, (self.image_size, self.image_size))  # (b, 3, image_size, image_size)
+        disparity = self.scratch(*self.pretrained.model(x))  # (b, 1, image_size, image_size)
+        return resize(disparity, size).squeeze(1)  # (b, h, w)
+
+
+def resize(x, size):
+    """x (b, c, *size), by bilinear interpolation that averages where it shrinks."""
+    if x.shape[2:] == size:
+        return x
+    return F.interpolate(x, size, mode="bilinear", align_corners=False, antialias=True)
+
+
+class SwinV2(nn.Module):
+    """Swin Transformer V2: x (b, 3, s, s), s = image_size, to what each stage ends with:
+    (b, c, s/4, s/4), (b, 2c, s/8, s/8), (b, 4c, s/16, s/16), (b, 8c, s/32, s/32); c = embed_dim.
+    """
+    def __init__(self, image_size, embed_dim, depths, num_heads, window_size):
+        super().__init__()
+        self.patch_embed = PatchEmbed(embed_dim)
+        self.layers = nn.ModuleList()
+        dim, size = embed_dim, image_size // PATCH
+        for i, (depth, heads) in enumerate(zip(depths, num_heads, strict=True)):
+            last = i == len(depths) - 1
+            self.layers.append(Stage(dim, size, depth, heads, min(window_size, size), last))
+            if not last:
+                dim, size = 2 * dim, size // 2
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, CLASSES)
+
+    def forward(self, x):
+        x = self.patch_embed(x)  # (b, s/4, s/4, c)
+        features = []
+        for layer in self.layers:
+            for block in layer.blocks:
+                x = block(x)
+            features.append(x.permute(0, 3, 1, 2))
+            x = layer.downsample(x)  # (b, h/2, w/2, 2c), but for the last stage
+        return features
+
+
+class PatchEmbed(nn.Module):
+    """Image (b, 3, h, w) -> tokens (b, h/4, w/4, c)."""
+    def __init__(self, dim):
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, PATCH, stride=PATCH)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x):
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))  # (b, h/4, w/4, c)
+
+
+class Stage(nn.Module):
+    """The blocks of one resolution, every second with shifted windows, and the way to the next."""
+    def __init__(self, dim, size, depth, heads, window, last):
+        super().__init__()
+        assert size % window == 0, f"windows of {window} do not tile a grid of {size}"
+        shift = window // 2 if window < size else 0
+        self.blocks = nn.ModuleList(Block(dim, size, heads, window, shift if i % 2 else 0)
+                                    for i in range(depth))
+        self.downsample = nn.Identity() if last else PatchMerging(dim)
+
+
+class PatchMerging(nn.Module):
+    """Tokens (b, h, w, c) -> (b, h/2, w/2, 2c): four neighbours, column by column, become one."""
+    def __init__(self, dim):
+        super().__init__()
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.norm = nn.LayerNorm(2 * dim)
+
+    def forward(self, x):
+        b, h, w, c = x.shape
+        x = x.view(b, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 4, 2, 5)  # (b, h/2, w/2, 2, 2, c)
+        return self.norm(self.reduction(x.reshape(b, h // 2, w // 2, 4 * c)))  # (b, h/2, w/2, 2c)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each normalised after itself (Swin V2 section 3.2). x: (b, h, w, c)."""
+    def __init__(self, dim, size, heads, window, shift):
+        super().__init__()
+        self.window, self.shift = window, shift
+        self.attn = WindowAttention(dim, heads, window)
+        self.norm1 = nn.LayerNorm(dim)
+        self.mlp = MLP(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.register_buffer("attn_mask", shift_mask(size, window, shift) if shift else None)
+
+    def forward(self, x):
+        b, h, w, c = x.shape
+        rows, columns = h // self.window, w // self.window
+        y = x.roll((-self.shift, -self.shift), (1, 2))
+        y = y.view(b, rows, self.window, columns, self.window, c).transpose(2, 3)
+        y = y.reshape(b, rows * columns, self.window**2, c)  # (b, m, n, c)
+        y = self.attn(y, self.attn_mask)
+        y = y.view(b, rows, columns, self.window, self.window, c).transpose(2, 3)
+        y = y.reshape(b, h, w, c).roll((self.shift, self.shift), (1, 2))  # (b, h, w, c)
+        x = x + self.norm1(y)
+        return x + self.norm2(self.mlp(x))
+
+
+class MLP(nn.Module):
+    """Two linear layers with a GELU between them. x: (..., c)."""
+    def __init__(self, dim):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, MLP_RATIO * dim)
+        self.fc2 = nn.Linear(MLP_RATIO * dim, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class WindowAttention(nn.Module):
+    """Cosine attention within windows: softmax(cos(q, k) * scale + position bias + mask) v.
+
+    x: (b, m, n, c), mask: (m, n, n) or None. Swin V2 eq. 2, bias of section 3.3.
+    """
+    def __init__(self, dim, heads, window):
+        super().__init__()
+        self.heads = heads
+        self.logit_scale = nn.Parameter(torch.full((heads, 1, 1), math.log(10)))
+        self.q_bias = nn.Parameter(torch.zeros(dim))
+        self.v_bias = nn.Parameter(torch.zeros(dim))
+        self.cpb_mlp = nn.Sequential(nn.Linear(2, BIAS_WIDTH), nn.ReLU(),
+                                     nn.Linear(BIAS_WIDTH, heads, bias=False))
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.proj = nn.Linear(dim, dim)
+        table, index = relative_positions(window)
+        self.register_buffer("relative_coords_table", table, persistent=False)
+        self.register_buffer("relative_position_index", index, persistent=False)
+
+    def forward(self, x, mask):
+        b, m, n, c = x.shape
+        qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        qkv = F.linear(x, self.qkv.weight, qkv_bias).view(b, m, n, 3, self.heads, c // self.heads)
+        q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).unbind(0)  # (b, m, heads, n, d)
+        q = F.normalize(q, dim=-1) * self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
+        k = F.normalize(k, dim=-1)
+        bias = BIAS_MAX * self.cpb_mlp(self.relative_coords_table).sigmoid()
+        bias = bias[self.relative_position_index].permute(2, 0, 1)  # (heads, n, n)
+        bias = bias.expand(m, -1, -1, -1)  # (m, heads, n, n)
+        if mask is not None:
+            bias = bias + mask[:, None]
+        # windows count as heads, so that one bias serves the whole batch
+        q, k, v, bias = q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), bias.flatten(0, 1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+        return self.proj(y.unflatten(1, (m, self.heads)).transpose(2, 3).flatten(3))  # (b, m, n, c)
+
+
+def relative_positions(window):
+    """Offsets between a window's pixels: their log-spaced coordinates (p, 2), p = (2 window - 1)^2,
+    Swin V2 eq. 4, and which of them each pair of pixels has, query first: (n, n) int64.
+    """
+    offset = torch.arange(1 - window, window) * (BIAS_EXTENT / max(window - 1, 1))
+    offset = offset.sign() * (offset.abs() + 1).log2() / math.log2(BIAS_EXTENT)
+    table = torch.cartesian_prod(offset, offset)  # (p, 2)
+    row, column = torch.cartesian_prod(torch.arange(window), torch.arange(window)).unbind(1)
+    rows, columns = (i[:, None] - i + window - 1 for i in (row, column))  # (n, n)
+    return table, rows * (2 * window - 1) + columns
+
+
+def shift_mask(size, window, shift):
+    """Scores' mask (m, n, n): a grid rolled by `shift` has its opposite sides in one window."""
+    i = torch.arange(size)
+    side = (i >= size - window).int() + (i >= size - shift).int()
+    region = 3 * side[:, None] + side  # (size, size), 0 to 8
+    region = region.unfold(0, window, window).unfold(1, window, window)
+    region = region.reshape(-1, window**2)  # (m, n)
+    return torch.where(region[:, :, None] == region[:, None], 0.0, MASKED)
+
+
+class Decoder(nn.Module):
+    """DPT's fusion of `SwinV2`'s four stages, coarse to fine. Returns (b, 1, s, s), 0 or more."""
+    def __init__(self, embed_dim, features):
+        super().__init__()
+        self.layer1_rn = nn.Conv2d(embed_dim, features, 3, padding=1, bias=False)
+        self.layer2_rn = nn.Conv2d(embed_dim * 2, features, 3, padding=1, bias=False)
+        self.layer3_rn = nn.Conv2d(embed_dim * 4, features, 3, padding=1, bias=False)
+        self.layer4_rn = nn.Conv2d(embed_dim * 8, features, 3, padding=1, bias=False)
+        self.refinenet1 = Fusion(features)
+        self.refinenet2 = Fusion(features)
+        self.refinenet3 = Fusion(features)
+        self.refinenet4 = Fusion(features)
+        self.output_conv = nn.Sequential(
+            nn.Conv2d(features, features // 2, 3, padding=1),
+            nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True),
+            nn.Conv2d(features // 2, HEAD_WIDTH, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(HEAD_WIDTH, 1, 1), nn.ReLU())
+
+    def forward(self, layer_1, layer_2, layer_3, layer_4):
+        path = self.refinenet4(self.layer4_rn(layer_4))  # (b, features, s/16, s/16)
+        path = self.refinenet3(path, self.layer3_rn(layer_3))  # (b, features, s/8, s/8)
+        path = self.refinenet2(path, self.layer2_rn(layer_2))  # (b, features, s/4, s/4)
+        path = self.refinenet1(path, self.layer1_rn(layer_1))  # (b, features, s/2, s/2)
+        return self.output_conv(path)  # (b, 1, s, s)
+
+
+class Fusion(nn.Module):
+    """Adds a stage to what comes from the coarser ones, doubles the size. x, skip: (b, c, h, w)."""
+    def __init__(self, features):
+        super().__init__()
+        self.out_conv = nn.Conv2d(features, features, 1)
+        self.resConfUnit1 = ResidualConv(features)
+        self.resConfUnit2 = ResidualConv(features)
+
+    def forward(self, x, skip=None):
+        if skip is not None:
+            x = x + self.resConfUnit1(skip)
+        x = F.interpolate(self.resConfUnit2(x), scale_factor=2, mode="bilinear", align_corners=True)
+        return self.out_conv(x)  # (b, c, 2h, 2w)
+
+
+class ResidualConv(nn.Module):
+    """Two 3x3 convs, each behind a ReLU, and the input added. x: (b, c, h, w)."""
+    def __init__(self, features):
+        super().__init__()
+        self.conv1 = nn.Conv2d(features, features, 3, padding=1)
+        self.conv2 = nn.Conv2d(features, features, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.conv2(F.relu(self.conv1(F.relu(x))))
