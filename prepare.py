@@ -1,0 +1,292 @@
+"""Makes shards: tar files of scenes, in the layouts that data.py reads.
+
+    python prepare.py synth                     # synthetic scenes, in both raw layouts, into data/synth
+
+A raw scene is, for every view, `category/scene/frame000001.png`, `..._depth.png` (16-bit PNG whose words are
+float16 bits, 0 where unknown) and `..._metadata.json`. Shards are written under a temporary name and renamed,
+so a shard that exists is whole, and the same arguments give the same bytes: running a command again goes on
+where it stopped. Letters: `v` views, `h w` pixels.
+"""
+
+import argparse
+import io
+import itertools
+import json
+import math
+import os
+import sys
+import tarfile
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import synth
+
+LAYOUTS = ("co3d", "re10k")
+SYNTH_VERSION = 1               # goes up when the same arguments give other pictures
+HELD_OUT = 2**30                # number of the first held-out scene; training scenes count from 0
+SMALLEST = 8                    # pixels a side
+VIEWS_AT_ONCE = 64              # views a render call on an accelerator takes
+PARTIAL = ".partial"            # suffix of a shard that is being written
+# from OpenGL camera axes (right, up, back) to pytorch3d's (left, up, forward)
+PYTORCH3D = np.diag([-1.0, 1.0, -1.0])
+IMAGE_FORMATS = {"png": dict(format="PNG", compress_level=1), "jpg": dict(format="JPEG", quality=95),
+                 "webp": dict(format="WEBP", quality=92)}
+
+
+# ---------------------------------------------------------------------------------------- shards
+
+def write_shard(path, scenes):
+    """Writes scenes, each a list of (member name, bytes), as a tar at `path`. Returns its size in bytes.
+
+    The bytes depend on the members alone: ustar, no times, no owners. The file appears when it is complete.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + PARTIAL)
+    with open(partial, "wb") as file:
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for scene in scenes:
+                for name, content in scene:
+                    member = tarfile.TarInfo(name)      # time, owner and group are 0
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    return path.stat().st_size
+
+
+def image_bytes(image, image_format):
+    """The file of an RGB image (h, w, 3) uint8; `image_format` is a key of IMAGE_FORMATS."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, **IMAGE_FORMATS[image_format])
+    return file.getvalue()
+
+
+def depth_bytes(depth):
+    """The 16-bit PNG of a depth (h, w): words are float16 bits; what is unknown or does not fit is 0."""
+    with np.errstate(over="ignore"):
+        half = depth.astype(np.float16)
+    half[~np.isfinite(half) | (half < 0)] = 0
+    file = io.BytesIO()
+    Image.fromarray(half.view(np.uint16)).save(file, format="PNG", compress_level=1)
+    return file.getvalue()
+
+
+def co3d_metadata(c2w, fov, scale_adjustment):
+    """Metadata of a square view in the co3d layout: OpenGL c2w (4, 4) float64, fov in radians.
+
+    pytorch3d's convention multiplies rows, x_cam = x_world R + T, and focal lengths are in half image sides.
+    """
+    w2c = np.linalg.inv(c2w)
+    focal = 1 / math.tan(fov / 2)
+    return {"R": (PYTORCH3D @ w2c[:3, :3]).T.tolist(), "T": (PYTORCH3D @ w2c[:3, 3]).tolist(),
+            "focal_length": [focal, focal], "principal_point": [0.0, 0.0], "scale_adjustment": scale_adjustment}
+
+
+def re10k_metadata(c2w, fov, size):
+    """Metadata of a square view of `size` pixels in the re10k layout: OpenGL c2w (4, 4), fov in radians."""
+    slope = 2 * math.tan(fov / 2) / size            # of the ray, a pixel
+    corner = -math.tan(fov / 2)
+    return {"extrinsics": c2w.tolist(),
+            "intrinsics": [[slope, 0.0, corner], [0.0, slope, corner], [0.0, 0.0, 1.0]]}
+
+
+def raw_scene(layout, name, images, depths, c2w, fov, image_format="png", scale_adjustment=1.0):
+    """The members of a raw scene `name` (category/scene): a list of (member name, bytes).
+
+    images (v, s, s, 3) uint8, depths (v, s, s) with 0 for unknown, OpenGL c2w (v, 4, 4) float64 in the same
+    unit, fov in radians. `scale_adjustment` is what readers multiply the stored depth by; co3d alone has it.
+    """
+    members = []
+    for i, (image, depth, pose) in enumerate(zip(images, depths, c2w)):
+        frame = f"{name}/frame{i + 1:06d}"
+        if layout == "co3d":
+            metadata, depth = co3d_metadata(pose, fov, scale_adjustment), depth / scale_adjustment
+        else:
+            metadata = re10k_metadata(pose, fov, image.shape[1])
+        members += [(f"{frame}.{image_format}", image_bytes(image, image_format)),
+                    (f"{frame}_depth.png", depth_bytes(depth)),
+                    (f"{frame}_metadata.json", json.dumps(metadata).encode())]
+    return members
+
+
+# ----------------------------------------------------------------------------------------- synth
+
+def synth_plan(args):
+    """The shards of a run: a list of (path, split, layout, scene numbers)."""
+    plan = []
+    for split, first, count in (("train", 0, args.scenes), ("held-out", HELD_OUT, args.held_out)):
+        for offset, layout in enumerate(LAYOUTS):       # even numbers are arcs, and co3d; odd ones re10k
+            numbers = range(first + offset, first + count, len(LAYOUTS))
+            for i in range(0, len(numbers), args.scenes_per_shard):
+                path = Path(args.out) / layout / f"{split}-{i // args.scenes_per_shard:06d}.tar"
+                plan.append((path, split, layout, numbers[i:i + args.scenes_per_shard]))
+    return plan
+
+
+def render_scenes(numbers, args, device):
+    """Renders scenes. Returns (scenes, images (s, v, h, w, 3) uint8, depths, c2w, seconds)."""
+    started = time.perf_counter()
+    scenes = [synth.scene(args.seed, number) for number in numbers]
+    c2w = torch.stack([synth.cameras(scene, args.views) for scene in scenes])
+    fov = torch.tensor([scene.fov for scene in scenes], dtype=torch.float64)
+    images, depths = synth.render(scenes, c2w.to(device), fov, args.size)
+    images = images.add_(1).mul_(127.5).round_().to(torch.uint8).permute(0, 1, 3, 4, 2).contiguous()
+    images, depths = images.cpu().numpy(), depths.cpu().numpy()
+    return scenes, images, depths, c2w.numpy(), time.perf_counter() - started
+
+
+def synth_scene(scene, images, depths, c2w, args):
+    """The members of one rendered scene, in the layout of its number."""
+    layout = LAYOUTS[scene.number % len(LAYOUTS)]
+    # readers multiply it in again: any value must give the same depth
+    scale_adjustment = float(np.random.default_rng([args.seed, scene.number, 1]).uniform(0.5, 2))
+    name = f"{scene.kind}/{scene.number:010d}"
+    return raw_scene(layout, name, images, depths, c2w, scene.fov, args.image_format, scale_adjustment)
+
+
+def synth_scenes(numbers, args, device):
+    """Yields (members, render seconds) of every scene in order, made by threads a few batches ahead.
+
+    torch, zlib and the image coders let go of Python's lock. On a CPU a thread renders one scene after the
+    other on one core; on an accelerator one thread renders batches, and the others only encode.
+    """
+    alone = device.type == "cpu"
+    size = 1 if alone else max(1, VIEWS_AT_ONCE // args.views)
+    batches = deque(numbers[i:i + size] for i in range(0, len(numbers), size))
+    with ThreadPoolExecutor(args.workers if alone else 1, initializer=torch.set_num_threads, initargs=(1,)) \
+            as renderers, ThreadPoolExecutor(args.workers) as encoders:
+        rendered, encoded = deque(), deque()
+        while batches or rendered or encoded:
+            while batches and len(rendered) < 2 * args.workers:
+                rendered.append(renderers.submit(render_scenes, batches.popleft(), args, device))
+            while rendered and (rendered[0].done() or not encoded):
+                scenes, *arrays, seconds = rendered.popleft().result()
+                for scene, *views in zip(scenes, *arrays):
+                    work = encoders.submit(synth_scene, scene, *views, args)
+                    encoded.append((work, seconds / len(scenes)))
+            work, seconds = encoded.popleft()
+            yield work.result(), seconds
+
+
+def check_out(args):
+    """Makes the output folder ready: notes the arguments, or compares them with those noted. ValueError."""
+    out = Path(args.out)
+    note = out / "synth.json"
+    names = ("scenes", "held_out", "views", "size", "seed", "image_format", "scenes_per_shard")
+    arguments = {"version": SYNTH_VERSION} | {name: getattr(args, name) for name in names}
+    shards = sorted(path for layout in LAYOUTS for path in (out / layout).glob("*.tar*"))
+    if note.is_file():
+        try:
+            found = json.loads(note.read_text())
+        except ValueError as err:
+            raise ValueError(f"{note} is no JSON; choose another --out") from err
+        differing = [f"{name.replace('_', '-')} {found.get(name)} there, {value} now"
+                     for name, value in arguments.items() if found.get(name) != value]
+        if differing and not args.overwrite:
+            raise ValueError(f"{out} was made with other arguments ({'; '.join(differing)}): "
+                             "choose another --out, or --overwrite")
+        if args.overwrite:
+            for path in shards:
+                path.unlink()
+    elif shards:
+        raise ValueError(f"{out} holds shards that this command did not make: choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    partial = note.with_name(note.name + PARTIAL)
+    partial.write_text(json.dumps(arguments, indent=1) + "\n")
+    os.replace(partial, note)
+
+
+def run_synth(args):
+    """Renders synthetic scenes into shards of both raw layouts, skipping those that are there."""
+    for name, least in (("scenes", 2), ("held_out", 2), ("views", 2), ("size", SMALLEST), ("seed", 0),
+                        ("workers", 1), ("scenes_per_shard", 1)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be at least {least}")
+    device = pick_device(args.device)
+    check_out(args)
+    plan = synth_plan(args)
+    todo = [shard for shard in plan if not shard[0].is_file()]
+    started, rendering = time.perf_counter(), 0.0
+    made = synth_scenes(list(itertools.chain(*(shard[3] for shard in todo))), args, device)
+    total = args.views * sum(len(shard[3]) for shard in plan)
+    views = args.views * sum(len(shard[3]) for shard in todo)
+    with tqdm(total=total, initial=total - views, unit=" views", desc=f"synth on {device}") as bar:
+
+        def scenes_of(shard):
+            nonlocal rendering
+            for members, seconds in itertools.islice(made, len(shard[3])):
+                rendering += seconds
+                bar.update(args.views)
+                yield members
+
+        for shard in todo:
+            write_shard(shard[0], scenes_of(shard))
+    for split in ("train", "held-out"):
+        for layout in LAYOUTS:
+            shards = [shard for shard in plan if shard[1:3] == (split, layout)]
+            scenes = sum(len(shard[3]) for shard in shards)
+            size = sum(shard[0].stat().st_size for shard in shards)
+            print(f"{Path(args.out) / layout / split}-*.tar: {len(shards)} shards, {scenes} scenes, "
+                  f"{scenes * args.views} views, {size / 1e6:.1f} MB")
+    if views:
+        seconds = time.perf_counter() - started
+        alone = views / rendering * (args.workers if device.type == "cpu" else 1)
+        print(f"{views} views of {args.size}x{args.size} in {seconds:.1f} s: {views / seconds:.0f} views/s, "
+              f"rendering alone {alone:.0f} views/s on {device}")
+    else:
+        print("all of them were there already")
+
+
+# ---------------------------------------------------------------------------------- command line
+
+def pick_device(name):
+    """The torch device of auto | cpu | cuda; auto prefers cuda. ValueError where it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA device here; use --device cpu or auto")
+    return torch.device(name)
+
+
+def parser():
+    """The command line: one sub-command a kind of shard."""
+    top = argparse.ArgumentParser(prog="prepare.py", description=__doc__.split("\n\n")[0])
+    commands = top.add_subparsers(dest="command", required=True, metavar="command")
+    sub = commands.add_parser("synth", help="ray-cast synthetic scenes with exact cameras and depth",
+                              formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    sub.set_defaults(run=run_synth)
+    sub.add_argument("--out", default="data/synth", help="folder of the shards: OUT/co3d and OUT/re10k")
+    sub.add_argument("--scenes", type=int, default=1000, help="training scenes, half in each layout")
+    sub.add_argument("--held-out", type=int, default=100, help="further scenes kept from training")
+    sub.add_argument("--views", type=int, default=8, help="views a scene")
+    sub.add_argument("--size", type=int, default=64, help="pixels a side")
+    sub.add_argument("--seed", type=int, default=0, help="scenes are a function of this and their number")
+    sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to render")
+    sub.add_argument("--image-format", choices=tuple(IMAGE_FORMATS), default="png", help="of the colour images")
+    sub.add_argument("--scenes-per-shard", type=int, default=100, help="scenes in a shard, at most")
+    sub.add_argument("--workers", type=int, default=os.cpu_count(), help="threads")
+    sub.add_argument("--overwrite", action="store_true", help="replace shards made with other arguments")
+    return top
+
+
+def main(argv=None):
+    """Runs a sub-command; bad input ends with one line and exit code 2."""
+    args = parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, OSError) as err:
+        print(f"prepare.py {args.command}: {err}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
