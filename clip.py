@@ -12,11 +12,11 @@ b batch, n tokens, c channels of a tower, d width of the embedding.
 """
 
 import argparse
-import functools
 import gzip
 import html
 import math
 import sys
+import zlib
 from collections import OrderedDict
 from pathlib import Path
 
@@ -31,6 +31,15 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)       # of CLIP's training images, in
 STD = (0.26862954, 0.26130258, 0.27577711)
 MLP_RATIO = 4
 TEMPERATURE = 0.07                               # where logit_scale starts (section 2.5)
+
+VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"      # its first lines after the header are the merges
+MERGES = 48894                                   # of them; the vocabulary is 2 * 256 + MERGES + 2
+START, END = "<|startoftext|>", "<|endoftext|>"
+WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+
+PREFIXES = ("", "cond_stage_model.model.")       # of CLIP's names: in its own files, in zero123's
+NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")    # integers in OpenAI's files
+CROP = 256                                       # pixels: what the model is conditioned on
 
 
 class CLIP(nn.Module):
@@ -65,8 +74,8 @@ class CLIP(nn.Module):
 
         image: (b, 3, h, w) in [-1, 1]; tokens: (texts, context_length) of `Tokenizer.tokenize`.
         """
-        image = F.normalize(self.encode_image(image), dim=-1)
         text = F.normalize(self.encode_text(tokens), dim=-1)
+        image = F.normalize(self.encode_image(image), dim=-1)
         logits = self.logit_scale.exp() * image @ text.T
         return logits, logits.T
 
@@ -162,3 +171,196 @@ class QuickGELU(nn.Module):
     """OpenAI's approximation of GELU; the exact one gives other embeddings."""
     def forward(self, x):
         return x * torch.sigmoid(1.702 * x)
+
+
+class Tokenizer:
+    """CLIP's byte-pair encoding, of lower-cased text. `path` is the vocabulary file.
+
+    Words are cut into bytes, each byte written as one printable character, the last with "</w>"
+    behind it; then neighbours are merged, always the pair that comes first in the vocabulary file.
+    """
+    def __init__(self, path):
+        # imported here because the image tower alone needs neither
+        import ftfy
+        import regex
+        self.fix, self.words = ftfy.fix_text, regex.compile(WORD, regex.IGNORECASE)
+        merges = read_merges(path)
+        self.byte_characters = byte_characters()
+        # the vocabulary lists the bytes that print as themselves before the others
+        characters = sorted(self.byte_characters.values())
+        self.vocabulary = (characters + [c + "</w>" for c in characters]
+                           + ["".join(pair) for pair in merges] + [START, END])
+        self.ids = {token: i for i, token in enumerate(self.vocabulary)}
+        self.ranks = {pair: rank for rank, pair in enumerate(merges)}
+        self.known = {START: [self.ids[START]], END: [self.ids[END]]}    # word -> its token numbers
+
+    def tokenize(self, texts, context_length=77, truncate=False):
+        """Texts to token numbers, zeros behind the end-of-text token: (b, context_length) int64.
+
+        A text that does not fit is a ValueError, or with `truncate` is cut short.
+        """
+        rows = torch.zeros(len(texts), context_length, dtype=torch.int64)
+        for row, text in zip(rows, texts):
+            ids = [self.ids[START], *self.encode(text), self.ids[END]]
+            if len(ids) > context_length and not truncate:
+                raise ValueError(f"text {text[:40]!r}: {len(ids) - 2} tokens, "
+                                 f"at most {context_length - 2} fit")
+            ids[context_length - 1:] = ids[context_length - 1:][-1:]     # when cut, END stays last
+            row[:len(ids)] = torch.tensor(ids)
+        return rows
+
+    def encode(self, text):
+        """The token numbers of a text, without start and end."""
+        text = html.unescape(html.unescape(self.fix(text)))
+        text = " ".join(text.split()).lower()
+        return [i for word in self.words.findall(text) for i in self.encode_word(word)]
+
+    def decode(self, ids):
+        """The text of token numbers, a space behind every word."""
+        codes = {character: byte for byte, character in self.byte_characters.items()}
+        text = bytes(codes[c] for i in ids for c in self.vocabulary[i])
+        return text.decode("utf-8", errors="replace").replace("</w>", " ")
+
+    def encode_word(self, word):
+        if word not in self.known:
+            parts = [self.byte_characters[byte] for byte in word.encode("utf-8")]
+            parts[-1] += "</w>"
+            while len(parts) > 1:
+                pair = min(zip(parts, parts[1:]), key=lambda pair: self.ranks.get(pair, MERGES))
+                if pair not in self.ranks:
+                    break
+                parts = merge(parts, pair)
+            self.known[word] = [self.ids[part] for part in parts]
+        return self.known[word]
+
+
+def merge(parts, pair):
+    """`parts` with every occurrence of `pair`, from the left, joined into one."""
+    merged = []
+    for part in parts:
+        # a joined pair is longer than its first half, so it is not joined again
+        if merged and (merged[-1], part) == pair:
+            merged[-1] += part
+        else:
+            merged.append(part)
+    return merged
+
+
+def byte_characters():
+    """A printable character for each byte: its own where it has one, else one from 256 upwards."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
+                 *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
+def read_merges(path):
+    """The pairs of the vocabulary file, the one to merge first at the front."""
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            lines = file.read().split("\n")
+    except (gzip.BadGzipFile, EOFError, zlib.error, UnicodeDecodeError) as err:
+        raise ValueError(f"{path}: not {VOCABULARY}: {err}") from err
+    merges = [tuple(line.split()) for line in lines[1:MERGES + 1]]
+    if len(merges) < MERGES or any(len(pair) != 2 for pair in merges):
+        raise ValueError(f"{path}: not {VOCABULARY}: found {len(merges)} lines, not {MERGES} pairs")
+    return merges
+
+
+def find_vocabulary(beside="."):
+    """Path of the vocabulary file: in the folder `beside`, or in an installed open_clip or clip.
+
+    It looks for the packages' folders and imports nothing: OpenAI's package has this file's name.
+    """
+    folders = [Path(beside), *(Path(entry) / package for entry in sys.path
+                               for package in ("open_clip", "clip"))]
+    for folder in folders:
+        if (folder / VOCABULARY).is_file():
+            return folder / VOCABULARY
+    raise FileNotFoundError(f"{VOCABULARY} is neither in {Path(beside)} nor in an installed "
+                            "open_clip or clip; try: pip install --no-deps open_clip_torch")
+
+
+def config_from(state):
+    """CLIP's constructor arguments, read off the shapes of its tensors (name -> tensor)."""
+    def layers(tower):
+        return sum(name.startswith(tower) and name.endswith(".ln_1.weight") for name in state)
+
+    try:
+        vision_width, _, patch_size, _ = state["visual.conv1.weight"].shape
+        vocab_size, text_width = state["token_embedding.weight"].shape
+        grid = math.isqrt(len(state["visual.positional_embedding"]) - 1)
+        return dict(
+            embed_dim=state["visual.proj"].shape[1], image_resolution=grid * patch_size,
+            vision_layers=layers("visual.transformer."), vision_width=vision_width,
+            vision_patch_size=patch_size, context_length=len(state["positional_embedding"]),
+            vocab_size=vocab_size, transformer_width=text_width,
+            transformer_heads=text_width // HEAD_WIDTH, transformer_layers=layers("transformer."))
+    except KeyError as err:
+        raise ValueError(f"not a whole CLIP: tensor {err} is missing") from err
+
+
+def from_state(state):
+    """The CLIP, of whatever size, that these tensors (name -> tensor) are; in fp32."""
+    with torch.device("meta"):
+        clip = CLIP(**config_from(state))
+    for name, parameter in clip.named_parameters():
+        if name not in state or state[name].shape != parameter.shape:
+            found = f"has shape {tuple(state[name].shape)}" if name in state else "is missing"
+            raise ValueError(f"tensor {name} {found}, expected {tuple(parameter.shape)}")
+    unknown = sorted(set(state) - set(clip.state_dict()))
+    if unknown:
+        raise ValueError(f"{len(unknown)} tensors are not CLIP's, the first is {unknown[0]}")
+    # OpenAI's files hold most of it in half precision
+    clip.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
+    return clip.eval()
+
+
+def load(paths):
+    """The CLIP in one or more weight files, an earlier file's tensors before a later one's.
+
+    OpenAI's state dicts and zero123 checkpoints, in every container of checkpoint.py.
+    """
+    import checkpoint
+    state = {}
+    for path in paths:
+        file = checkpoint.read(path)
+        prefix = next((p for p in PREFIXES if p + "visual.proj" in file), None)
+        if prefix is None:
+            raise ValueError(f"{path}: found {len(file)} tensors but no CLIP image tower, neither "
+                             + " nor ".join(p + "visual.proj" for p in PREFIXES))
+        names = [name for name in file if name.startswith(prefix)]
+        state = {name[len(prefix):]: file[name] for name in names} | state
+    return from_state({name: state[name] for name in state if name not in NOT_WEIGHTS})
+
+
+def read_image(path):
+    """An image file's central square as the model sees it: (1, 3, 256, 256) in [-1, 1]."""
+    image = Image.open(path).convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    image = ImageOps.fit(image, (CROP, CROP), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Which of the texts does CLIP see in the image?")
+    parser.add_argument("image", help="an image file")
+    parser.add_argument("--text", nargs="+", required=True, help="what may be in it")
+    parser.add_argument("--weights", nargs="+", required=True,
+                        help="OpenAI's state dict; or a zero123 checkpoint, then OpenAI's")
+    parser.add_argument("--vocabulary", help=f"{VOCABULARY}; found in open_clip or clip by itself")
+    args = parser.parse_args(argv)
+    try:
+        tokens = Tokenizer(args.vocabulary or find_vocabulary()).tokenize(args.text)
+        image = read_image(args.image)
+        with torch.inference_mode():
+            logits, _ = load(args.weights)(image, tokens)
+    except (ValueError, OSError) as err:
+        print(f"clip.py: {err}", file=sys.stderr)
+        sys.exit(2)
+    for probability, text in zip(logits[0].softmax(dim=0).tolist(), args.text):
+        print(f"{probability:6.1%}  {text}")
+
+
+if __name__ == "__main__":
+    main()
