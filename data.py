@@ -12,10 +12,12 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import re
 import signal
-import tempfile
+import struct
+import uuid
 import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -124,8 +126,9 @@ def tar_members(path):
 def tar_header(header):
     """(name, size, type) of a 512-byte header. Raises ValueError."""
     claimed, counted = tar_number(header[148:156]), header[:148] + b" " * 8 + header[156:]
-    if claimed not in (sum(counted), sum(counted) - 256 * sum(byte > 127 for byte in counted)):
-        raise ValueError(f"bad header: checksum {claimed}, its bytes give {sum(counted)}")
+    total = sum(counted)        # some old writers summed signed bytes
+    if claimed != total and claimed != total - 256 * sum(byte > 127 for byte in counted):
+        raise ValueError(f"bad header: checksum {claimed}, its bytes give {total}")
     name, kind = tar_text(header[:100]), header[156:157]
     if kind == b"S":
         raise ValueError("a sparse member")
@@ -220,18 +223,16 @@ class Shard:
         arrays = {name: getattr(self, name) for name in self.ARRAYS}
         arrays["meta"] = np.frombuffer(json.dumps(meta).encode(), np.uint8)
         for place in self.places():
+            unfinished = place.with_name(f"{place.name}.{uuid.uuid4().hex[:8]}")
             try:
                 place.parent.mkdir(parents=True, exist_ok=True)
-                descriptor, unfinished = tempfile.mkstemp(dir=place.parent, prefix=place.name)
-            except OSError:         # a read-only folder: the next place, or none
-                continue
-            try:
-                with open(descriptor, "wb") as file:
+                with open(unfinished, "xb") as file:
                     np.savez(file, **arrays)
                 os.replace(unfinished, place)
                 return
-            except OSError:         # a full disk
-                os.unlink(unfinished)
+            except OSError:         # a read-only folder, a full disk: the next place, or none
+                if unfinished.exists():
+                    unfinished.unlink()
 
     def build(self):
         """One pass over the headers. What cannot be used goes to `problems`."""
@@ -337,7 +338,9 @@ def decode_image(data, side, where="image"):
     if "A" in image.mode or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    pixels = centre(np.asarray(image.convert("RGB")), side)
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    pixels = centre(np.asarray(image), side)
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())       # (3, s, s)
 
 
@@ -449,7 +452,7 @@ def find_shards(folder, pattern):
     paths = []
     for name in expand(str(Path(folder) / pattern)):
         found = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else [name]
-        found = [path for path in found if os.path.isfile(path) and not path.endswith(INDEX_SUFFIX)]
+        found = [path for path in found if os.path.isfile(path) and INDEX_SUFFIX not in path]
         if not found:
             raise FileNotFoundError(f"no shards at {name}: `python prepare.py synth` makes some, "
                                     "--data=FOLDER says where they are")
@@ -565,7 +568,7 @@ class SourceReader:
             known = self.scene(scene)
             item = {"image_cond": self.image(scene, cond),
                     "image_target": self.image(scene, target),
-                    "cond_c2w": known.c2w[cond], "target_c2w": known.c2w[target]}
+                    "cond_c2w": known.c2w[cond].clone(), "target_c2w": known.c2w[target].clone()}
             if mode in DEPTH_MODES:
                 item["depth_cond"] = torch.from_numpy(self.depth(scene, cond))
             nearplane = self.nearplane(scene) if mode == NEARPLANE_MODE else np.nan
@@ -610,43 +613,47 @@ class Pairs(Dataset):
         if ordered:             # round c takes the c-th pair of every scene that has so many
             counts = np.concatenate([reader.counts for reader in readers])
             self.pairs_of = counts * (counts - 1)
-            self.scene_order = np.argsort(self.words(count=len(counts)), kind="stable")
+            order = sorted(range(len(counts)), key=lambda scene: self.words("scene", scene))
+            self.scene_order = np.array(order)
             upto = np.searchsorted(np.sort(self.pairs_of), np.arange(self.pairs_of.max()), "right")
             self.rounds = np.cumsum(len(counts) - upto)
 
     def __len__(self):
         return 1 << 62 if self.rounds is None else int(self.rounds[-1])
 
-    def words(self, *numbers, count=4):
-        """Random 64-bit words of some numbers; NumPy keeps SeedSequence the same for good."""
-        entropy = [self.seed, *numbers]
-        return np.random.SeedSequence(entropy).generate_state(count, np.uint64)
+    def words(self, *key):
+        """Four random 64-bit words that belong to the seed and a key."""
+        text = " ".join(map(str, (self.seed, *key)))
+        return struct.unpack("<4Q", hashlib.blake2b(text.encode(), digest_size=32).digest())
 
     def draw(self, k, attempt=0):
         """(source, scene, cond view, target view) of pair k, after `attempt` damaged draws."""
         if self.rounds is not None:
-            found = self.draw_in_order(k)
-            source = found[0]
+            source, *views = self.draw_in_order(k)
             if not attempt:
-                return found
+                return source, *views
         else:                   # min: the shares may sum to a hair less than 1
             source = int(np.searchsorted(self.shares, self.words(k, 0)[0] / 2.0**64, "right"))
             source = min(source, len(self.readers) - 1)
         reader, words = self.readers[source], self.words(k, attempt)
-        scene = below(words[1], len(reader))
+        scene = words[1] * len(reader) >> 64                    # uniform, to len / 2^64
         n = int(reader.counts[scene])
-        return source, scene, *distinct(below(words[2], n * (n - 1)), n)
+        return source, scene, *distinct(words[2] * n * (n - 1) >> 64, n)
 
     def draw_in_order(self, k):
-        """The same for the fixed pass."""
+        """The same for the fixed pass: round c shows pair start + c * stride of each scene."""
         c = int(np.searchsorted(self.rounds, k, "right"))
         place = k - (int(self.rounds[c - 1]) if c else 0)
         scene = int(self.scene_order[self.pairs_of[self.scene_order] > c][place])
-        order = np.argsort(self.words(0, scene, count=int(self.pairs_of[scene])), kind="stable")
+        pairs = int(self.pairs_of[scene])
+        start, stride, *_ = self.words("pair", scene)
+        while math.gcd(stride, pairs) > 1:                      # all pairs before any again
+            stride += 1
         source = 0
         while scene >= len(self.readers[source]):
             scene, source = scene - len(self.readers[source]), source + 1
-        return source, scene, *distinct(int(order[c]), int(self.readers[source].counts[scene]))
+        n = int(self.readers[source].counts[scene])
+        return source, scene, *distinct((start + c * stride) % pairs, n)
 
     def __getitem__(self, k):
         if not 0 <= k < len(self):
@@ -662,11 +669,6 @@ class Pairs(Dataset):
                 damage.append(f"{reader.name}\t{err.reason}\t{' '.join(str(err).split())}")
         found = sorted({line.split("\t")[2] for line in damage})
         raise ValueError(f"source {reader.name!r}: {MAX_DRAWS} damaged draws on end: {some(found)}")
-
-
-def below(word, count):
-    """A random 64-bit word -> 0..count-1, uniform up to count / 2^64."""
-    return int(word) * count >> 64
 
 
 def distinct(number, n):
