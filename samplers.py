@@ -1,8 +1,8 @@
 """Samplers: from pure noise to a clean latent, with a network that predicts the noise.
 
 DDIM (arXiv:2010.02502), DPM-Solver++(2M) (arXiv:2211.01095), UniPC (arXiv:2302.04867), and
-classifier-free guidance (arXiv:2207.12598). Every sampler follows a function `eps(z_t, t)` of the
-noisy latent (b, c, h, w) and the timestep, a python number; `guided` makes that function of a network.
+classifier-free guidance (arXiv:2207.12598). Every sampler follows a function `eps(z_t, t)` of
+the noisy latent (b, c, h, w) and the timestep, a python number; `guided` makes it of a network.
 `abar` is the schedule's alpha-bar at timesteps 0 .. n-1. b batch, c channels, h w latent grid.
 """
 
@@ -17,14 +17,19 @@ TIMESTEPS = 1000                    # of the schedule that the published models 
 EVERYWHERE = (0, TIMESTEPS)         # guidance interval: the timesteps at which guidance acts
 
 
+@torch.no_grad()
 def novel_views(model, image_cond, T, numbers, seed=0, sampler="ddim", steps=50, eta=1.0,
                 guidance=3.0, interval=EVERYWHERE, spacing="auto", watch=None):
     """Views of what `image_cond` shows, as the camera conditioning T asks: (b, 3, h, w) in [-1, 1].
 
-    image_cond (b, 3, h, w) in [-1, 1], T (b, d). The noise of row i is a function of (seed,
-    numbers[i]) alone, so equal numbers share their noise and the batch size changes nothing.
+    image_cond (b, 3, h, w) in [-1, 1], or (1, 3, h, w) for all views, which encodes it once; T
+    (b, d). The noise of row i is a function of (seed, numbers[i]) alone, so equal numbers share
+    their noise and the batch size changes nothing. The rest is as in `guided` and `sample`.
     """
-    z_cond, context = model.condition(image_cond, T)
+    dtype = next(model.model.parameters()).dtype
+    z_cond = model.encode(image_cond)[0].to(dtype).expand(len(T), -1, -1, -1)
+    embedding = model.embed(image_cond).expand(len(T), -1)
+    context = model.context(embedding, T.to(z_cond.device)).to(dtype)
     shape, device = z_cond.shape[1:], z_cond.device
     z_T = gaussian(seed, numbers, 0, shape, device)
     z_0 = sample(guided(model.eps, z_cond, context, guidance, interval), z_T, model.alphas_cumprod,
@@ -34,7 +39,7 @@ def novel_views(model, image_cond, T, numbers, seed=0, sampler="ddim", steps=50,
 
 
 def gaussian(seed, numbers, position, shape, device="cpu"):
-    """Standard normal (b, *shape); row i depends on (seed, numbers[i], position) and nothing else."""
+    """Standard normal (b, *shape); row i depends on (seed, numbers[i], position) alone."""
     rows = {}
     for number in set(numbers):
         state = np.random.SeedSequence((seed, number, position)).generate_state(1, np.uint64)
@@ -56,9 +61,9 @@ def guided(eps, z_cond, context, guidance=3.0, interval=EVERYWHERE):
     def follow(z_t, t):
         t_b = torch.full((len(z_t),), float(t), device=z_t.device)
         if guidance == 1 or not low <= t <= high:
-            return eps(z_t, t_b, z_cond, context).to(z_t.dtype)
-        both = eps(torch.cat([z_t, z_t]), torch.cat([t_b, t_b]), *zeros_first).to(z_t.dtype)
-        unconditional, conditional = both.chunk(2)
+            return eps(z_t.to(z_cond.dtype), t_b, z_cond, context).to(z_t.dtype)
+        both = eps(torch.cat([z_t, z_t]).to(z_cond.dtype), torch.cat([t_b, t_b]), *zeros_first)
+        unconditional, conditional = both.to(z_t.dtype).chunk(2)
         return unconditional + guidance * (conditional - unconditional)
 
     return follow
@@ -105,7 +110,7 @@ def ddim_timesteps(steps, n=TIMESTEPS):
 def reference_timesteps(steps, n=TIMESTEPS):
     """The timesteps that the reference's DDIM runs, ascending: 1, 21, ..., 961 for 50 of 1000.
 
-    # quirk: the noisiest timestep of its table is never run, so `steps` gives steps - 1 evaluations.
+    # quirk: the noisiest timestep of its table is never run: steps - 1 evaluations.
     """
     if not 2 <= steps <= n // 2:
         raise ValueError(f"{steps} sampling steps: the reference's schedule can have 2 to {n // 2}")
@@ -186,7 +191,7 @@ def solve(eps, z_t, t, levels, watch, correct):
 
 
 def corrected(start, z_0, alpha, sigma, lam, k):
-    """The latent at step k again, now that z_0[k] is known: UniC of arXiv:2302.04867, B(h) = bh2."""
+    """The latent at step k again, now that z_0[k] is known: UniC, arXiv:2302.04867, with bh2."""
     h = lam[k] - lam[k - 1]
     phi_1 = math.expm1(-h)
     change = 0.5 * (z_0[k] - z_0[k - 1])

@@ -10,7 +10,7 @@ from golden import assert_close, case, network_input
 
 
 def analytic(name):
-    """(eps network, its conditions z_cond and context, z_T, noise(k), abar) of a golden ddim case."""
+    """(network, its conditions z_cond and context, z_T, noise(k), abar) of a golden ddim case."""
     about, _ = case(name)
     _, schedule = case("schedule")
     shape = (about["batch"], *about["shape"])
@@ -97,3 +97,51 @@ def test_a_network_that_knows_the_clean_latent_ends_exactly_there(sampler, spaci
 
     found = samplers.sample(eps, z_T, abar, sampler, 12, 0, spacing=spacing)
     assert_close(found, clean)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 16, 20, 37])
+@pytest.mark.parametrize("spacing", ["trailing", "logsnr"])
+@pytest.mark.parametrize("sampler", ["dpm++", "unipc"])
+def test_solvers_equal_those_of_diffusers(sampler, spacing, steps):
+    diffusers = pytest.importorskip("diffusers", reason="diffusers, the oracle, is not installed")
+    eps, z_cond, context, z_T, _, abar = analytic("ddim_S10_eta0")
+    follow = samplers.guided(eps, z_cond, context, 3.0)
+    common = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
+                  solver_order=2, final_sigmas_type="zero", timestep_spacing="trailing")
+    if sampler == "dpm++":
+        oracle = diffusers.DPMSolverMultistepScheduler(
+            **common, solver_type="midpoint", use_lu_lambdas=spacing == "logsnr")
+    else:
+        oracle = diffusers.UniPCMultistepScheduler(
+            **common, solver_type="bh2", use_exponential_sigmas=spacing == "logsnr")
+    oracle.set_timesteps(steps)
+    # diffusers rounds the timestep that goes into the network (to the nearest, or down); ours is
+    # fractional where the noise level lies between two, so that is what both solvers are given
+    t, _ = samplers.grid(abar, steps, spacing)
+    assert (torch.tensor(t) - oracle.timesteps).abs().max() <= 1
+    z_t = z_T
+    for ours, theirs in zip(t, oracle.timesteps):
+        z_t = oracle.step(follow(z_t, ours), theirs, z_t).prev_sample
+    assert_close(samplers.sample(follow, z_T, abar, sampler, steps, spacing=spacing), z_t)
+
+
+# Halving the step divides the error by 2 to the method's order, here from 8 steps to 128. UniPC's
+# corrector makes it better than its predictor's order 2 by up to one.
+ORDERS = {"ddim": (0.8, 1.3), "dpm++": (1.8, 2.4), "unipc": (1.8, 3.3)}
+
+
+@pytest.mark.parametrize("sampler", ORDERS)
+def test_error_falls_with_the_order_of_the_method(sampler):
+    eps, z_cond, context, z_T, _, abar = analytic("ddim_S10_eta0")
+    double = [x.double() for x in (z_cond, context, z_T)]
+    follow = samplers.guided(eps, *double[:2], 3.0)
+
+    def solution(sampler, steps):
+        return samplers.sample(follow, double[2], abar, sampler, steps, 0, spacing="logsnr")
+
+    exact = solution("unipc", 1000)
+    errors = [(solution(sampler, steps) - exact).norm().item() for steps in (8, 16, 32, 64, 128)]
+    print(errors)
+    low, high = ORDERS[sampler]
+    assert low < math.log2(errors[0] / errors[-1]) / 4 < high
+    assert errors == sorted(errors, reverse=True)

@@ -1,0 +1,264 @@
+"""Camera paths: where the cameras of new views stand, from a named motion or a file of poses.
+
+The world has z up. The unit of length is the distance from the photo's camera to the point that it
+looks at, which is the origin; the photo's camera stands at azimuth 0. Cameras are OpenGL (x right,
+y up, z back) camera-to-world matrices `c2w`, float64. n cameras.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from camera import look_at, opengl_from_opencv, relative_pose
+
+# name: (default of --by, what it does, with that default)
+MOTIONS = {
+    "orbit": (360.0, "circle around the scene, by 360 degrees"),
+    "swing": (30.0, "circle to and fro, by 30 degrees to each side"),
+    "spiral": (0.25, "two turns in front of the scene, out to 0.25 and back"),
+    "dolly": (0.4, "forwards by 0.4"),
+    "truck": (0.4, "to the right by 0.4"),
+    "pedestal": (0.3, "upwards by 0.3"),
+    "pan": (30.0, "turn to the right on the spot, by 30 degrees"),
+    "tilt": (20.0, "turn upwards on the spot, by 20 degrees"),
+    "zoom": (1.5, "stay, and narrow the field of view until things look 1.5 times as large"),
+}
+SPIRAL_TURNS = 2
+GRID_AZIMUTHS = (-40.0, -20.0, 0.0, 20.0, 40.0)
+GRID_ELEVATIONS = (20.0, 0.0, -20.0)
+STEEPEST = 89.0                     # degrees of elevation; straight above, no direction is "up"
+RIGID = 1e-3                        # largest error of a rotation matrix, as files round it
+
+
+@dataclass
+class Cameras:
+    """A path: the photo's camera, and the cameras of the views."""
+    cond_c2w: torch.Tensor          # (4, 4)
+    c2w: torch.Tensor               # (n, 4, 4)
+    fov: torch.Tensor               # (n,) radians
+    closed: bool = False            # the last view leads back to the first
+
+    def __len__(self):
+        return len(self.c2w)
+
+
+# ---- named motions
+
+def around(azimuth, elevation, radius):
+    """Cameras (n, 4, 4) that look at the origin. azimuth, elevation in degrees, radius: (n,) each.
+
+    Raises ValueError where a camera would stand straight above or below the origin, or in it.
+    """
+    azimuth, elevation, radius = (torch.as_tensor(x, dtype=torch.float64) for x in
+                                  (azimuth, elevation, radius))
+    azimuth, elevation, radius = torch.broadcast_tensors(azimuth, elevation, radius)
+    if not (elevation.abs() <= STEEPEST).all():
+        found = elevation.flatten()[elevation.abs().argmax()].item()
+        raise ValueError(f"an elevation of {found:g} degrees: it must lie within "
+                         f"{-STEEPEST:g} .. {STEEPEST:g}")
+    if not (radius > 0).all():
+        raise ValueError(f"a radius of {radius.min().item():g}: it must be more than 0")
+    a, e = torch.deg2rad(azimuth), torch.deg2rad(elevation)
+    outwards = torch.stack([e.cos() * a.cos(), e.cos() * a.sin(), e.sin()], dim=-1)
+    position = outwards * radius[..., None]
+    return look_at(position, torch.zeros_like(position))
+
+
+def motion(name, views, by, fov, elevation):
+    """The Cameras of a named motion of MOTIONS, the first of them the photo's own.
+
+    by: how far, in degrees, in distances to the origin, or (zoom) times as large; a negative one
+    goes the other way. fov in radians, elevation of the photo's camera in degrees.
+    """
+    check_views(views)
+    closed = name in ("spiral", "swing") or name == "orbit" and by != 0 and by % 360 == 0
+    s = torch.arange(views, dtype=torch.float64) / (views if closed else max(views - 1, 1))
+    cond, fovs = around(0.0, elevation, 1.0), torch.full((views,), fov, dtype=torch.float64)
+    c2w = cond.repeat(views, 1, 1)
+    if name == "orbit":
+        c2w = around(s * by, elevation, 1.0)
+    elif name == "swing":
+        c2w = around(by * torch.sin(2 * math.pi * s), elevation, 1.0)
+    elif name == "spiral":
+        angle, radius = 2 * math.pi * SPIRAL_TURNS * s, by * torch.sin(math.pi * s)
+        offset = torch.stack([radius * angle.cos(), radius * angle.sin(), 0 * s], dim=-1)
+        position = cond[:3, 3] + offset @ cond[:3, :3].T
+        c2w = look_at(position, torch.zeros_like(position))
+    elif name in ("dolly", "truck", "pedestal"):
+        right, up, back = cond[:3, :3].T
+        c2w[:, :3, 3] += s[:, None] * by * {"dolly": -back, "truck": right, "pedestal": up}[name]
+    elif name == "pan":
+        c2w[:, :3, :3] = rotation("z", -torch.deg2rad(s * by)) @ cond[:3, :3]
+    elif name == "tilt":
+        c2w[:, :3, :3] = cond[:3, :3] @ rotation("x", torch.deg2rad(s * by))
+    elif name == "zoom":
+        if by <= 0:
+            raise ValueError(f"a zoom to {by:g} times the size: it must be more than 0")
+        fovs = 2 * torch.atan(math.tan(fov / 2) / by**s)
+    else:
+        raise ValueError(f"motion {name!r} is not known, it is one of {', '.join(MOTIONS)}")
+    return Cameras(cond, c2w, fovs, closed)
+
+
+def rotation(axis, angle):
+    """Rotations (n, 3, 3) by angle (n,) radians about "x" or "z", by the right-hand rule."""
+    c, s, o = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    one = torch.ones_like(angle)
+    entries = {"x": (one, o, o, o, c, -s, o, s, c), "z": (c, -s, o, s, c, o, o, o, one)}[axis]
+    return torch.stack(entries, dim=-1).unflatten(-1, (3, 3))
+
+
+def grid(fov, elevation):
+    """The Cameras of a contact sheet, row by row: GRID_ELEVATIONS down, GRID_AZIMUTHS across."""
+    azimuths = torch.tensor(GRID_AZIMUTHS).repeat(len(GRID_ELEVATIONS))
+    rises = torch.tensor(GRID_ELEVATIONS).repeat_interleave(len(GRID_AZIMUTHS))
+    fovs = torch.full((len(azimuths),), fov, dtype=torch.float64)
+    return Cameras(around(0.0, elevation, 1.0), around(azimuths, elevation + rises, 1.0), fovs)
+
+
+def poses(texts, fov, elevation):
+    """The Cameras of "azimuth,elevation,radius" texts.
+
+    Degrees to the right and upwards of the photo's camera; distance to the origin, 1 the photo's.
+    """
+    numbers = []
+    for text in texts:
+        try:
+            azimuth, rise, radius = (float(part) for part in text.split(","))
+        except ValueError as err:
+            raise ValueError(f"--pose {text!r}: three numbers azimuth,elevation,radius are needed, "
+                             "for example 30,10,1") from err
+        if not all(map(math.isfinite, (azimuth, rise, radius))):
+            raise ValueError(f"--pose {text!r}: the numbers must be finite")
+        numbers.append((azimuth, elevation + rise, radius))
+    fovs = torch.full((len(numbers),), fov, dtype=torch.float64)
+    return Cameras(around(0.0, elevation, 1.0), around(*zip(*numbers)), fovs)
+
+
+def check_views(views):
+    if views < 1:
+        raise ValueError(f"a path of {views} views: it needs at least 1")
+
+
+# ---- files of poses
+
+def read(path, fov):
+    """The Cameras of a file; the first is taken as the photo's, the unit of length is the file's.
+
+    Reads a JSON list of camera-to-world matrices (OpenGL, 3x4 or 4x4), nerfstudio's
+    transforms.json, RealEstate10K's camera text, and COLMAP's images.txt (in the order of its
+    names). A camera whose file does not tell the field of view gets `fov` (radians).
+    Raises ValueError that names file and camera, for other files and for poses that are not rigid.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text()
+    except UnicodeDecodeError as err:
+        raise ValueError(f"{path}: is not a text file of camera poses") from err
+    try:
+        c2w, fovs = from_json(text, fov) if path.suffix == ".json" else from_text(text, fov)
+    except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError,
+            torch.linalg.LinAlgError) as err:
+        reason = f"{err} is missing" if isinstance(err, KeyError) else str(err).splitlines()[0]
+        raise ValueError(
+            f"{path}: is no path (a JSON list of c2w matrices, transforms.json, RealEstate10K text "
+            f"or COLMAP images.txt): {reason}") from err
+    if not len(c2w):
+        raise ValueError(f"{path}: holds no camera")
+    check_rigid(c2w, path)
+    for number, found in enumerate(fovs.tolist()):
+        if not 0 < found < math.pi:
+            raise ValueError(f"{path}: camera {number} has a field of view of "
+                             f"{math.degrees(found):g} degrees, it must lie between 0 and 180")
+    return Cameras(c2w[0], c2w, fovs)
+
+
+def check_rigid(c2w, path):
+    """Raises ValueError for the first of the matrices (n, 4, 4) that is no rotation and shift."""
+    for number, pose in enumerate(c2w):
+        turn = pose[:3, :3]
+        error = (turn @ turn.T - torch.eye(3, dtype=turn.dtype)).abs().max().item()
+        if not pose.isfinite().all():
+            problem = "holds numbers that are not finite"
+        elif (pose[3] - pose.new_tensor([0.0, 0.0, 0.0, 1.0])).abs().max() > RIGID:
+            problem = "has a last row other than 0 0 0 1"
+        elif not error <= RIGID:
+            problem = f"is not rigid (its rotation times its transpose is off by {error:.2g})"
+        elif torch.linalg.det(turn) < 0:
+            problem = "mirrors (the determinant of its rotation is negative)"
+        else:
+            continue
+        raise ValueError(f"{path}: camera {number} {problem}")
+
+
+def matrices(rows):
+    """Nested lists of 3x4 or 4x4 matrices -> (n, 4, 4) float64."""
+    rows = [row + [[0.0, 0.0, 0.0, 1.0]] if len(row) == 3 else row for row in rows]
+    found = torch.tensor(rows, dtype=torch.float64)
+    if found.shape[1:] != (4, 4) and rows:
+        raise ValueError(f"matrices of shape {list(found.shape[1:])}, they must be 3x4 or 4x4")
+    return found.reshape(-1, 4, 4)
+
+
+def from_json(text, fov):
+    """(c2w (n, 4, 4), fov (n,)) of a list of matrices, or of nerfstudio's transforms.json."""
+    stored = json.loads(text)
+    if isinstance(stored, list):
+        return matrices(stored), torch.full((len(stored),), fov, dtype=torch.float64)
+    fovs = []
+    for frame in stored["frames"]:
+        known = {**stored, **frame}
+        if "fl_x" in known and "w" in known:
+            short_side = min(known["w"], known.get("h", known["w"]))
+            fovs.append(2 * math.atan(short_side / 2 / known["fl_x"]))
+        else:
+            fovs.append(known.get("camera_angle_x", fov))
+    c2w = matrices([frame["transform_matrix"] for frame in stored["frames"]])
+    return c2w, torch.tensor(fovs, dtype=torch.float64)
+
+
+def from_text(text, fov):
+    """(c2w (n, 4, 4), fov (n,)) of RealEstate10K's camera text, or of COLMAP's images.txt."""
+    lines = [line.split() for line in text.splitlines() if not line.startswith("#")]
+    # RealEstate10K: a link; lines of time, fx, fy, cx, cy (of widths, heights), 0, 0, 3x4 w2c
+    numbers = 19
+    if any(len(line) == numbers for line in lines):
+        rows = [list(map(float, line)) for line in lines if len(line) > 1]
+        short = [min(line) for line in rows if len(line) != numbers]
+        if short:
+            raise ValueError(f"a line has {len(short)} numbers, {numbers} are needed")
+        w2c = matrices([[row[7:11], row[11:15], row[15:19]] for row in rows])
+        fovs = [2 * math.atan(0.5 / max(row[1], row[2])) for row in rows]
+        return opengl_from_opencv(torch.linalg.inv(w2c)), torch.tensor(fovs, dtype=torch.float64)
+    # COLMAP: two lines an image, the second (its points, perhaps none) is not needed
+    images = sorted((line for line in lines[::2] if line), key=lambda line: line[9])
+    w2c = torch.eye(4, dtype=torch.float64).repeat(len(images), 1, 1)
+    for row, line in zip(w2c, images):
+        row[:3, :3] = from_quaternion(*map(float, line[1:5]))
+        row[:3, 3] = torch.tensor([float(x) for x in line[5:8]])
+    return opengl_from_opencv(torch.linalg.inv(w2c)), torch.full((len(images),), fov).double()
+
+
+def from_quaternion(w, x, y, z):
+    """Rotation matrix (3, 3) of a quaternion, which need not have length 1."""
+    n = 2 / (w * w + x * x + y * y + z * z)
+    return torch.tensor([
+        [1 - n * (y * y + z * z), n * (x * y - w * z), n * (x * z + w * y)],
+        [n * (x * y + w * z), 1 - n * (x * x + z * z), n * (y * z - w * x)],
+        [n * (x * z - w * y), n * (y * z + w * x), 1 - n * (x * x + y * y)]], dtype=torch.float64)
+
+
+def write(path, cameras, size, files, cond_file):
+    """Writes nerfstudio's transforms.json: the photo, then the views, squares of `size` pixels."""
+    def frame(file, c2w, fov):
+        focal = size / 2 / math.tan(fov / 2)
+        return {"file_path": file, "fl_x": focal, "fl_y": focal, "transform_matrix": c2w.tolist()}
+
+    fovs = cameras.fov.tolist()
+    frames = [frame(cond_file, cameras.cond_c2w, fovs[0])]
+    frames += [frame(file, c2w, fov) for file, c2w, fov in zip(files, cameras.c2w, fovs)]
+    shared = {"camera_model": "PINHOLE", "w": size, "h": size, "cx": size / 2, "cy": size / 2}
+    Path(path).write_text(json.dumps({**shared, "frames": frames}, indent=1))
