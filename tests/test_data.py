@@ -1,0 +1,901 @@
+"""data.py against the reference's shards and Python's tarfile, and its order against itself."""
+
+import io
+import itertools
+import json
+import math
+import os
+import pickle
+import shutil
+import struct
+import tarfile
+import zlib
+from collections import Counter
+
+import golden
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import camera
+import data
+from configs import Source
+
+SIDE = 8                        # pixels of the images made here
+SHARDS = golden.FOLDER / "shards"
+GEOMETRY, GEOMETRY_ARRAYS = golden.case("geometry")
+FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+BOUNDED = settings(max_examples=80, deadline=None, derandomize=True, database=None,
+                   suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+# ---- shards made here
+
+def encoded(pixels, **options):
+    """An image file of an array or Pillow image; PNG unless format= says otherwise."""
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    file = io.BytesIO()
+    image.save(file, options.pop("format", "PNG"), **options)
+    return file.getvalue()
+
+
+def depth_png(depth):
+    return encoded(np.asarray(depth, np.float16).view(np.uint16))
+
+
+def co3d_metadata(view=0, **changes):
+    angle = 0.3 * view
+    R = [[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0], [0, 0, 1]]
+    return {"R": R, "T": [0.1 * view, 0.2, 3.0 + view], "focal_length": [2.0, 2.5],
+            "principal_point": [0.0, 0.0], "scale_adjustment": 0.5, **changes}
+
+
+def re10k_metadata(view=0, **changes):
+    extrinsics = np.eye(4)
+    extrinsics[:3, 3] = view, 0.5, 2 * view
+    intrinsics = np.linalg.inv([[300.0, 0, 128], [0, 300, 128], [0, 0, 1]])
+    return {"extrinsics": extrinsics.tolist(), "intrinsics": intrinsics.tolist(), **changes}
+
+
+def scene_members(scene, views=3, side=SIDE, metadata=co3d_metadata):
+    """{member name: bytes} of a sound scene; every image is of another colour."""
+    members = {}
+    for view in range(views):
+        digest = zlib.crc32(f"{scene} {view}".encode()).to_bytes(4, "big")
+        colour = np.frombuffer(digest[:3], np.uint8)
+        frame = f"{scene}/frame{view + 1:06}"
+        members[frame + ".png"] = encoded(np.broadcast_to(colour, (side, side, 3)).copy())
+        members[frame + "_depth.png"] = depth_png(np.full((side, side), 1.0 + view))
+        members[frame + "_metadata.json"] = json.dumps(metadata(view)).encode()
+    return members
+
+
+def write_tar(path, members, format=tarfile.USTAR_FORMAT):
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def write_source(folder, name, scenes, shards=1, **options):
+    """Shards NAME-000000.tar ... of `scenes` scenes each; returns their SourceReader."""
+    for shard in range(shards):
+        members = {}
+        for scene in range(scenes):
+            members |= scene_members(f"{name}/scene_{shard}_{scene}", **options)
+        write_tar(folder / f"{name}-{shard:06}.tar", members)
+    return read_source(folder, f"{name}-*.tar", name=name)
+
+
+def read_source(folder, pattern, name="here", format="co3d", side=SIDE):
+    return data.SourceReader(Source(name, format, pattern, 1.0), folder, side)
+
+
+def all_pairs(reader, mode="7dof", seed=0, **options):
+    return data.Pairs([reader], [1.0], seed, reader.image_size, mode, **options)
+
+
+@pytest.fixture
+def golden_shards(tmp_path):
+    """The golden shards where indexes may be written beside them."""
+    return shutil.copytree(SHARDS, tmp_path / "shards", copy_function=shutil.copyfile)
+
+
+# ---- the reference's numbers
+
+def crc(array):
+    return zlib.crc32(np.ascontiguousarray(array).tobytes())
+
+
+@pytest.mark.parametrize("format", ["co3d", "re10k"])
+def test_every_golden_pair_equals_the_reference(golden_shards, format):
+    reader = read_source(golden_shards, format + "-{000000..000001}.tar", format=format, side=256)
+    expected, description = golden.case(f"shards_{format}")[::-1]
+    expected = {name: array.numpy() for name, array in expected.items()}
+    yielded = [(scene, i, j) for scene in range(5) for i, j in itertools.permutations(range(6), 2)]
+    assert len(yielded) == len(description["pairs"])
+    for row, (scene, target, cond) in enumerate(yielded):
+        pair = reader.pair(scene, cond, target, "7dof_quantile_scale")
+        known, uid = reader.scene(scene), description["pairs"][row]["uid"]
+        assert pair["uid"].split(":")[1:] == [known.name, f"{cond}->{target}"]
+        assert known.name.replace("/", "_") == uid
+        for side in ("cond", "target"):
+            image = data.images(pair[f"image_{side}"])
+            assert crc(image.permute(1, 2, 0).numpy()) == expected[f"crc32/image_{side}"][row]
+            # The reference inverts a matrix that it holds as world-to-camera: float64 rounding.
+            np.testing.assert_allclose(pair[f"{side}_c2w"], expected[f"{side}_cam2world"][row],
+                                       rtol=0, atol=1e-13)
+        assert crc(pair["depth_cond"].numpy()) == expected["crc32/depth_cond"][row]
+        assert crc(reader.depth(scene, target)) == expected["crc32/depth_target"][row]
+        shape = camera.scene_geometry(known.c2w)
+        for found, name in ((pair["fov"].rad2deg(), "fov_deg"), (pair["radius"], "scene_radius"),
+                            (known.depth_scale, "scale_adjustment"), (shape.center, "center"),
+                            (shape.radius_focus, "scene_radius_focus_pt"),
+                            (shape.elevation[cond], "cond_elevation_deg"),
+                            (shape.focus_point, "focus_pt")):
+            np.testing.assert_allclose(found, expected[name][row].squeeze(), rtol=1e-10)
+        T = camera.conditioning("3dof", pair["cond_c2w"][None], pair["target_c2w"][None],
+                                pair["fov"][None], pair["radius"][None])
+        # T was stored as float32
+        np.testing.assert_allclose(T[0], expected["T"][row], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("format", ["co3d", "re10k"])
+def test_every_golden_frame_equals_the_reference(golden_shards, format):
+    reader = read_source(golden_shards, f"{format}-*.tar", format=format, side=256)
+    description, expected = golden.case(f"shards_{format}")
+    for row, frame in enumerate(description["frames"]):
+        image = data.images(reader.image(row // 6, row % 6)).permute(1, 2, 0)
+        depth = torch.from_numpy(reader.depth(row // 6, row % 6))
+        assert torch.equal(image[::32, ::32], expected["frame_images[:, ::32, ::32]"][row])
+        assert torch.equal(depth[::32, ::32], expected["frame_depths[:, ::32, ::32, 0]"][row])
+        assert crc(image.numpy()) == frame["image_crc32"]
+        assert crc(depth.numpy()) == frame["depth_crc32"]
+        assert (depth == 0).sum() == frame["depth_zero_pixels"]
+
+
+@pytest.mark.parametrize("format", ["co3d", "re10k"])
+def test_near_plane_quantiles_equal_the_reference(golden_shards, format):
+    reader = read_source(golden_shards, f"{format}-*.tar", format=format, side=256)
+    expected = golden.case(f"shards_{format}")[0]["nearplane_quantile_per_scene"]
+    for scene, (uid, quantile) in enumerate(expected.items()):
+        assert reader.scene(scene).name.replace("/", "_") == uid
+        pair = reader.pair(scene, 0, 1, "7dof_stereomag_scale")
+        assert pair["nearplane"].item() == pytest.approx(quantile, rel=1e-7)
+        assert reader.pair(scene, 0, 1, "7dof")["nearplane"].isnan()
+
+
+def test_the_last_scene_of_a_stream_is_delivered(golden_shards):
+    reader = read_source(golden_shards, "co3d-*.tar", side=256)
+    pairs = all_pairs(reader)
+    drawn = {reader.scene(pairs.draw(k)[1]).name for k in range(100)}
+    assert len(reader) == 6 and "chair/105_2035_18" in drawn
+
+
+@pytest.mark.parametrize("format", ["co3d", "re10k"])
+def test_field_of_view_and_depth_scale_are_those_of_the_first_stored_frame(tmp_path, format):
+    case = GEOMETRY[f"{format}_get_combined_scene_data"]
+    members = {}
+    for frame, metadata in case["frame_metadata_in_insertion_order"]:
+        members[f"a/b/frame{frame:06}_metadata.json"] = json.dumps(metadata).encode()
+        members[f"a/b/frame{frame:06}.jpg"] = encoded(np.zeros((SIDE, SIDE, 3), np.uint8))
+    write_tar(tmp_path / "a.tar", members)
+    scene = read_source(tmp_path, "a.tar", format=format).scene(0)
+    assert math.degrees(scene.fov) == pytest.approx(case["fov_deg"], rel=1e-12)
+    assert scene.depth_scale == case["scale_adjustment"]
+    expected = GEOMETRY_ARRAYS[f"{format}_scene/camtoworld"]
+    torch.testing.assert_close(scene.c2w, expected, rtol=0, atol=1e-12)
+    assert scene.radius == pytest.approx(GEOMETRY_ARRAYS[f"{format}_scene/scene_radius"].item())
+
+
+def test_fields_of_view_equal_the_reference():
+    for case in GEOMETRY["get_fov_degs"]:
+        entries = [co3d_metadata(focal_length=case["focal_length"])]
+        fov = data.co3d_cameras(entries, 0)[1]
+        assert math.degrees(fov) == pytest.approx(case["fov_deg_used"], rel=1e-12)
+    for case in GEOMETRY["re10k_get_fov_deg"]:
+        entries = [re10k_metadata(intrinsics=np.linalg.inv(case["camtopix"]).tolist())]
+        fov = data.re10k_cameras(entries, 0)[1]
+        assert math.degrees(fov) == pytest.approx(case["fov_deg"], rel=1e-12)
+
+
+def test_images_are_cropped_where_the_reference_crops():
+    for case in GEOMETRY["central_crop_img_arr"]:
+        height, width = case["h"], case["w"]
+        place = np.stack(np.mgrid[:height, :width], axis=-1).astype(np.uint16)
+        file = encoded(np.ascontiguousarray(place[..., 0]))
+        if case["raises"]:
+            with pytest.raises(data.Damaged, match=f"{width}x{height}, the short side must be 256"):
+                data.decode_image(file, 256)
+        else:
+            assert data.decode_image(file, 256).shape == (3, 256, 256)
+            first = data.centre(place, 256)[0, 0]
+            assert first.tolist() == [case["first_row"], case["first_col"]]
+
+
+def test_depth_images_equal_the_reference():
+    for name in ("landscape", "portrait"):
+        file = GEOMETRY_ARRAYS[f"depth_png/{name}/png_bytes"].numpy().tobytes()
+        expected = GEOMETRY_ARRAYS[f"depth_png/{name}/get_depth[::8, ::8, 0]"].clone()
+        depth = data.decode_depth(file, 256, 1.0)
+        expected[~expected.isfinite()] = 0
+        assert np.array_equal(depth[::8, ::8], expected)
+        assert depth.sum(dtype=np.float64) == pytest.approx(
+            GEOMETRY[f"depth_png_{name}"]["sum_of_finite"], rel=1e-12)
+
+
+def test_bytes_become_floats_exactly():
+    pixels = torch.arange(256, dtype=torch.uint8).reshape(2, 128)
+    expected = (pixels.double() / 255 * 2 - 1).float()
+    assert torch.equal(data.images(pixels), expected)
+    file = GEOMETRY_ARRAYS["image_png/rgb/png_bytes"].numpy().tobytes()
+    image = data.images(data.decode_image(file, 256)).permute(1, 2, 0)
+    assert torch.equal(image[::8, ::8], GEOMETRY_ARRAYS["image_png/rgb/out[::8, ::8]"])
+
+
+# ---- damage
+
+LEFT_OUT = {        # found in the index: the scene is never drawn
+    "bad_missing_depth": "depth is missing for some views",
+    "bad_image_without_camera": "the images are not those of the cameras",
+    "bad_camera_without_image": "the images are not those of the cameras",
+    "bad_bad_frame_name": "the images are not those of the cameras",
+}
+REPLACED = {        # found in the members: another pair is taken
+    "bad_metadata_not_json": "metadata is not JSON",
+    "bad_metadata_missing_field": "metadata lacks scale_adjustment",
+    "bad_wrong_image_size": "wrong image size",
+    "bad_image_not_png": "image cannot be decoded",
+    "bad_principal_point": "the principal point is not the centre",
+    "bad_nonsquare_pixels": "pixels are not square",
+    "bad_singular_extrinsics": "a camera is not rigid",
+}
+
+
+def test_every_golden_bad_shard_is_tested():
+    tested = {*LEFT_OUT, *REPLACED, "bad_truncated", "bad_garbage", "bad_empty"}
+    assert tested == {path.stem for path in SHARDS.glob("bad_*.tar")}
+
+
+@pytest.mark.parametrize("shard", [*LEFT_OUT, *REPLACED])
+def test_a_bad_scene_is_skipped_and_the_others_are_delivered(golden_shards, shard):
+    format = "re10k" if shard in ("bad_nonsquare_pixels", "bad_singular_extrinsics") else "co3d"
+    reader = read_source(golden_shards, f"{shard}.tar", format=format, side=256)
+    scenes = ["book/100_2000_13", "bowl/101_2007_14", "chair/102_2014_15"]
+    if format == "re10k":
+        scenes = [f"realestate10k/00009f3a21bc{end}" for end in ("77d1", "7ba2", "7f73")]
+    items = [all_pairs(reader)[k] for k in range(40)]
+    seen = {item["uid"].split(":")[1] for item in items}
+    damage = [line.split("\t") for item in items for line in item["damage"].splitlines()]
+    if shard in LEFT_OUT:
+        assert reader.report[LEFT_OUT[shard]] == 1 and not damage
+        assert f"{shard}.tar: {scenes[1]}: {LEFT_OUT[shard]}" in reader.problems
+    else:
+        assert {tuple(line[:2]) for line in damage} == {("here", REPLACED[shard])}
+        assert all(line[2].startswith(f"{shard}.tar: {scenes[1]}") for line in damage)
+    # An unreadable image spoils its own pairs alone: two of the three views of that scene are good.
+    assert seen == ({*scenes} if shard == "bad_image_not_png" else {scenes[0], scenes[2]})
+
+
+def test_a_member_of_another_name_is_ignored_and_counted(golden_shards):
+    reader = read_source(golden_shards, "bad_bad_frame_name.tar", side=256)
+    assert reader.report["member of another name, ignored"] == 1
+
+
+def test_intact_scenes_of_a_truncated_shard_are_delivered(golden_shards):
+    reader = read_source(golden_shards, "bad_truncated.tar", side=256)
+    assert [reader.scene(i).name for i in range(2)] == ["book/100_2000_13", "bowl/101_2007_14"]
+    assert reader.report == {"damaged archive": 1}
+    assert reader.problems == ["bad_truncated.tar: the file is cut: no end-of-archive block, "
+                               "at byte 30720: damaged archive"]
+    assert all_pairs(reader)[0]["damage"] == ""
+
+
+@pytest.mark.parametrize("shard", ["bad_garbage", "bad_empty"])
+def test_a_file_that_is_no_tar_is_counted_beside_others_and_refused_alone(golden_shards, shard):
+    with pytest.raises(ValueError, match=f"no usable scene .*{shard}.tar: .* at byte 0"):
+        read_source(golden_shards, f"{shard}.tar", side=256)
+    shutil.copyfile(golden_shards / f"{shard}.tar", golden_shards / "co3d-000002.tar")
+    reader = read_source(golden_shards, "co3d-*.tar", side=256)
+    assert len(reader) == 6 and reader.report == {"damaged archive": 1}
+    assert "left out: damaged archive (1)" in reader.summary()
+
+
+def test_a_scene_of_one_view_is_left_out(tmp_path):
+    write_tar(tmp_path / "a.tar", scene_members("a/one", views=1) | scene_members("a/two", views=2))
+    reader = read_source(tmp_path, "a.tar")
+    assert len(reader) == 1 and reader.report == {"fewer than two views": 1}
+
+
+@pytest.mark.parametrize("metadata, reason", [
+    (co3d_metadata(T=[0.0, math.nan, 1.0]), "T is not finite"),
+    (co3d_metadata(T=[0.0, 1.0]), "T has another shape|T is not numbers"),
+    (co3d_metadata(T="north"), "T is not numbers"),
+    (co3d_metadata(R=(1.01 * np.eye(3)).tolist()), "a camera is not rigid"),
+    (co3d_metadata(R=np.diag([1.0, 1.0, -1.0]).tolist()), "a camera is not rigid"),
+    (co3d_metadata(focal_length=[2.0, 0.0]), "focal_length or scale_adjustment is not positive"),
+    (co3d_metadata(scale_adjustment=-1.0), "focal_length or scale_adjustment is not positive"),
+    (co3d_metadata(scale_adjustment=10**400), "scale_adjustment is not numbers"),
+    ([1, 2], "R is not numbers"),
+    (re10k_metadata(extrinsics=np.diag([1.0, 1, 1, 2]).tolist()), "a camera is not rigid"),
+    (re10k_metadata(intrinsics=np.zeros((3, 3)).tolist()), "intrinsics are singular"),
+    (re10k_metadata(intrinsics=np.diag([1.0, 1, 1]).tolist()), "field of view is not positive"),
+])
+def test_a_bad_camera_spoils_its_scene(tmp_path, metadata, reason):
+    re10k = "extrinsics" in metadata
+    members = scene_members("a/b", metadata=re10k_metadata if re10k else co3d_metadata)
+    members["a/b/frame000001_metadata.json"] = json.dumps(metadata).encode()
+    write_tar(tmp_path / "a.tar", members)
+    reader = read_source(tmp_path, "a.tar", format="re10k" if re10k else "co3d")
+    with pytest.raises(data.Damaged, match=f"^a.tar: a/b: .*({reason})"):
+        reader.scene(0)
+
+
+def test_deep_and_huge_metadata_is_refused(tmp_path):
+    deep, huge = scene_members("a/deep"), scene_members("a/huge")
+    deep["a/deep/frame000001_metadata.json"] = b"[" * 60_000
+    huge["a/huge/frame000001_metadata.json"] = b" " * (data.MAX_METADATA + 1)
+    write_tar(tmp_path / "a.tar", deep | huge)
+    reader = read_source(tmp_path, "a.tar")
+    assert reader.report == {"a member is too large": 1}
+    with pytest.raises(data.Damaged, match="frame000001_metadata.json: metadata is not JSON"):
+        reader.scene(0)
+
+
+def png_that_claims(width, height):
+    """A PNG header, and no pixels."""
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    head = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk
+    return head + struct.pack(">II", zlib.crc32(chunk), 0) + b"IDAT" + struct.pack(
+        ">I", zlib.crc32(b"IDAT"))
+
+
+def test_images_of_absurd_size_are_refused_before_they_are_decoded():
+    with pytest.raises(data.Damaged, match="wrong image size .60000x8"):
+        data.decode_image(png_that_claims(60_000, SIDE), SIDE)
+    with pytest.raises(data.Damaged, match="DecompressionBombError"):
+        data.decode_image(png_that_claims(60_000, 60_000), 60_000)
+
+
+def test_a_cut_image_is_damage():
+    file = encoded(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+    with pytest.raises(data.Damaged, match="a.tar: a/b: image cannot be decoded"):
+        data.decode_image(file[:len(file) // 2], 64, "a.tar: a/b")
+
+
+def test_other_kinds_of_image_become_rgb():
+    rng = np.random.default_rng(1)
+    rgb = Image.fromarray(rng.integers(0, 256, (SIDE, SIDE, 3), np.uint8))
+    alpha = Image.fromarray(rng.integers(0, 256, (SIDE, SIDE), np.uint8))
+    grey, rgba, grey_alpha = rgb.convert("L"), rgb.copy(), rgb.convert("L")
+    rgba.putalpha(alpha)
+    grey_alpha.putalpha(alpha)
+    palette = rgb.quantize(16)
+    grey16 = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+
+    def over_white(image):
+        share = np.asarray(alpha, np.float64)[..., None] / 255
+        return np.asarray(image, np.float64) * share + 255 * (1 - share)
+
+    for name, image, expected in (
+            ("rgb", rgb, rgb), ("grey", grey, grey.convert("RGB")),
+            ("grey16", grey16, grey.convert("RGB")), ("palette", palette, palette.convert("RGB")),
+            ("rgba", rgba, over_white(rgb)),
+            ("grey and alpha", grey_alpha, over_white(grey.convert("RGB")))):
+        found = data.decode_image(encoded(image), SIDE).permute(1, 2, 0).numpy()
+        # Half a step of rounding, and Pillow's own in the integer blend.
+        assert np.abs(found - np.asarray(expected, np.float64)).max() <= 1, name
+    clear = encoded(palette, transparency=palette.getpixel((0, 0)))
+    assert data.decode_image(clear, SIDE)[:, 0, 0].tolist() == [255, 255, 255]
+
+
+def test_jpeg_and_webp_are_read(tmp_path):
+    colour = np.full((SIDE, SIDE, 3), 200, np.uint8)
+    members = scene_members("a/b")
+    for view, suffix, options in ((1, "jpg", {"format": "JPEG"}), (2, "jpeg", {"format": "JPEG"}),
+                                  (3, "webp", {"format": "WEBP", "lossless": True})):
+        del members[f"a/b/frame{view:06}.png"]
+        members[f"./a/b/frame{view:06}.{suffix}"] = encoded(colour, **options)
+    write_tar(tmp_path / "a.tar", members)
+    reader = read_source(tmp_path, "a.tar")
+    assert all((reader.image(0, view) - 200.0).abs().max() <= 1 for view in range(3))
+
+
+def test_depths_that_are_not_finite_or_negative_are_unknown():
+    depth = np.ones((SIDE, SIDE))
+    depth[0, :4] = np.inf, -np.inf, np.nan, -2.0
+    found = data.decode_depth(depth_png(depth), SIDE, 2.0)
+    assert found.dtype == np.float32 and found[0].tolist() == [0, 0, 0, 0, 2, 2, 2, 2]
+    with pytest.raises(data.Damaged, match="depth is not a 16-bit grey PNG"):
+        data.decode_depth(encoded(np.zeros((SIDE, SIDE), np.uint8)), SIDE, 1.0)
+
+
+def test_a_scene_without_any_depth_has_unknown_depth(tmp_path):
+    members = {name: file for name, file in scene_members("a/b").items() if "depth" not in name}
+    write_tar(tmp_path / "a.tar", members)
+    reader = read_source(tmp_path, "a.tar")
+    assert not reader.has_depth and reader.report == {}
+    assert not reader.pair(0, 0, 1, "7dof_quantile_scale")["depth_cond"].any()
+    assert math.isnan(reader.nearplane(0))
+
+
+def test_depth_is_read_only_where_the_mode_needs_it(tmp_path):
+    members = scene_members("a/b")
+    members["a/b/frame000001_depth.png"] = b"no depth"
+    write_tar(tmp_path / "a.tar", members)
+    reader = read_source(tmp_path, "a.tar")
+    assert "depth_cond" not in reader.pair(0, 0, 1, "7dof") and reader.has_depth
+    for mode in ("7dof_quantile_scale", "7dof_metric_scale", "7dof_stereomag_scale"):
+        with pytest.raises(data.Damaged, match="frame000001_depth.png: image cannot be decoded"):
+            reader.pair(0, 0, 1, mode)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_too_much_damage_stops_the_run_and_names_the_files(tmp_path, workers, caplog):
+    members = scene_members("a/b") | {"a/b/frame000002.png": b"text"}
+    write_tar(tmp_path / "a.tar", members)
+    pairs = all_pairs(read_source(tmp_path, "a.tar"))
+    loader = data.loader(pairs, data.Batches(0, 100, 10, 10), workers)
+    line = (r"^\d+ of 2\d\d draws were damaged, more than 5%: "
+            r"a.tar: a/b/frame000002: image cannot be decoded[^\n]*$")
+    with pytest.raises(ValueError, match=line):
+        for batch in loader:
+            assert "damage" not in batch
+    assert 60 < loader.report["here"]["image cannot be decoded"] < 260
+    assert len([line for line in caplog.messages if "frame000002" in line]) == 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_source_without_an_intact_pair_ends_in_one_line(tmp_path, workers):
+    members = {name: b"text" if name.endswith("1.png") else file
+               for name, file in scene_members("a/b", views=2).items()}
+    write_tar(tmp_path / "a.tar", members)
+    pairs = all_pairs(read_source(tmp_path, "a.tar"))
+    loader = data.loader(pairs, data.Batches(0, 1, 2, 2), workers)
+    line = "^source 'here': 100 damaged draws on end: a.tar: a/b/frame000001[^\n]*$"
+    with pytest.raises(ValueError, match=line):
+        list(loader)
+
+
+# ---- tar
+
+PARTS = st.text(st.characters(codec="utf-8", exclude_characters="\0/"), min_size=1, max_size=40)
+NAMES = st.lists(PARTS.filter(lambda part: part not in (".", "..")), min_size=1, max_size=8)
+OTHER_TYPES = [tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CONTTYPE]
+TYPES = st.sampled_from([tarfile.REGTYPE] * 4 + OTHER_TYPES)
+MEMBERS = st.lists(st.tuples(NAMES.map("/".join), st.binary(max_size=1100), TYPES), max_size=6)
+
+
+def tar_bytes(members, format):
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=format) as tar:
+        for name, content, kind in members:
+            info = tarfile.TarInfo(name)
+            info.type = kind
+            info.linkname = name[::-1] if kind in (tarfile.SYMTYPE, tarfile.LNKTYPE) else ""
+            info.size = len(content) if info.isreg() else 0
+            try:
+                tar.addfile(info, io.BytesIO(content))
+            except ValueError:          # too long a name for ustar
+                pass
+    return file.getvalue()
+
+
+def found_members(tmp_path, content):
+    path = tmp_path / "x.tar"
+    path.write_bytes(content)
+    return list(data.tar_members(path))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@BOUNDED
+@given(members=MEMBERS)
+def test_members_are_those_of_pythons_tarfile(tmp_path, format, members):
+    content = tar_bytes(members, FORMATS[format])
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        expected = [(info.name, info.offset_data, info.size) for info in tar if info.isreg()]
+    assert found_members(tmp_path, content) == expected
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_long_names_are_read_in_every_format(tmp_path, format):
+    lengths = [99, 100, 101, 155, 200] + [256, 1000, 70_000] * (format != "ustar")
+    names = ["/".join(["d" * 50] * (n // 51)) + "/" + "f" * (n % 51 + 1) for n in lengths]
+    content = tar_bytes([(name, b"1", tarfile.REGTYPE) for name in names], FORMATS[format])
+    assert [name for name, *_ in found_members(tmp_path, content)] == names
+
+
+def with_checksum(header):
+    total = 256 + sum(header[:148]) + sum(header[156:512])
+    return header[:148] + b"%06o\0 " % total + header[156:]
+
+
+def test_sizes_in_base_256_are_read(tmp_path):
+    content = tar_bytes([("a", b"12345", tarfile.REGTYPE)], tarfile.GNU_FORMAT)
+    content = with_checksum(content[:124] + b"\x80" + (5).to_bytes(11, "big") + content[136:])
+    assert found_members(tmp_path, content) == [("a", 512, 5)]
+
+
+def test_a_pax_size_is_the_members_size(tmp_path):
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("a")
+        info.size, info.pax_headers = 600, {"size": "600"}
+        tar.addfile(info, io.BytesIO(b"x" * 600))
+    content = content.getvalue()
+    member = with_checksum(content[1024:1024 + 124] + b"0" * 11 + b"\0" + content[1024 + 136:])
+    assert found_members(tmp_path, content[:1024] + member) == [("a", 1536, 600)]
+
+
+def test_a_checksum_of_signed_bytes_is_accepted(tmp_path):
+    content = tar_bytes([("é", b"1", tarfile.REGTYPE)], tarfile.GNU_FORMAT)
+    total = sum(byte - 256 * (byte > 127) for byte in content[:148] + b" " * 8 + content[156:512])
+    content = content[:148] + b"%06o\0 " % total + content[156:]
+    assert found_members(tmp_path, content) == [("é", 512, 1)]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_cut_archive_is_rejected_and_its_whole_members_are_kept(tmp_path, format):
+    long = ("d" * 60 + "/" + "n" * 60) if format == "ustar" else "n" * 150
+    members = [("a", b"x" * 700, tarfile.REGTYPE), (long, b"y" * 300, tarfile.REGTYPE),
+               ("c", b"", tarfile.REGTYPE)]
+    content = tar_bytes(members, FORMATS[format])
+    whole = found_members(tmp_path, content)
+    end = content.rindex(b"ustar") - 257 + 512      # the last member, c, is empty
+    path = tmp_path / "x.tar"
+    for cut in range(0, end + 512, 37):
+        path.write_bytes(content[:cut])
+        kept = []
+        with pytest.raises(data.TarError) as caught:
+            for member in data.tar_members(path):
+                kept.append(member)
+        assert kept == [member for member in whole if member[1] + member[2] <= cut]
+        # The header that is missing may be expected within 511 bytes of padding behind the cut.
+        assert caught.value.offset < cut + 512 and caught.value.offset % 512 == 0
+        assert f"x.tar: {caught.value.problem}, at byte {caught.value.offset}" == str(caught.value)
+
+
+def test_every_changed_header_byte_is_noticed_where_it_is(tmp_path):
+    content = tar_bytes([("a", b"x" * 600, tarfile.REGTYPE), ("b", b"y", tarfile.REGTYPE)],
+                        tarfile.USTAR_FORMAT)
+    for at in range(1536, 2048, 3):
+        broken = content[:at] + bytes([content[at] ^ 0x55]) + content[at + 1:]
+        try:
+            found_members(tmp_path, broken)
+        except data.TarError as err:
+            assert err.offset == 1536 and "bad header" in str(err)
+        else:
+            assert 1536 + 148 <= at < 1536 + 156    # only the checksum's own padding may change
+
+
+@pytest.mark.parametrize("records", [
+    b"12 path=a", b"99 path=abc\n", b"x path=a\n", b"5 =a\n", b"8 path\n", b"10 size=-1\n",
+    b"11 size=1_0\n", b"22 GNU.sparse.major=1\n"])
+def test_broken_and_sparse_pax_headers_are_rejected(tmp_path, records):
+    header = tar_bytes([("x", records, tarfile.REGTYPE)], tarfile.USTAR_FORMAT)[:1024]
+    header = with_checksum(header[:156] + b"x" + header[157:])
+    member = tar_bytes([("a", b"1", tarfile.REGTYPE)], tarfile.USTAR_FORMAT)
+    with pytest.raises(data.TarError, match="PAX|sparse"):
+        found_members(tmp_path, header + member)
+
+
+def test_a_huge_extended_header_is_refused_unread(tmp_path):
+    header = tar_bytes([("x", b"", tarfile.REGTYPE)], tarfile.USTAR_FORMAT)[:512]
+    size = b"%011o\0" % (1 << 32)
+    header = with_checksum(header[:124] + size + header[136:156] + b"L" + header[157:])
+    path = tmp_path / "x.tar"
+    with open(path, "wb") as file:
+        file.write(header)
+        file.truncate(1 << 33)          # sparse: no disk is used
+    with pytest.raises(data.TarError, match="an extended header of 4294967296 bytes"):
+        list(data.tar_members(path))
+
+
+@BOUNDED
+@given(st.data())
+def test_a_mutated_archive_raises_nothing_but_tar_errors(tmp_path, draw):
+    format = draw.draw(st.sampled_from(sorted(FORMATS)))
+    members = [("a", b"x" * 600), ("b" * 140, b"y"), ("c", b"")]
+    content = tar_bytes([(*member, tarfile.REGTYPE) for member in members], FORMATS[format])
+    content = bytearray(content[:6144])
+    for _ in range(draw.draw(st.integers(1, 6))):
+        at = draw.draw(st.integers(0, len(content) - 1))
+        content[at] = draw.draw(st.integers(0, 255))
+        if draw.draw(st.booleans()):    # a valid checksum lets the damage in
+            block = at // 512 * 512
+            content[block:block + 512] = with_checksum(bytes(content[block:block + 512]))
+    try:
+        for name, offset, size in found_members(tmp_path, bytes(content)):
+            assert 0 <= size and offset + size <= len(content)
+    except data.TarError:
+        pass
+
+
+def test_errors_survive_a_trip_between_processes():
+    for error in (data.TarError("a.tar", 512, "bad"), data.Damaged("a", "b", "c")):
+        assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+# ---- index
+
+def forbid_reading(monkeypatch):
+    monkeypatch.setattr(data, "tar_members", lambda path: pytest.fail("the archive was read again"))
+
+
+def same_index(a, b):
+    return a.scenes == b.scenes and a.problems == b.problems and all(
+        np.array_equal(getattr(a, name), getattr(b, name)) for name in data.Shard.ARRAYS)
+
+
+def test_an_index_is_read_from_its_cache(tmp_path, monkeypatch):
+    path = write_tar(tmp_path / "a.tar", scene_members("a/b") | scene_members("a/one", views=1))
+    built = data.Shard(path)
+    assert (tmp_path / "a.tar.index.npz").exists()
+    forbid_reading(monkeypatch)
+    assert same_index(built, data.Shard(path)) and built.problems
+
+
+def test_an_index_is_made_anew_when_size_or_time_change(tmp_path):
+    path = write_tar(tmp_path / "a.tar", scene_members("a/b"))
+    assert data.Shard(path).scenes == ["a/b"]
+    before = os.stat(path)
+    write_tar(path, scene_members("a/c"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert os.stat(path).st_size == before.st_size and data.Shard(path).scenes == ["a/c"]
+    before = os.stat(path)
+    write_tar(path, scene_members("a/d", views=9))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert os.stat(path).st_size != before.st_size and data.Shard(path).scenes == ["a/d"]
+
+
+def test_an_index_of_another_version_or_a_damaged_one_is_made_anew(tmp_path, monkeypatch):
+    path = write_tar(tmp_path / "a.tar", scene_members("a/b"))
+    built, kept = data.Shard(path), tmp_path / "a.tar.index.npz"
+    content = kept.read_bytes()
+    flipped = content[:300] + bytes([content[300] ^ 1]) + content[301:]
+    for damaged in (b"", b"text", content[:200], content[:-40], flipped):
+        kept.write_bytes(damaged)
+        assert same_index(built, data.Shard(path))
+    monkeypatch.setattr(data, "INDEX_VERSION", 99)
+    reads = []
+    monkeypatch.setattr(data, "tar_members", lambda path: reads.append(path) or iter(()))
+    assert data.Shard(path).scenes == [] and reads
+
+
+def test_an_index_goes_to_the_cache_folder_when_its_own_is_read_only(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "shards").mkdir()
+    path = write_tar(tmp_path / "shards" / "a.tar", scene_members("a/b"))
+
+    def read_only(file, *arguments, **options):     # a superuser may write anywhere: refuse here
+        if str(file).startswith(str(path) + data.INDEX_SUFFIX):
+            raise PermissionError(13, "Permission denied", str(file))
+        return open(file, *arguments, **options)
+
+    monkeypatch.setattr(data, "open", read_only, raising=False)
+    data.Shard(path)
+    assert [file.name for file in (tmp_path / "shards").iterdir()] == ["a.tar"]
+    assert len(list((tmp_path / "cache" / "zeronvs").iterdir())) == 1
+    forbid_reading(monkeypatch)
+    assert data.Shard(path).scenes == ["a/b"]
+
+
+def test_no_place_for_an_index_is_no_error(tmp_path, monkeypatch):
+    path = write_tar(tmp_path / "a.tar", scene_members("a/b"))
+    monkeypatch.setattr(data.Shard, "places", lambda shard: [path / "no" / "folder"])
+    assert data.Shard(path).scenes == ["a/b"]
+
+
+def test_an_index_takes_at_most_40_bytes_a_member(tmp_path):
+    path = write_tar(tmp_path / "a.tar", scene_members("a/b", views=300))
+    shard = data.Shard(path)
+    assert sum(getattr(shard, name).nbytes for name in shard.ARRAYS) <= 10 * 900
+
+
+def test_scenes_whose_members_are_mixed_up_are_put_together(tmp_path):
+    members = list((scene_members("a/b") | scene_members("a/c")).items())
+    np.random.default_rng(0).shuffle(members)
+    write_tar(tmp_path / "a.tar", dict(members))
+    reader = read_source(tmp_path, "a.tar")
+    straight = write_source(tmp_path, "s", 1)
+    assert sorted(shard for shard in reader.shards[0].scenes) == ["a/b", "a/c"]
+    torch.testing.assert_close(reader.scene(0).c2w, straight.scene(0).c2w)
+
+
+# ---- order
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """Three sources of different sizes."""
+    folder = tmp_path_factory.mktemp("mixture")
+    return [write_source(folder, "one", 4, shards=2), write_source(folder, "two", 5, views=5),
+            write_source(folder, "three", 1, views=2)]
+
+
+@pytest.fixture
+def pairs(mixture):
+    return data.Pairs(mixture, [0.5, 0.3, 0.2], 7, SIDE, "7dof_quantile_scale")
+
+
+def read_all(pairs, workers=0, **batches):
+    """{pair number: (uid, CRC of everything in it)}, in the order of delivery."""
+    found = {}
+    for batch in data.loader(pairs, data.Batches(**batches), workers):
+        for row, number in enumerate(batch["number"].tolist()):
+            assert number not in found
+            tensors = [value[row] for value in batch.values() if isinstance(value, torch.Tensor)]
+            found[number] = batch["uid"][row], crc(np.concatenate(
+                [np.frombuffer(tensor.numpy().tobytes(), np.uint8) for tensor in tensors]))
+    return found
+
+
+def test_the_sequence_is_the_same_for_any_ranks_workers_and_restarts(pairs):
+    whole = read_all(pairs, start_step=0, steps=6, batch_size=8, micro_batch=3)
+    assert list(whole) == list(range(48))
+    for world in (2, 4):
+        parts = [read_all(pairs, start_step=0, steps=6, batch_size=8, micro_batch=3,
+                          rank=rank, world=world) for rank in range(world)]
+        for rank, part in enumerate(parts):
+            share = 8 // world
+            assert all(number % 8 // share == rank for number in part)
+        assert {number: pair for part in parts for number, pair in part.items()} == whole
+    # Two ranks with two workers each are killed after step 3; one rank goes on, without workers.
+    parts = [read_all(pairs, workers=2, start_step=0, steps=3, batch_size=8, micro_batch=4,
+                      rank=rank, world=2) for rank in range(2)]
+    rest = read_all(pairs, start_step=3, steps=6, batch_size=8, micro_batch=8)
+    assert parts[0] | parts[1] | rest == whole and list(rest) == list(range(24, 48))
+
+
+def test_another_seed_gives_other_pairs(mixture, pairs):
+    other = data.Pairs(mixture, [0.5, 0.3, 0.2], 8, SIDE, "7dof_quantile_scale")
+    assert sum(pairs.draw(k) == other.draw(k) for k in range(200)) < 20
+
+
+def test_the_pairs_of_a_seed_never_change(pairs):
+    # Written down once: a change of these numbers breaks the resume of every run.
+    assert [pairs.draw(k) for k in range(3)] == [(1, 0, 4, 0), (0, 0, 2, 0), (0, 1, 1, 2)]
+    assert pairs.draw(10**12, attempt=1) == (0, 3, 1, 0)
+    ordered = data.Pairs(pairs.readers, [0.5, 0.3, 0.2], 7, SIDE, "7dof", ordered=True)
+    assert [ordered.draw(k) for k in range(3)] == [(0, 6, 0, 2), (0, 0, 0, 1), (0, 7, 1, 2)]
+
+
+def test_a_pair_outlives_pickling_and_a_spawned_worker(pairs):
+    copy = pickle.loads(pickle.dumps(pairs))
+    assert copy[5]["uid"] == pairs[5]["uid"]
+    loader = data.loader(pairs, data.Batches(2, 3, 4, 4), workers=1)
+    loader.multiprocessing_context = "spawn"
+    batch = next(iter(loader))
+    assert batch["uid"] == [pairs[k]["uid"] for k in range(8, 12)]
+    expected = torch.stack([pairs[k]["image_cond"] for k in range(8, 12)])
+    assert torch.equal(batch["image_cond"], expected)
+
+
+def within_4_sigma(counts, shares, total):
+    for key, share in shares.items():
+        sigma = math.sqrt(total * share * (1 - share))
+        assert abs(counts[key] - total * share) <= 4 * sigma, key
+
+
+def test_sources_scenes_and_views_are_drawn_with_their_shares(mixture, pairs):
+    total = 20_000
+    draws = [pairs.draw(k) for k in range(total)]
+    assert all(cond != target for *_, cond, target in draws)
+    within_4_sigma(Counter(source for source, *_ in draws), {0: 0.5, 1: 0.3, 2: 0.2}, total)
+    of_two = [draw for draw in draws if draw[0] == 1]
+    scenes = Counter(scene for _, scene, *_ in of_two)
+    within_4_sigma(scenes, dict.fromkeys(range(5), 1 / 5), len(of_two))
+    views = Counter((cond, target) for *_, cond, target in of_two)
+    within_4_sigma(views, dict.fromkeys(itertools.permutations(range(5), 2), 1 / 20), len(of_two))
+    of_one = Counter(scene for source, scene, *_ in draws if source == 0)
+    within_4_sigma(of_one, dict.fromkeys(range(8), 1 / 8), of_one.total())
+
+
+def test_a_damaged_pair_is_replaced_by_the_same_pair_every_time(tmp_path):
+    members = scene_members("a/b", views=6) | scene_members("a/c", views=6)
+    members["a/b/frame000002.png"] = members["a/c/frame000005_metadata.json"] = b"text"
+    write_tar(tmp_path / "a.tar", members)
+    pairs = all_pairs(read_source(tmp_path, "a.tar"))
+    items = [pairs[k] for k in range(60)]
+    again = all_pairs(read_source(tmp_path, "a.tar"))
+    assert [again[k]["uid"] for k in reversed(range(60))] == [item["uid"] for item in items][::-1]
+    # What is found intact stays where it was drawn, whatever was damaged before.
+    for k, item in enumerate(items):
+        if not item["damage"]:
+            _, scene, cond, target = pairs.draw(k)
+            assert item["uid"] == f"a.tar:{pairs.readers[0].scene(scene).name}:{cond}->{target}"
+    assert sum(bool(item["damage"]) for item in items) > 20
+
+
+def test_the_fixed_pass_has_every_pair_once_and_begins_with_every_scene(mixture):
+    pairs = data.Pairs(mixture, [0.5, 0.3, 0.2], 7, SIDE, "7dof", ordered=True)
+    draws = [pairs.draw(k) for k in range(len(pairs))]
+    assert len(draws) == len(set(draws)) == 8 * 6 + 5 * 20 + 2
+    assert len({draw[:2] for draw in draws[:14]}) == 14
+    assert len({draw[:2] for draw in draws[14:28]}) == 14
+    assert all(cond != target for *_, cond, target in draws)
+    assert [item["number"] for item in pairs] == list(range(len(pairs)))
+
+
+def test_micro_batches_divide_a_ranks_share():
+    batches = data.Batches(1, 3, 10, 3, rank=1, world=2)
+    assert list(batches) == [[15, 16, 17], [18, 19], [25, 26, 27], [28, 29]]
+    assert len(batches) == 4 and batches.micro_steps == 2
+    assert list(data.Batches(3, 3, 4, 4)) == [] and len(data.Batches(5, 3, 4, 4)) == 0
+    with pytest.raises(ValueError, match="batch_size 10 does not divide among 3 processes"):
+        data.Batches(0, 1, 10, 3, world=3)
+
+
+def test_items_are_what_they_are_said_to_be(pairs):
+    item = pairs[3]
+    shapes = {name: (tuple(value.shape), value.dtype) for name, value in item.items()
+              if isinstance(value, torch.Tensor)}
+    number, matrix = ((), torch.float64), ((4, 4), torch.float64)
+    image = ((3, SIDE, SIDE), torch.uint8)
+    assert shapes == {
+        "image_cond": image, "image_target": image, "cond_c2w": matrix, "target_c2w": matrix,
+        "fov": number, "radius": number, "nearplane": number,
+        "depth_cond": ((SIDE, SIDE), torch.float32), "number": ((), torch.int64)}
+    item["cond_c2w"] += 1       # belongs to the caller
+    assert not torch.equal(pairs[3]["cond_c2w"], item["cond_c2w"])
+
+
+# ---- sources
+
+def test_patterns_name_their_shards_in_order(tmp_path):
+    for name in ("a-08.tar", "a-09.tar", "a-10.tar", "b.tar"):
+        write_tar(tmp_path / name, scene_members("a/b"))
+    names = [os.path.basename(path) for path in data.find_shards(tmp_path, "a-{08..10}.tar")]
+    assert names == ["a-08.tar", "a-09.tar", "a-10.tar"]
+    read_source(tmp_path, "*")          # writes indexes, which are no shards
+    assert len(data.find_shards(tmp_path, "*")) == 4
+    assert data.expand("{0..1}/{9..10}") == ["0/9", "0/10", "1/9", "1/10"]
+
+
+@pytest.mark.parametrize("pattern, error, message", [
+    ("a-*.tar", FileNotFoundError, r"no shards at .*a-\*.tar: `python prepare.py synth`"),
+    ("b-{0..3}.tar", FileNotFoundError, "no shards at .*b-1.tar"),
+    ("gone/x.tar", FileNotFoundError, "no shards at .*gone"),
+    ("b-{3..0}.tar", ValueError, r"\{3..0\} is empty or more than 1000000"),
+    ("b-{0..99999999999}.tar", ValueError, "is empty or more than 1000000"),
+    ("http://host/a.tar", ValueError, "only local files are supported"),
+    ("pipe:cat a.tar", ValueError, "only local files are supported"),
+    ("-", ValueError, "only local files are supported"),
+])
+def test_shards_that_cannot_be_found_are_one_clear_line(tmp_path, pattern, error, message):
+    write_tar(tmp_path / "b-0.tar", scene_members("a/b"))
+    with pytest.raises(error, match=message) as caught:
+        read_source(tmp_path, pattern)
+    assert "\n" not in str(caught.value)
+
+
+def test_sources_that_cannot_be_used_are_refused(tmp_path):
+    write_tar(tmp_path / "a.tar", scene_members("a/one", views=1))
+    with pytest.raises(ValueError, match="'here': no usable scene in a.tar.*: fewer than two"):
+        read_source(tmp_path, "a.tar")
+    with pytest.raises(ValueError, match="'here' has no held_out"):
+        data.SourceReader(Source("here", "co3d", "a.tar", 1.0), tmp_path, SIDE, held_out=True)
+    with pytest.raises(ValueError, match="format 'encoded' cannot be read yet"):
+        read_source(tmp_path, "a.tar", format="encoded")
+
+
+def test_held_out_shards_are_read_for_scores(tmp_path):
+    for name in ("train", "test"):
+        write_tar(tmp_path / f"{name}.tar", scene_members(f"a/{name}"))
+    source = Source("here", "co3d", "train.tar", 1.0, held_out="test.tar")
+    assert data.SourceReader(source, tmp_path, SIDE).scene(0).name == "a/train"
+    assert data.SourceReader(source, tmp_path, SIDE, held_out=True).scene(0).name == "a/test"
+
+
+def test_pairs_refuse_what_does_not_fit(mixture):
+    for readers, shares, side, mode, message in (
+            (mixture, [0.5, 0.5], SIDE, "7dof", "3 sources need as many probabilities"),
+            (mixture, [0.5, 0.5, 0.5], SIDE, "7dof", "of sum 1"),
+            (mixture, [0.5, 0.3, 0.2], 16, "7dof", "image_size 16 is not that of the sources"),
+            (mixture, [0.5, 0.3, 0.2], SIDE, "8dof", "mode '8dof' is not one of 3dof, 7dof")):
+        with pytest.raises(ValueError, match=message):
+            data.Pairs(readers, shares, 0, side, mode)
