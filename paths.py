@@ -154,6 +154,8 @@ def read(path, fov):
     Raises ValueError that names file and camera, for other files and for poses that are not rigid.
     """
     path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no path file {path}")
     try:
         text = path.read_text()
     except UnicodeDecodeError as err:

@@ -79,21 +79,26 @@ def sample(eps, z_T, abar, sampler="ddim", steps=50, eta=1.0, noise=None, spacin
     watch(k, t, z_t, z_0) sees each step's result and the clean latent that it predicted.
     Raises ValueError for an unknown name, an impossible number of steps, or noise that is missing.
     """
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler {sampler!r} is not known, it is one of {', '.join(SAMPLERS)}")
-    if sampler == "reference" and spacing != "auto":
-        raise ValueError(f"spacing {spacing!r} does not apply to the reference's own schedule")
+    t, levels = plan(abar, sampler, steps, spacing)
     if sampler in ("ddim", "reference") and eta > 0 and noise is None:
         raise ValueError(f"eta {eta:g} adds noise at every step: give noise, or eta 0")
-    if spacing == "auto":
-        spacing = {"ddim": "leading", "reference": "reference"}.get(sampler, "trailing")
-    t, levels = grid(abar, steps, spacing)
     watch = watch or (lambda k, t, z_t, z_0: None)
     if sampler == "dpm++":
         return solve(eps, z_T, t, levels, watch, correct=False)
     if sampler == "unipc":
         return solve(eps, z_T, t, levels, watch, correct=True)
     return ddim(eps, z_T, t, levels, eta, noise, watch)
+
+
+def plan(abar, sampler, steps, spacing="auto"):
+    """(t, levels) of `grid` for a sampler. Raises ValueError for what no sampler can do."""
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler {sampler!r} is not known, it is one of {', '.join(SAMPLERS)}")
+    if sampler == "reference" and spacing != "auto":
+        raise ValueError(f"spacing {spacing!r} does not apply to the reference's own schedule")
+    if spacing == "auto":
+        spacing = {"ddim": "leading", "reference": "reference"}.get(sampler, "trailing")
+    return grid(abar, steps, spacing)
 
 
 def ddim_timesteps(steps, n=TIMESTEPS):
