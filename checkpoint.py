@@ -7,22 +7,27 @@ A saved step is a folder `out/NAME/step_00005000/`: model.safetensors and ema.sa
 names of zero123's checkpoints, optimizer.safetensors, and meta.json, which is written last.
 """
 
+import argparse
 import json
 import os
 import shutil
+import sys
 import warnings
 import zlib
 from collections.abc import Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from tensorfile import Made, Tensors, read_file, write_safetensors
+from diffusers_keys import HEADS, is_diffusers, read_diffusers, write_diffusers
+from tensorfile import Made, Tensors, nbytes, read_file, write_safetensors
 
 UNET = "model.diffusion_model."
 EMA = "model_ema."
+EMA_DECAY = 0.9999          # the reference's, where a run does not name its own
 INPUT_CONV = UNET + "input_blocks.0.0.weight"
 POSE = "cc_projection.weight"
 SCHEDULE = (
@@ -40,6 +45,10 @@ UNUSED = {      # how names begin that other tools leave in files, and why no mo
     "cond_stage_model.transformer.": "a text encoder; the model is conditioned on an image",
     "cond_stage_model.model.transformer.": "a text encoder; the model is conditioned on an image",
 }
+# parameters of CLIP's text side, which zero123's files carry along and nothing reads
+LEFTOVERS = tuple("cond_stage_model.model." + name for name in (
+    "positional_embedding", "text_projection", "logit_scale", "token_embedding.weight",
+    "ln_final.weight", "ln_final.bias"))
 PARTS = ("first_stage_model.", "cond_stage_model.", "cc_projection.")
 
 
@@ -49,7 +58,7 @@ def ema_name(name):
 
 
 def read(path):
-    """Tensors by name, a lazy Mapping, of a file, of a run's folder or of one `step_...` in it.
+    """Tensors by name, a lazy Mapping: of a file, a run, one `step_...` of it, a diffusers folder.
 
     Averaged weights have the reference's names, `model_ema.*`. Raises FileNotFoundError, or
     ValueError with one line for what is no checkpoint, or a damaged one.
@@ -59,18 +68,22 @@ def read(path):
         return read_file(path)
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint {path}")
+    if is_diffusers(path):
+        return read_diffusers(path)
     folder = path if (path / "meta.json").exists() else latest(path)
     if folder is None:
-        raise ValueError(f"{path} is a folder without a checkpoint: neither a meta.json nor a "
-                         f"complete step_... folder is in it")
+        raise ValueError(f"{path} is a folder without a checkpoint: in it is neither a meta.json, "
+                         "nor a complete step_... folder, nor a unet folder of diffusers")
     problem = damage(folder) if folder == path else ""
     if problem:
         raise ValueError(f"{path} is damaged: {problem}")
     run = load_run(folder)
     entries = dict(run.model.entries)
     entries.update((ema_name(name), entry) for name, entry in run.ema.entries.items())
+    decay = torch.tensor(run.meta.get("config", {}).get("ema_decay", EMA_DECAY))
     updates = torch.tensor(run.meta.get("ema_updates", 0), dtype=torch.int32)
     if run.ema:
+        entries[EMA + "decay"] = Made(decay.dtype, (), lambda: decay)
         entries[EMA + "num_updates"] = Made(updates.dtype, (), lambda: updates)
     return Tensors(folder, entries, run.meta, run.optimizer.entries)
 
@@ -107,7 +120,7 @@ def load_model(module, path, ema=False, finetune=False):
         if stored in entries:
             plan[name] = fit(name, stored, entries, current, finetune, report, misshapen)
             report.used.append(stored)
-        elif name in SCHEDULE or finetune and name.startswith("cc_projection."):
+        elif name in LEFTOVERS or may_stay(name, finetune) and not current[name].is_meta:
             report.fresh.append(name)
         else:
             missing.append(stored)
@@ -116,16 +129,25 @@ def load_model(module, path, ema=False, finetune=False):
             shadows[name] = fit(name, stored, entries, current, finetune, report, misshapen)
     for name in sorted(set(entries) - set(report.used)):
         report.unused[name] = why_unused(name, current, averaged.values())
-    report.unused.update((name, "optimizer or trainer state") for name in tensors.others)
+    report.unused.update((name, "state of an optimizer, a trainer or a tool")
+                         for name in tensors.others)
     unexpected = [name for name, reason in report.unused.items() if not reason]
     if missing or unexpected or misshapen:
         raise ValueError(f"{tensors.path} does not fit the model: "
                          f"{misfit(missing, unexpected, list(dict.fromkeys(misshapen)))}")
     for name, entry in plan.items():
         assign(module, name, entry.read())
+    for name in report.fresh:
+        if current[name].is_meta:
+            assign(module, name, torch.zeros(current[name].shape))
     report.ema = Tensors(tensors.path, shadows)
     report.num_updates = int(tensors[EMA + "num_updates"]) if EMA + "num_updates" in tensors else 0
     return report
+
+
+def may_stay(name, finetune):
+    """Whether the module's own values of a tensor do, when a file has none."""
+    return name in SCHEDULE or finetune and name.startswith("cc_projection.")
 
 
 def fit(name, stored, entries, current, finetune, report, misshapen):
@@ -149,6 +171,9 @@ def port(name, entry, current):
             return weight
         return Made(entry.dtype, new, widened), f"{channels} -> {new[1]} input channels, new ones 0"
     if name == POSE and len(old) == 2 and old[0] == new[0] <= min(old[1], new[1]):
+        if current.is_meta:
+            raise ValueError(f"{POSE} has no values for its new columns: build the model on a "
+                             "real device to fine-tune it")
         def grown():
             # quirk: the file's pose columns are thrown away, all new ones keep their random start
             weight = current.detach().to("cpu", entry.dtype, copy=True)
@@ -167,10 +192,12 @@ def why_unused(name, current, averaged):
         return "raw weights; the averaged ones (EMA) were asked for"
     if name in SCHEDULE:
         return "a constant that the model computes"
+    for start, why in UNUSED.items():
+        if name.startswith(start):
+            return why
     part = next((part for part in PARTS if name.startswith(part)), None)
-    if part and not any(other.startswith(part) for other in current):
-        return f"the model has no {part[:-1]}"
-    return next((why for start, why in UNUSED.items() if name.startswith(start)), "")
+    lacks = part and not any(other.startswith(part) for other in current)
+    return f"the model has no {part[:-1]}" if lacks else ""
 
 
 def misfit(missing, unexpected, misshapen):
@@ -315,3 +342,159 @@ def load_run(folder):
     folder = Path(folder)
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     return Run(folder, meta["step"], *(read_file(folder / name) for name in FILES), meta)
+
+
+# ------------------------------------------------------------------------------ command line
+
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+GROUPS = (      # part of a checkpoint, how its names begin, its use
+    ("UNet", (UNET,), "used"),
+    ("UNet's average (EMA)", (EMA,), "used instead, where asked for"),
+    ("autoencoder", PARTS[:1], "used"),
+    ("CLIP's text side", LEFTOVERS, "unused, kept for other tools"),
+    ("other", tuple(UNUSED), "unused"),
+    ("CLIP's image side", PARTS[1:2], "used"),
+    ("pose projection", PARTS[2:], "used"),
+    ("noise schedule", SCHEDULE, "used"),
+    ("unknown", ("",), "refused by load_model"))
+
+
+def info(path):
+    """What is in a checkpoint, as text: facts, then a line for each part."""
+    tensors, groups = read(path), {}
+    for name, entry in tensors.entries.items():
+        group = next(group for group, starts, _ in GROUPS if name.startswith(starts))
+        groups.setdefault(group, []).append(entry)
+    facts = [f"step {tensors.step:,}" if tensors.step else "no step recorded"]
+    if EMA + "num_updates" in tensors:
+        facts.append(f"average of {int(tensors[EMA + 'num_updates']):,} updates")
+    if INPUT_CONV in tensors:
+        facts.append(f"{tensors.entries[INPUT_CONV].shape[1]} input channels")
+    if POSE in tensors:
+        facts.append("pose projection {1} -> {0}".format(*tensors.entries[POSE].shape))
+    rows = [(group, groups[group], use) for group, _, use in GROUPS if group in groups]
+    if tensors.others:
+        rows.append(("optimizer, trainer", tensors.others.values(), "unused"))
+    lines = [f"{tensors.path}: {', '.join(facts)}",
+             f"{'part':20} {'tensors':>8} {'elements':>14} {'bytes':>15}  dtypes, use"]
+    for group, entries, use in rows:
+        kinds = sorted({str(entry.dtype).removeprefix("torch.") for entry in entries})
+        elements = sum(nbytes(entry) // entry.dtype.itemsize for entry in entries)
+        lines.append(f"{group:20} {len(entries):8,} {elements:14,} {sum(map(nbytes, entries)):15,}"
+                     f"  {', '.join(kinds)}; {use}")
+    return "\n".join(lines)
+
+
+def convert(source, target, ema=False, dtype=None):
+    """Writes the weights of a checkpoint in the form that `target` names; returns names left out.
+
+    NAME.ckpt or .pt: the reference's structure; NAME.safetensors; step_00005000: a folder of a run;
+    another name without an ending: a diffusers folder. ema: the averaged weights take the place of
+    the UNet's. dtype: of the weights; the schedule stays. Raises ValueError where target exists.
+    """
+    tensors, target = read(source), Path(target)
+    write = WRITERS.get(target.suffix)
+    if write is None:
+        raise ValueError(f"{target}: {target.suffix} is no form of checkpoint; .ckpt, .pt and "
+                         ".safetensors are, or no ending for a folder")
+    if target.exists():
+        raise ValueError(f"{target} exists already: give a new name, or remove it")
+    entries = folded(tensors) if ema else tensors.entries
+    if dtype is not None:
+        entries = {name: cast(name, entry, dtype) for name, entry in entries.items()}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    left = write(target, Tensors(tensors.path, entries, tensors.meta))
+    return [*left, *tensors.others]
+
+
+def folded(tensors):
+    """Entries with the averaged weights in the UNet's place, and no other averages."""
+    entries = {name: entry for name, entry in tensors.entries.items() if not name.startswith(EMA)}
+    averages = {name: ema_name(name) for name in entries if name.startswith(UNET)}
+    missing = [name for name in averages.values() if name not in tensors]
+    if missing:
+        raise ValueError(f"{tensors.path} has no averaged weights (EMA): {missing[0]} is missing")
+    return {**entries, **{name: tensors.entries[average] for name, average in averages.items()}}
+
+
+def cast(name, entry, dtype):
+    """The entry in another precision; what is no weight stays as it is."""
+    if not entry.dtype.is_floating_point or name in (*SCHEDULE, EMA + "decay"):
+        return entry
+    return Made(dtype, entry.shape, lambda: entry.read().to(dtype))
+
+
+@contextmanager
+def unfinished(target):
+    """A path to write to, which gets the name `target` when all went well and is removed if not."""
+    partial = target.with_name(f".unfinished_{target.name}")
+    try:
+        yield partial
+        partial.rename(target)
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        partial.unlink(missing_ok=True)
+
+
+def write_ckpt(target, tensors):
+    """What torch.load gives is {"state_dict": names to tensors, "global_step": steps}."""
+    with unfinished(target) as path:
+        torch.save({"state_dict": dict(tensors), "global_step": tensors.step}, path)
+    return []
+
+
+def write_file(target, tensors):
+    with unfinished(target) as path:
+        write_safetensors(path, tensors, {"global_step": str(tensors.step)})
+    return []
+
+
+def write_folder(target, tensors):
+    """A step folder of a run, without the optimizer's moments, or a diffusers folder."""
+    step = target.name.removeprefix("step_")
+    if step == target.name or not step.isdecimal():
+        with unfinished(target) as path:
+            path.mkdir()
+            heads = tensors.meta.get("config", {}).get("num_heads", HEADS)
+            return write_diffusers(path, tensors, heads)
+    averages = {ema_name(name): name for name in tensors if name.startswith(UNET)}
+    weights = {name: entry for name, entry in tensors.entries.items() if not name.startswith(EMA)}
+    ema = {averages[name]: entry for name, entry in tensors.entries.items() if name in averages}
+    meta = {**tensors.meta, "ema_updates": int(tensors.get(EMA + "num_updates", 0))}
+    save(target.parent, int(step), Tensors(target, weights), Tensors(target, ema), {}, meta,
+         keep=sys.maxsize)
+    return []
+
+
+WRITERS = {".ckpt": write_ckpt, ".pt": write_ckpt, ".safetensors": write_file, "": write_folder}
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(description="What is in a checkpoint, and other forms of it.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("info", help="parts, dtypes, sizes, steps, what is unused")
+    command.add_argument("file", help="a file, a run, a step_... folder of it, a diffusers folder")
+    command = commands.add_parser("convert", help="write the weights in another form")
+    command.add_argument("source", metavar="IN", help="a checkpoint, as for info")
+    command.add_argument("target", metavar="OUT", help="NAME.ckpt, structured as the reference's; "
+                         "NAME.safetensors; step_00005000, of a run; NAME, a diffusers folder")
+    command.add_argument("--ema", action="store_true", help="write the UNet's average as the UNet")
+    command.add_argument("--dtype", choices=PRECISIONS, help="of the weights; default: as they are")
+    given = parser.parse_args(argv)
+    if given.command == "info":
+        print(info(given.file))
+        return
+    left = convert(given.source, given.target, given.ema, PRECISIONS.get(given.dtype))
+    print(f"wrote {given.target}")
+    if left:
+        print(f"{len(left)} tensors have no place in it: {', '.join(left[:5])}"
+              + (", ..." if len(left) > 5 else ""))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as err:
+        print(f"checkpoint.py: {err}", file=sys.stderr)
+        sys.exit(2)

@@ -332,9 +332,10 @@ def read_zip(file):
         pickles = [name for name in members if name.rpartition("/")[2] == "data.pkl"]
         if len(pickles) != 1:
             raise Malformed("a zip archive without data.pkl, so not one of torch.save")
-        if any(member.compress_type != zipfile.ZIP_STORED for member in members.values()):
-            raise Malformed("a compressed zip archive; torch.save does not compress")
         root = pickles[0].removesuffix("data.pkl")
+        if any(member.compress_type != zipfile.ZIP_STORED for name, member in members.items()
+               if name == pickles[0] or name.startswith(root + "data/")):
+            raise Malformed("a compressed zip archive; torch.save does not compress")
         if root + "byteorder" in members and archive.read(root + "byteorder") != b"little":
             raise Malformed("a file of a big-endian machine")
 
@@ -437,12 +438,12 @@ def parse(file, size):
         raise Malformed("an HTML or XML page, so a download that went wrong")
     if start.startswith(b"version https://git-lfs"):
         raise Malformed("a pointer of Git LFS; `git lfs pull` fetches the file itself")
+    if start[8:9] == b"{":      # first: the eight bytes before are a length, and may be any
+        return *read_safetensors(file, size), {}
     if start.startswith(b"PK"):
         found = unwrap(read_zip(file))
     elif start.startswith(b"\x80"):
         found = unwrap(read_legacy(file))
-    elif start[8:9] == b"{":
-        return *read_safetensors(file, size), {}
     else:
         raise Malformed("neither a zip, nor a pickle, nor safetensors")
     if not found[0]:
@@ -464,7 +465,8 @@ def write_safetensors(path, tensors, metadata=None):
     entries = dict(getattr(tensors, "entries", tensors))
     kinds = {dtype: name for name, dtype in SAFETENSORS.items()}
     order = sorted(entries, key=lambda name: -entries[name].dtype.itemsize)     # keeps all aligned
-    header, end = {"__metadata__": metadata} if metadata else {}, 0
+    # transformers opens no file that does not say "pt"
+    header, end = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
     for name in order:
         start, end = end, end + nbytes(entries[name])
         header[name] = {"dtype": kinds[entries[name].dtype], "shape": list(entries[name].shape),
