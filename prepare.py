@@ -1,11 +1,11 @@
 """Makes shards: tar files of scenes, in the layouts that data.py reads.
 
-    python prepare.py synth                     # synthetic scenes, in both raw layouts, into data/synth
+    python prepare.py synth             # synthetic scenes, in both raw layouts, into data/synth
 
-A raw scene is, for every view, `category/scene/frame000001.png`, `..._depth.png` (16-bit PNG whose words are
-float16 bits, 0 where unknown) and `..._metadata.json`. Shards are written under a temporary name and renamed,
-so a shard that exists is whole, and the same arguments give the same bytes: running a command again goes on
-where it stopped. Letters: `v` views, `h w` pixels.
+A raw scene is, for every view, `category/scene/frame000001.png`, `..._depth.png` (16-bit PNG whose
+words are float16 bits, 0 where unknown) and `..._metadata.json`. Shards are written under another
+name and renamed, so a shard that exists is whole, and the same arguments give the same bytes:
+running a command again goes on where it stopped. Letters: `s` scenes, `v` views, `h w` pixels.
 """
 
 import argparse
@@ -36,16 +36,18 @@ VIEWS_AT_ONCE = 64              # views a render call on an accelerator takes
 PARTIAL = ".partial"            # suffix of a shard that is being written
 # from OpenGL camera axes (right, up, back) to pytorch3d's (left, up, forward)
 PYTORCH3D = np.diag([-1.0, 1.0, -1.0])
-IMAGE_FORMATS = {"png": dict(format="PNG", compress_level=1), "jpg": dict(format="JPEG", quality=95),
+IMAGE_FORMATS = {"png": dict(format="PNG", compress_level=1),
+                 "jpg": dict(format="JPEG", quality=95),
                  "webp": dict(format="WEBP", quality=92)}
 
 
 # ---------------------------------------------------------------------------------------- shards
 
 def write_shard(path, scenes):
-    """Writes scenes, each a list of (member name, bytes), as a tar at `path`. Returns its size in bytes.
+    """Writes scenes, each a list of (member name, bytes), as a tar at `path`; returns its size.
 
-    The bytes depend on the members alone: ustar, no times, no owners. The file appears when it is complete.
+    `scenes` may be a generator. The tar's bytes depend on the members alone: ustar, no times, no
+    owners. The file appears under its name when it is complete.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +73,7 @@ def image_bytes(image, image_format):
 
 
 def depth_bytes(depth):
-    """The 16-bit PNG of a depth (h, w): words are float16 bits; what is unknown or does not fit is 0."""
+    """The 16-bit PNG of a depth (h, w): float16 bits; what is unknown or does not fit is 0."""
     with np.errstate(over="ignore"):
         half = depth.astype(np.float16)
     half[~np.isfinite(half) | (half < 0)] = 0
@@ -83,16 +85,17 @@ def depth_bytes(depth):
 def co3d_metadata(c2w, fov, scale_adjustment):
     """Metadata of a square view in the co3d layout: OpenGL c2w (4, 4) float64, fov in radians.
 
-    pytorch3d's convention multiplies rows, x_cam = x_world R + T, and focal lengths are in half image sides.
+    pytorch3d multiplies rows, x_cam = x_world R + T; focal lengths are in half image sides.
     """
     w2c = np.linalg.inv(c2w)
     focal = 1 / math.tan(fov / 2)
     return {"R": (PYTORCH3D @ w2c[:3, :3]).T.tolist(), "T": (PYTORCH3D @ w2c[:3, 3]).tolist(),
-            "focal_length": [focal, focal], "principal_point": [0.0, 0.0], "scale_adjustment": scale_adjustment}
+            "focal_length": [focal, focal], "principal_point": [0.0, 0.0],
+            "scale_adjustment": scale_adjustment}
 
 
 def re10k_metadata(c2w, fov, size):
-    """Metadata of a square view of `size` pixels in the re10k layout: OpenGL c2w (4, 4), fov in radians."""
+    """Metadata of a square view, `size` pixels, in the re10k layout: OpenGL c2w, fov in radians."""
     slope = 2 * math.tan(fov / 2) / size            # of the ray, a pixel
     corner = -math.tan(fov / 2)
     return {"extrinsics": c2w.tolist(),
@@ -102,8 +105,9 @@ def re10k_metadata(c2w, fov, size):
 def raw_scene(layout, name, images, depths, c2w, fov, image_format="png", scale_adjustment=1.0):
     """The members of a raw scene `name` (category/scene): a list of (member name, bytes).
 
-    images (v, s, s, 3) uint8, depths (v, s, s) with 0 for unknown, OpenGL c2w (v, 4, 4) float64 in the same
-    unit, fov in radians. `scale_adjustment` is what readers multiply the stored depth by; co3d alone has it.
+    images (v, h, h, 3) uint8, depths (v, h, h) with 0 for unknown, OpenGL c2w (v, 4, 4) float64 in
+    the same unit, fov in radians, numpy arrays all. Readers multiply the stored depth by
+    `scale_adjustment`, which only co3d has.
     """
     members = []
     for i, (image, depth, pose) in enumerate(zip(images, depths, c2w)):
@@ -124,7 +128,7 @@ def synth_plan(args):
     """The shards of a run: a list of (path, split, layout, scene numbers)."""
     plan = []
     for split, first, count in (("train", 0, args.scenes), ("held-out", HELD_OUT, args.held_out)):
-        for offset, layout in enumerate(LAYOUTS):       # even numbers are arcs, and co3d; odd ones re10k
+        for offset, layout in enumerate(LAYOUTS):
             numbers = range(first + offset, first + count, len(LAYOUTS))
             for i in range(0, len(numbers), args.scenes_per_shard):
                 path = Path(args.out) / layout / f"{split}-{i // args.scenes_per_shard:06d}.tar"
@@ -145,25 +149,27 @@ def render_scenes(numbers, args, device):
 
 
 def synth_scene(scene, images, depths, c2w, args):
-    """The members of one rendered scene, in the layout of its number."""
+    """The members of one rendered scene: even numbers, which are arcs, are co3d, odd ones re10k."""
     layout = LAYOUTS[scene.number % len(LAYOUTS)]
     # readers multiply it in again: any value must give the same depth
     scale_adjustment = float(np.random.default_rng([args.seed, scene.number, 1]).uniform(0.5, 2))
     name = f"{scene.kind}/{scene.number:010d}"
-    return raw_scene(layout, name, images, depths, c2w, scene.fov, args.image_format, scale_adjustment)
+    return raw_scene(layout, name, images, depths, c2w, scene.fov, args.image_format,
+                     scale_adjustment)
 
 
 def synth_scenes(numbers, args, device):
-    """Yields (members, render seconds) of every scene in order, made by threads a few batches ahead.
+    """Yields (members, render seconds) of every scene in order, made by threads, a few ahead.
 
-    torch, zlib and the image coders let go of Python's lock. On a CPU a thread renders one scene after the
-    other on one core; on an accelerator one thread renders batches, and the others only encode.
+    torch, zlib and the image coders let go of Python's lock. On a CPU every thread renders one
+    scene after the other; on an accelerator one thread renders batches, and the others encode.
     """
-    alone = device.type == "cpu"
-    size = 1 if alone else max(1, VIEWS_AT_ONCE // args.views)
+    on_cpu = device.type == "cpu"
+    size = 1 if on_cpu else max(1, VIEWS_AT_ONCE // args.views)
     batches = deque(numbers[i:i + size] for i in range(0, len(numbers), size))
-    with ThreadPoolExecutor(args.workers if alone else 1, initializer=torch.set_num_threads, initargs=(1,)) \
-            as renderers, ThreadPoolExecutor(args.workers) as encoders:
+    one_core = dict(initializer=torch.set_num_threads, initargs=(1,))
+    with ThreadPoolExecutor(args.workers if on_cpu else 1, **one_core) as renderers, \
+            ThreadPoolExecutor(args.workers) as encoders:
         rendered, encoded = deque(), deque()
         while batches or rendered or encoded:
             while batches and len(rendered) < 2 * args.workers:
@@ -178,7 +184,7 @@ def synth_scenes(numbers, args, device):
 
 
 def check_out(args):
-    """Makes the output folder ready: notes the arguments, or compares them with those noted. ValueError."""
+    """Notes the arguments in the output folder, or compares them with those noted: ValueError."""
     out = Path(args.out)
     note = out / "synth.json"
     names = ("scenes", "held_out", "views", "size", "seed", "image_format", "scenes_per_shard")
@@ -207,10 +213,11 @@ def check_out(args):
 
 def run_synth(args):
     """Renders synthetic scenes into shards of both raw layouts, skipping those that are there."""
-    for name, least in (("scenes", 2), ("held_out", 2), ("views", 2), ("size", SMALLEST), ("seed", 0),
-                        ("workers", 1), ("scenes_per_shard", 1)):
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be at least {least}")
+    for name, least in (("scenes", 2), ("held_out", 2), ("views", 2), ("size", SMALLEST),
+                        ("seed", 0), ("workers", 1), ("scenes_per_shard", 1)):
+        value, option = getattr(args, name), "--" + name.replace("_", "-")
+        if value < least:
+            raise ValueError(f"{option} {value}: it must be at least {least}")
     device = pick_device(args.device)
     check_out(args)
     plan = synth_plan(args)
@@ -235,13 +242,13 @@ def run_synth(args):
             shards = [shard for shard in plan if shard[1:3] == (split, layout)]
             scenes = sum(len(shard[3]) for shard in shards)
             size = sum(shard[0].stat().st_size for shard in shards)
-            print(f"{Path(args.out) / layout / split}-*.tar: {len(shards)} shards, {scenes} scenes, "
-                  f"{scenes * args.views} views, {size / 1e6:.1f} MB")
+            print(f"{Path(args.out) / layout / split}-*.tar: {len(shards)} shards, "
+                  f"{scenes} scenes, {scenes * args.views} views, {size / 1e6:.1f} MB")
     if views:
         seconds = time.perf_counter() - started
         alone = views / rendering * (args.workers if device.type == "cpu" else 1)
-        print(f"{views} views of {args.size}x{args.size} in {seconds:.1f} s: {views / seconds:.0f} views/s, "
-              f"rendering alone {alone:.0f} views/s on {device}")
+        print(f"{views} views of {args.size}x{args.size} in {seconds:.1f} s: "
+              f"{views / seconds:.0f} views/s, rendering alone {alone:.0f} views/s on {device}")
     else:
         print("all of them were there already")
 
@@ -249,7 +256,7 @@ def run_synth(args):
 # ---------------------------------------------------------------------------------- command line
 
 def pick_device(name):
-    """The torch device of auto | cpu | cuda; auto prefers cuda. ValueError where it is not there."""
+    """The torch device of auto | cpu | cuda; auto prefers cuda. ValueError where there is none."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
@@ -261,20 +268,22 @@ def parser():
     """The command line: one sub-command a kind of shard."""
     top = argparse.ArgumentParser(prog="prepare.py", description=__doc__.split("\n\n")[0])
     commands = top.add_subparsers(dest="command", required=True, metavar="command")
-    sub = commands.add_parser("synth", help="ray-cast synthetic scenes with exact cameras and depth",
-                              formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    help_format = argparse.ArgumentDefaultsHelpFormatter
+    sub = commands.add_parser("synth", formatter_class=help_format,
+                              help="ray-cast synthetic scenes, with exact cameras and depth")
+    add = sub.add_argument
+    add("--out", default="data/synth", help="folder: shards go into OUT/co3d and OUT/re10k")
+    add("--scenes", type=int, default=1000, help="training scenes, half in each layout")
+    add("--held-out", type=int, default=100, help="further scenes, kept from training")
+    add("--views", type=int, default=8, help="views a scene")
+    add("--size", type=int, default=64, help="pixels a side")
+    add("--seed", type=int, default=0, help="scenes are a function of it and of their number")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to render")
+    add("--image-format", choices=tuple(IMAGE_FORMATS), default="png", help="of the colour images")
+    add("--scenes-per-shard", type=int, default=100, help="scenes in a shard, at most")
+    add("--workers", type=int, default=os.cpu_count(), help="threads")
+    add("--overwrite", action="store_true", help="replace shards made with other arguments")
     sub.set_defaults(run=run_synth)
-    sub.add_argument("--out", default="data/synth", help="folder of the shards: OUT/co3d and OUT/re10k")
-    sub.add_argument("--scenes", type=int, default=1000, help="training scenes, half in each layout")
-    sub.add_argument("--held-out", type=int, default=100, help="further scenes kept from training")
-    sub.add_argument("--views", type=int, default=8, help="views a scene")
-    sub.add_argument("--size", type=int, default=64, help="pixels a side")
-    sub.add_argument("--seed", type=int, default=0, help="scenes are a function of this and their number")
-    sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to render")
-    sub.add_argument("--image-format", choices=tuple(IMAGE_FORMATS), default="png", help="of the colour images")
-    sub.add_argument("--scenes-per-shard", type=int, default=100, help="scenes in a shard, at most")
-    sub.add_argument("--workers", type=int, default=os.cpu_count(), help="threads")
-    sub.add_argument("--overwrite", action="store_true", help="replace shards made with other arguments")
     return top
 
 

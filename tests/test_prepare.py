@@ -1,0 +1,455 @@
+"""prepare.py and synth.py: scenes with exact cameras and depth, and shards that say so."""
+
+import io
+import itertools
+import json
+import math
+import re
+import subprocess
+import sys
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import prepare
+import synth
+
+SIZE = 48
+VIEWS = 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_core():
+    """Small renders gain nothing from threads."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def rendered():
+    """Ten scenes: (scene, c2w, images, depths)."""
+    made = []
+    for number in range(10):
+        scene = synth.scene(3, number)
+        c2w = synth.cameras(scene, VIEWS)
+        made.append((scene, c2w, *synth.render(scene, c2w, scene.fov, SIZE)))
+    return made
+
+
+def unproject(c2w, fov, depth):
+    """World points (v, h, h, 3) of z-depths at the pixels' centres, by OpenGL cameras."""
+    size = depth.shape[-1]
+    slope = 2 * math.tan(fov / 2) / size * (torch.arange(size).double() + 0.5 - size / 2)
+    right, down = torch.meshgrid(slope, slope, indexing="xy")
+    rays = torch.stack([right, -down, -torch.ones_like(right)], dim=-1)
+    points = rays * depth.double()[..., None]
+    return torch.einsum("vij,vhwj->vhwi", c2w[:, :3, :3], points) + c2w[:, None, None, :3, 3]
+
+
+def project(c2w, fov, size, points):
+    """Columns, rows and z-depths of world points (..., 3) in one view, in pixels."""
+    x, y, z = ((points - c2w[:3, 3]) @ c2w[:3, :3]).unbind(-1)
+    focal = size / 2 / math.tan(fov / 2)
+    return size / 2 + focal * x / -z, size / 2 - focal * y / -z, -z
+
+
+def reproject(scene, c2w, images, depths):
+    """Every view's points in every other view: (seen, color, shared).
+
+    seen: the share of those inside the other's frame that have the depth it sees there; color: the
+    median colour difference of these; shared (v, v): the share of a view that another sees.
+    """
+    points = unproject(c2w, scene.fov, depths)
+    seen, colors, shared = [], [torch.zeros(0)], torch.ones(VIEWS, VIEWS)
+    for i, j in itertools.permutations(range(VIEWS), 2):
+        known = depths[i] > 0
+        u, v, z = [x[known] for x in project(c2w[j], scene.fov, SIZE, points[i])]
+        inside = (z > 0) & (u >= 0) & (v >= 0) & (u < SIZE) & (v < SIZE)
+        column, line = u[inside].long(), v[inside].long()
+        # 5% of the depth: the pixel's centre lies elsewhere on a slope
+        near = (depths[j][line, column] - z[inside]).abs() < 0.05 * z[inside]
+        seen.append(near.sum() / max(1, inside.sum()))
+        shared[i, j] = near.sum() / max(1, known.sum())
+        ours = images[i][:, known][:, inside][:, near]
+        colors.append((images[j][:, line, column][:, near] - ours).abs().mean(0))
+    return float(torch.stack(seen).mean()), float(torch.cat(colors).median()), shared
+
+
+def agrees(scenes):
+    """Whether points keep depth and colour from view to view, but for what is hidden, and edges."""
+    seen, color, _ = zip(*[reproject(*each) for each in scenes])
+    return np.mean(seen) > 0.75 and np.mean(color) < 0.025
+
+
+def test_a_pixel_projects_into_other_views_at_its_depth_and_with_its_colour(rendered):
+    assert agrees(rendered)
+
+
+def opencv_axes(scene, c2w, images, depths):
+    return scene, c2w * torch.tensor([1.0, -1, -1, 1]), images, depths
+
+
+def inverse(scene, c2w, images, depths):
+    return scene, torch.linalg.inv(c2w), images, depths
+
+
+def negated_position(scene, c2w, images, depths):
+    return scene, torch.cat([c2w[..., :3], c2w[..., 3:] * -1], dim=-1), images, depths
+
+
+def distance_for_depth(scene, c2w, images, depths):
+    rays = unproject(torch.eye(4).double()[None], scene.fov, torch.ones(1, SIZE, SIZE))
+    return scene, c2w, images, depths * rays.norm(dim=-1).float()
+
+
+def mirrored_depth(scene, c2w, images, depths):
+    return scene, c2w, images, depths.flip(-1)
+
+
+def mirrored_image(scene, c2w, images, depths):
+    return scene, c2w, images.flip(-1), depths
+
+
+def another_fov(scene, c2w, images, depths):
+    return replace(scene, fov=1.25 * scene.fov), c2w, images, depths
+
+
+@pytest.mark.parametrize("wrong", [opencv_axes, inverse, negated_position, distance_for_depth,
+                                   mirrored_depth, mirrored_image, another_fov])
+def test_reprojection_fails_for_a_wrong_convention(rendered, wrong):
+    assert not agrees([wrong(*each) for each in rendered])
+
+
+def surface_distance(scene, points):
+    """Distance (...) of inner points (..., 3) to the nearest surface of a scene, or less."""
+    nearest = abs(points[..., 2])
+    if not scene.sky:
+        nearest = np.minimum(nearest, abs(scene.room - abs(points)).min(-1))    # walls, ceiling
+    for shape, center, half, yaw in zip(scene.shape, scene.center, scene.half, scene.yaw):
+        x, y, z = np.moveaxis(points - center, -1, 0)
+        if shape == synth.SPHERE:
+            away = np.sqrt(x**2 + y**2 + z**2) - half[0]
+        elif shape == synth.CYLINDER:
+            away = np.maximum(np.hypot(x, y) - half[0], abs(z) - half[2])
+        else:
+            turned = (x + 1j * y) * np.exp(-1j * yaw)
+            away = np.maximum(np.maximum(abs(turned.real) - half[0], abs(turned.imag) - half[1]),
+                              abs(z) - half[2])
+        nearest = np.minimum(nearest, abs(away))
+    return nearest
+
+
+def test_every_depth_lies_on_a_surface(rendered):
+    for scene, c2w, _, depths in rendered:
+        points = unproject(c2w, scene.fov, depths).numpy() / scene.unit
+        depth = depths.numpy() / scene.unit
+        # float32 rays: a few roundings of the distance, more where a ray grazes a round solid
+        error = surface_distance(scene, points)[depth > 0] / np.maximum(depth[depth > 0], 1)
+        assert np.quantile(error, 0.99) < 1e-5
+        assert error.max() < 1e-3
+
+
+def test_only_the_sky_has_no_depth(rendered):
+    assert {scene.sky for scene, *_ in rendered} == {True, False}
+    for scene, c2w, _, depths in rendered:
+        unknown = depths == 0
+        rays = unproject(c2w, scene.fov, torch.ones_like(depths)) - c2w[:, None, None, :3, 3]
+        # the ground ends under the horizon, at HORIZON away from the middle
+        assert not unknown[rays[..., 2] < -0.1].any()
+        assert scene.sky or not unknown.any()
+
+
+def test_every_view_shares_enough_with_every_other(rendered):
+    shares = [reproject(*each)[2] for each in rendered]
+    for share in shares:
+        assert torch.minimum(share.diagonal(1), share.diagonal(-1)).min() > 0.2
+    mean = torch.stack(shares)[:, ~torch.eye(VIEWS, dtype=torch.bool)].mean(1)
+    assert mean.min() > 0.25 and mean.mean() > 0.45
+
+
+def test_cameras_keep_clear_of_solids_ground_and_walls():
+    for number in range(60):
+        scene = synth.scene(5, number)
+        eye = synth.cameras(scene, 40)[:, :3, 3].numpy() / scene.unit
+        # between the places where a path is looked at it may come a little nearer than CLEARANCE
+        assert surface_distance(scene, eye).min() > 0.75 * synth.CLEARANCE
+        for center, half in zip(scene.center, scene.half):
+            assert ((abs(eye - center) / half) > 1).any(axis=1).all()
+        assert (eye[:, 2] > 0).all() and (abs(eye) < scene.room).all()
+
+
+def test_cameras_are_upright_rotations_that_look_at_the_solids():
+    for number in range(20):
+        scene = synth.scene(6, number)
+        c2w = synth.cameras(scene, 5)
+        turn = c2w[:, :3, :3]
+        assert torch.allclose(turn @ turn.mT, torch.eye(3, dtype=torch.float64), atol=1e-12)
+        assert torch.allclose(torch.linalg.det(turn), torch.ones(5, dtype=torch.float64))
+        assert turn[:, 2, 0].abs().max() < 1e-12 and turn[:, 2, 1].min() > 0.5
+        towards = -c2w[:, :3, 3] / scene.unit + torch.tensor([0, 0, 0.6], dtype=torch.float64)
+        assert ((towards * -turn[:, :, 2]).sum(1) > 0.7 * towards.norm(dim=1)).all()
+
+
+def test_a_scene_is_a_function_of_seed_and_number():
+    one, two = synth.scene(1, 7), synth.scene(1, 7)
+    for name in ("center", "half", "material", "colors", "path"):
+        assert np.array_equal(getattr(one, name), getattr(two, name))
+    assert not np.array_equal(one.path, synth.scene(2, 7).path)
+    assert not np.array_equal(one.path, synth.scene(1, 9).path)
+
+
+def test_scenes_vary_in_every_respect():
+    scenes = [synth.scene(0, number) for number in range(200)]
+    assert {scene.kind for scene in scenes} == {"arc", "walk", "fly"}
+    assert {len(scene.shape) for scene in scenes} == {4, 5, 6, 7, 8, 9}
+    assert 60 < sum(scene.sky for scene in scenes) < 140
+    units = np.log10([scene.unit for scene in scenes])
+    assert units.min() < -0.9 and units.max() > 0.9 and abs(units.mean()) < 0.15
+    fov = np.degrees([scene.fov for scene in scenes])
+    assert 40 <= fov.min() < 43 and 72 < fov.max() <= 75
+
+
+def test_a_batch_renders_what_its_scenes_render_alone(rendered):
+    scenes = [scene for scene, *_ in rendered]
+    c2w = torch.stack([c2w for _, c2w, *_ in rendered])
+    images, depths = synth.render(scenes, c2w, torch.tensor([scene.fov for scene in scenes]), SIZE)
+    for i, (_, _, image, depth) in enumerate(rendered):
+        # sines may round differently at another place in a vector
+        assert (images[i] - image).abs().max() < 1e-4
+        assert torch.allclose(depths[i], depth, rtol=1e-5)
+
+
+def test_the_unit_of_length_scales_depth_and_cameras_and_nothing_that_is_seen(rendered):
+    scene, c2w, images, depths = rendered[1]
+    longer = replace(scene, unit=4 * scene.unit)        # a power of two: not even rounding differs
+    moved = synth.cameras(longer, VIEWS)
+    assert torch.equal(moved[:, :3, 3], 4 * c2w[:, :3, 3])
+    assert torch.equal(moved[:, :3, :3], c2w[:, :3, :3])
+    image, depth = synth.render(longer, moved, longer.fov, SIZE)
+    assert torch.equal(image, images) and torch.equal(depth, 4 * depths)
+
+
+# ---------------------------------------------------------------------------------- shards
+
+ARGUMENTS = ["--scenes", "6", "--held-out", "2", "--views", "3", "--size", "16",
+             "--scenes-per-shard", "2", "--device", "cpu", "--workers", "2"]
+
+
+def run(out, *more):
+    """`prepare.py synth` in this process."""
+    prepare.main(["synth", "--out", str(out), *ARGUMENTS, *more])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A small output folder."""
+    out = tmp_path_factory.mktemp("synth") / "out"
+    run(out)
+    return out
+
+
+def contents(out):
+    """Relative path -> bytes of every file."""
+    files = [path for path in sorted(out.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(out)): path.read_bytes() for path in files}
+
+
+def read_shard(path):
+    """A shard by the reference's rules: scene -> {frame: (image, depth, OpenGL c2w, fov)}."""
+    files = {}
+    with tarfile.open(path) as tar:
+        for member in tar:
+            files[member.name] = tar.extractfile(member).read()
+    scenes = {}
+    for name in files:
+        parts = re.fullmatch(r"([^/]+/[^/]+)/frame(\d{6})_metadata\.json", name)
+        if not parts:
+            continue
+        stem = name.removesuffix("_metadata.json")
+        metadata = json.loads(files[name])
+        image = np.asarray(Image.open(io.BytesIO(files[f"{stem}.png"])))
+        words = np.asarray(Image.open(io.BytesIO(files[f"{stem}_depth.png"]))).astype(np.uint16)
+        depth = words.view(np.float16).astype(np.float32)
+        if "R" in metadata:
+            w2c = np.eye(4)
+            w2c[:3, :3], w2c[:3, 3] = np.array(metadata["R"]).T, metadata["T"]
+            w2c[[0, 2]] *= -1                           # pytorch3d's left and forward
+            c2w = np.linalg.inv(w2c)
+            fov = 2 * math.atan(1 / max(metadata["focal_length"]))
+            assert metadata["principal_point"] == [0.0, 0.0]
+            depth = depth * np.float32(metadata["scale_adjustment"])
+        else:
+            c2w = np.array(metadata["extrinsics"])
+            camtopix = np.linalg.inv(metadata["intrinsics"])
+            assert camtopix[0, 0] == pytest.approx(camtopix[1, 1])
+            fov = 2 * math.atan(camtopix[0, 2] / camtopix[0, 0])
+        scenes.setdefault(parts[1], {})[int(parts[2])] = (image, depth, c2w, fov)
+    return scenes
+
+
+def test_the_parser_of_these_tests_reads_the_reference_shards():
+    # it stands for the reference below, so it must give the cameras that the reference gave
+    folder = Path(__file__).parent / "golden"
+    from safetensors.numpy import load_file
+    for layout in ("co3d", "re10k"):
+        expected = load_file(folder / f"shards_{layout}.safetensors")
+        pairs = json.loads((folder / f"shards_{layout}.json").read_text())["pairs"]
+        scenes = {}
+        for number in (0, 1):
+            read = read_shard(folder / "shards" / f"{layout}-{number:06d}.tar")
+            scenes |= {name.replace("/", "_"): frames for name, frames in read.items()}
+        for k, pair in enumerate(pairs):
+            frames = scenes[pair["uid"]]
+            _, j = map(int, pair["pair_uid"].split("__")[:2])
+            c2w = frames[sorted(frames)[j]][2]
+            assert np.allclose(c2w, expected["cond_cam2world"][k], atol=1e-12)
+            fov_deg = math.degrees(next(iter(frames.values()))[3])
+            assert fov_deg == pytest.approx(expected["fov_deg"][k])
+
+
+@pytest.mark.parametrize("layout", ["co3d", "re10k"])
+def test_the_reference_rules_give_back_the_cameras_images_and_depths(made, layout):
+    scenes = {}
+    for path in sorted((made / layout).glob("*.tar")):
+        scenes |= read_shard(path)
+    assert len(scenes) == 4
+    for name, frames in scenes.items():
+        kind, number = name.split("/")
+        scene = synth.scene(0, int(number))
+        assert kind == scene.kind and (kind == "arc") == (layout == "co3d")
+        c2w = synth.cameras(scene, 3)
+        images, depths = synth.render(scene, c2w, scene.fov, 16)
+        assert sorted(frames) == [1, 2, 3]
+        for i, (image, depth, pose, fov) in frames.items():
+            assert np.allclose(pose, c2w[i - 1], rtol=0, atol=1e-13 * max(1, scene.unit))
+            assert fov == pytest.approx(scene.fov, rel=1e-12)
+            expected = ((images[i - 1].permute(1, 2, 0) + 1) * 127.5).numpy()
+            assert image.dtype == np.uint8 and abs(image - expected).max() < 0.51
+            # half floats have 11 bits
+            assert np.allclose(depth, depths[i - 1], rtol=2**-11 * 1.01, atol=0)
+
+
+def test_training_and_held_out_scenes_differ_and_do_not_depend_on_their_count(made, tmp_path):
+    run(tmp_path / "more", "--scenes", "8", "--held-out", "4")
+    for layout in ("co3d", "re10k"):
+        for shard in (made / layout).glob("*.tar"):
+            fewer, more = read_shard(shard), read_shard(tmp_path / "more" / layout / shard.name)
+            assert set(fewer) <= set(more)
+    with tarfile.open(made / "co3d/train-000000.tar") as tar:
+        assert tar.getnames()[0] == "arc/0000000000/frame000001.png"
+    held_out = read_shard(made / "co3d/held-out-000000.tar")
+    assert list(held_out) == [f"arc/{prepare.HELD_OUT:010d}"]
+
+
+def test_the_same_arguments_give_the_same_bytes(made, tmp_path):
+    run(tmp_path / "again", "--workers", "1")
+    assert contents(tmp_path / "again") == contents(made)
+
+
+def test_a_run_that_was_cut_short_goes_on_and_ends_the_same(made, tmp_path, capsys):
+    out = tmp_path / "out"
+    run(out)
+    deleted = out / "re10k/train-000001.tar"
+    deleted.unlink()
+    finished = {path: path.stat().st_mtime_ns for path in out.rglob("*.tar")}
+    run(out)
+    assert contents(out) == contents(made)
+    assert all(path.stat().st_mtime_ns == when for path, when in finished.items())
+    capsys.readouterr()
+    run(out)
+    assert "all of them were there already" in capsys.readouterr().out
+
+
+def test_a_shard_has_its_name_only_when_it_is_complete(tmp_path):
+    def scenes():
+        yield [("a/b/frame000001.png", b"1" * 5000)]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare.write_shard(tmp_path / "train-000000.tar", scenes())
+    assert not list(tmp_path.glob("*.tar"))
+    prepare.write_shard(tmp_path / "train-000000.tar", [[("a/b/frame000001.png", b"1")]])
+    assert [path.name for path in tmp_path.iterdir()] == ["train-000000.tar"]
+
+
+def test_other_arguments_are_refused_by_name_unless_overwritten(made, tmp_path, capsys):
+    out = tmp_path / "out"
+    run(out)
+    with pytest.raises(SystemExit) as stop:
+        run(out, "--seed", "1", "--views", "2")
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2
+    assert "views 3 there, 2 now; seed 0 there, 1 now" in message and "--overwrite" in message
+    assert contents(out) == contents(made)
+    run(out, "--seed", "1", "--scenes", "2", "--overwrite")
+    assert len(list(out.rglob("*.tar"))) == 4
+    assert "arc/0000000000" in read_shard(out / "co3d/train-000000.tar")
+
+
+@pytest.mark.parametrize("image_format, kind", [("jpg", "JPEG"), ("webp", "WEBP")])
+def test_colour_images_may_be_jpeg_or_webp(image_format, kind, made, tmp_path):
+    run(tmp_path, "--image-format", image_format, "--scenes", "2")
+    with tarfile.open(tmp_path / "co3d/train-000000.tar") as lossy, \
+            tarfile.open(made / "co3d/train-000000.tar") as exact:
+        image = Image.open(lossy.extractfile(f"arc/0000000000/frame000001.{image_format}"))
+        truth = Image.open(exact.extractfile("arc/0000000000/frame000001.png"))
+        assert image.format == kind
+        difference = np.asarray(image).astype(float) - np.asarray(truth)
+        assert np.sqrt((difference**2).mean()) < 30
+        depth = Image.open(lossy.extractfile("arc/0000000000/frame000001_depth.png"))
+        assert depth.mode == "I;16"
+
+
+def test_depths_that_are_unknown_or_do_not_fit_are_stored_as_0():
+    depth = np.array([[0, 1.5, 65504], [65520, np.inf, np.nan], [-1, 1e30, 0.25]], dtype=np.float32)
+    words = np.asarray(Image.open(io.BytesIO(prepare.depth_bytes(depth)))).astype(np.uint16)
+    assert np.array_equal(words.view(np.float16), [[0, 1.5, 65504], [0, 0, 0], [0, 0, 0.25]])
+
+
+def test_tars_carry_no_time_and_no_owner(made):
+    for path in made.rglob("*.tar"):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                assert (member.mtime, member.uid, member.gid) == (0, 0, 0)
+                assert (member.uname, member.gname) == ("", "")
+
+
+@pytest.mark.parametrize("option, value, says", [
+    ("--scenes", "0", "--scenes 0: it must be at least 2"),
+    ("--held-out", "-1", "--held-out -1: it must be at least 2"),
+    ("--views", "1", "--views 1: it must be at least 2"),
+    ("--size", "0", "--size 0: it must be at least 8"),
+    ("--seed", "-3", "--seed -3: it must be at least 0"),
+    ("--workers", "0", "--workers 0: it must be at least 1"),
+    ("--device", "cuda", "--device cuda: torch finds no CUDA device here"),
+])
+def test_bad_input_is_one_line_and_exit_code_2(option, value, says, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "out", option, value)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and says in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    out = str(tmp_path / "file" / "out")
+    command = [sys.executable, prepare.__file__, "synth", "--out", out, *ARGUMENTS]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("prepare.py synth: ") and done.stderr.count("\n") == 1
+    assert str(tmp_path / "file") in done.stderr
+
+
+def test_shards_of_another_origin_are_left_alone(tmp_path, capsys):
+    (tmp_path / "co3d").mkdir()
+    (tmp_path / "co3d/train-000000.tar").write_bytes(b"somebody's")
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--overwrite")
+    assert "holds shards that this command did not make" in capsys.readouterr().err
+    assert (tmp_path / "co3d/train-000000.tar").read_bytes() == b"somebody's"
