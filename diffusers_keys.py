@@ -255,6 +255,10 @@ def unet_to(found):
     attends = [f"output_blocks.{i * period}.1.norm.weight" in found for i in range(levels)]
     widths = [found[f"input_blocks.{1 + i * period}.0.out_layers.3.weight"].shape[0]
               for i in range(levels)]
+    width = found["input_blocks.0.0.weight"].shape[0]
+    if widths[0] != width:
+        raise ValueError(f"diffusers has no such UNet: its first level is {widths[0]} wide, the "
+                         f"convolution before it {width}")
     cross = "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
     config = {
         "in_channels": found["input_blocks.0.0.weight"].shape[1],
