@@ -56,7 +56,7 @@ def load(path, device, precision):
     config = config_of(tensors)
     ema = any(name.startswith(checkpoint.EMA) for name in tensors)
     frozen = any(name.startswith("first_stage_model.") for name in tensors)
-    if config.latent == "vae" and not frozen:
+    if config.latent == "vae" and "config" in tensors.meta and not frozen:
         # a run saves what it trains; the frozen networks are those of the file it started from
         if not config.init:
             raise ValueError(f"{path} has no autoencoder, and its run names no init that has one")

@@ -1,0 +1,489 @@
+"""sample.py end to end: the golden small model, photos, pictures, files written, and bad input."""
+
+import json
+import os
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import camera
+import checkpoint
+import clip
+import configs
+import golden
+import model
+import paths
+import photos
+import pictures
+import prepare
+import sample
+import samplers
+import vae
+
+SIZE = 16                   # pixels a side of the small run's images
+
+
+# ---- the golden small model
+
+def golden_model(about):
+    """The small whole model of the golden sampling cases, its UNet with the averaged weights."""
+    u = about["config"]["unet_config"]["params"]
+    v = about["config"]["first_stage_config"]["params"]["ddconfig"]
+    unet = model.UNet(u["in_channels"], u["out_channels"], u["model_channels"], u["channel_mult"],
+                      u["num_res_blocks"], u["attention_resolutions"], u["num_heads"],
+                      u["context_dim"])
+    autoencoder = vae.AutoencoderKL(v["ch"], v["ch_mult"], v["num_res_blocks"])
+    tower = clip.CLIP(**{**about["clip_config"], "transformer_layers": 0})
+    net = model.ZeroNVS(unet, autoencoder, tower, "7dof_quantile_scale", vae.SCALE_FACTOR, 768, 768)
+    golden.fill(net.eval())
+    return golden.fill(net.model, "model.", golden.SALT + "ema/") and net
+
+
+@pytest.mark.parametrize("name", ["sample_zero123", "sample_zero123_n_samples"])
+def test_the_whole_small_model_samples_the_golden_images(name):
+    about, expected = golden.case(name)
+    observed = {key: value["max_abs_difference_between_two_reference_runs_on_different_cpu_kernels"]
+                for key, value in about["tolerance_observed"].items()}
+    net, n = golden_model(about), about["n_samples"]
+    shapes = about["inputs"]
+    image = golden.network_input(f"{name}/input_im", shapes[f"{name}/input_im"]["shape"], tanh=True)
+    T = golden.network_input(f"{name}/T", shapes[f"{name}/T"]["shape"]) * 0.5
+    z_T = golden.network_input(f"{name}/x_T", shapes[f"{name}/x_T"])
+    z_cond, context = net.condition(image, T)
+    z_cond, context = z_cond.repeat(n, 1, 1, 1), context.repeat(n, 1, 1)
+    golden.assert_close(z_cond, expected["c_concat"], observed["c_concat"])
+    golden.assert_close(context, expected["c_crossattn"], observed["c_crossattn"])
+    follow = samplers.guided(net.eps, z_cond, context, about["scale"])
+    latents = samplers.sample(
+        follow, z_T, net.alphas_cumprod, "reference", about["S"], about["eta"],
+        lambda k: golden.network_input(f"{name}/noise_{k}", z_T.shape))
+    golden.assert_close(latents, expected["latents"], observed["latents"])
+    decoded = net.decode(latents)
+    key = "decoded_unclamped[..., ::4, ::4]"
+    golden.assert_close(decoded[..., ::4, ::4], expected[key], observed[key])
+    key = "image[..., ::4, ::4]"
+    shown = (decoded.clamp(-1, 1) + 1) / 2
+    golden.assert_close(shown[..., ::4, ::4], expected[key], observed[key])
+
+
+def test_views_depend_on_seed_and_number_and_not_on_the_batch():
+    about, _ = golden.case("sample_zero123")
+    net = golden_model(about)
+    image = golden.network_input("image", (1, 3, 32, 32), tanh=True)
+    T = golden.network_input("T", (3, 19))
+    common = {"sampler": "ddim", "steps": 2, "eta": 1.0, "guidance": 2.0}
+    together = samplers.novel_views(net, image, T, [5, 6, 5], 7, **common)
+    alone = samplers.novel_views(net, image, T[1:2], [6], 7, **common)
+    # another batch size is another order of the same float32 sums
+    torch.testing.assert_close(together[1:2], alone, rtol=0, atol=1e-3)
+    repeated = samplers.novel_views(net, image.expand(3, -1, -1, -1), T, [5, 6, 5], 7, **common)
+    torch.testing.assert_close(together, repeated, rtol=0, atol=1e-3)
+    other_seed = samplers.novel_views(net, image, T[1:2], [6], 8, **common)
+    assert (other_seed - alone).abs().max() > 0.1
+    same_pose = T[:1].expand(3, -1)
+    views = samplers.novel_views(net, image, same_pose, [5, 6, 5], 7, **common)
+    torch.testing.assert_close(views[0], views[2], rtol=0, atol=1e-3)
+    assert (views[0] - views[1]).abs().max() > 0.1
+    assert views.abs().max() <= 1
+
+
+# ---- a small run to sample from
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A folder like out/synth, of a small random network, with scenes of its own."""
+    folder = tmp_path_factory.mktemp("run")
+    prepare.main(["synth", "--out", str(folder / "data"), "--scenes", "2", "--held-out", "4",
+                  "--views", "5", "--size", str(SIZE), "--workers", "1", "--device", "cpu"])
+    sources = tuple(configs.Source(name, name, f"{name}/train-*.tar", 0.5, f"{name}/held-out-*.tar")
+                    for name in ("co3d", "re10k"))
+    config = configs.Config(
+        sources=sources, data=str(folder / "data"), out=str(folder / "out"), latent="pixels",
+        image_size=SIZE, model_channels=32, channel_mult=(1,), num_res_blocks=1, mode="7dof",
+        attention_resolutions=(), num_heads=1, context_dim=8, sample_steps=2)
+    save(config, golden.fill(model.build(config)))
+    return folder / "out"
+
+
+def save(config, net, **more):
+    """Writes a step whose averaged weights are twice its raw ones."""
+    weights = dict(net.state_dict())
+    average = {name: 2 * w for name, w in weights.items() if name.startswith(checkpoint.UNET)}
+    meta = {"step": 5, "ema_updates": 1, "config": asdict(config)}
+    checkpoint.save(config.out, 5, {**weights, **more}, average, {}, meta)
+
+
+def sampled(run, out, *options):
+    """Runs sample.py for the small run; the files that it leaves, by name."""
+    sample.main(["--checkpoint", str(run), "--out", str(out), "--device", "cpu", *options])
+    return {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+
+
+def refused(capsys, *options):
+    """The one line on which sample.py gives up, with exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        sample.main(list(map(str, options)))
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("sample.py: "), lines
+    return lines[0]
+
+
+def test_a_bare_command_makes_views_of_a_scene_that_was_held_out(run, tmp_path, capsys):
+    files = sampled(run, tmp_path, "--views", "3")
+    assert files == {"sheet.png", "orbit.gif", "path.png", "cameras.json", "cond.png", "truth.png",
+                     "views/000.png", "views/001.png", "views/002.png"} | mp4()
+    said = capsys.readouterr().out
+    assert "held-out scene" in said and "s a view" in said and str(tmp_path) in said
+    assert all(name.split("/")[0] in said for name in files)
+    views = [Image.open(tmp_path / f"views/00{i}.png") for i in range(3)]
+    assert all(view.size == (SIZE, SIZE) for view in views)
+    assert Image.open(tmp_path / "orbit.gif").size == (128, 128)
+    cameras = paths.read(tmp_path / "cameras.json", 1.0)
+    assert len(cameras) == 4
+    # the conditioning view is a stored image of the shards, and truth.png shows others
+    reader = photos.data.SourceReader(sample.load(run, "cpu", "fp32")[1].sources[0],
+                                      run.parent / "data", SIZE, held_out=True)
+    cond = torch.from_numpy(np.asarray(Image.open(tmp_path / "cond.png"))).permute(2, 0, 1)
+    assert torch.equal(cond, torch.as_tensor(reader.image(0, 2)))
+    assert cameras.fov[0].item() == pytest.approx(reader.scene(0).fov)
+
+
+def mp4():
+    return {"orbit.mp4"} if pictures.shutil.which("ffmpeg") else set()
+
+
+def test_sampling_runs_with_the_averaged_weights(run):
+    net, config = sample.load(run, "cpu", "fp32")
+    raw = golden.fill(model.build(config)).state_dict()
+    for name, w in net.state_dict().items():
+        times = 2 if name.startswith(checkpoint.UNET) else 1
+        torch.testing.assert_close(w, times * raw[name])
+
+
+@pytest.mark.parametrize("option", ["--swing", "--zoom", "--grid", "--pose=-30,10,1"])
+def test_every_kind_of_path_is_written(run, tmp_path, option):
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (40, 30), (9, 99, 199)).save(photo)
+    files = sampled(run, tmp_path / "out", str(photo), option, "--views", "2", "--steps", "1")
+    count = {"--grid": 15, "--pose=-30,10,1": 1}.get(option, 2)
+    assert sum(name.startswith("views/") for name in files) == count
+    assert "truth.png" not in files
+    stored = json.loads((tmp_path / "out/cameras.json").read_text())
+    assert len(stored["frames"]) == count + 1
+
+
+def test_a_written_path_can_be_walked_again(run, tmp_path):
+    sampled(run, tmp_path / "a", "--truck", "--views", "2", "--steps", "1")
+    files = sampled(run, tmp_path / "b", "--path", str(tmp_path / "a/cameras.json"), "--steps", "1")
+    assert sum(name.startswith("views/") for name in files) == 3
+    same = [np.asarray(Image.open(tmp_path / place)).astype(int) for place in
+            ("a/views/001.png", "b/views/002.png")]
+    assert abs(same[0] - same[1]).max() <= 1
+
+
+def test_scale_sweep_is_a_sheet_with_a_row_for_each_scale(run, tmp_path):
+    files = sampled(run, tmp_path, "--scale-sweep", "--views", "2", "--steps", "1")
+    assert files == {"scale-sweep.png"}
+    cell = 128 + pictures.LABEL + pictures.GAP
+    height = Image.open(tmp_path / "scale-sweep.png").height
+    assert height == len(sample.SWEEP) * cell + pictures.GAP
+
+
+def test_progress_is_a_strip_that_ends_in_the_view(run, tmp_path):
+    sampled(run, tmp_path, "--progress", "--views", "3", "--steps", "4", "--batch", "2")
+    strip = np.asarray(Image.open(tmp_path / "progress.png"))
+    view = np.asarray(pictures.enlarged(Image.open(tmp_path / "views/001.png")))
+    assert strip.shape[1] == 4 * (128 + pictures.GAP) + pictures.GAP
+    last = strip[pictures.LABEL + pictures.GAP:][:128, -128 - pictures.GAP:-pictures.GAP]
+    # the last promise is the view but for rounding, which the enlargement spreads
+    assert abs(last.astype(int) - view).max() <= 2
+
+
+def test_fresh_noise_makes_views_of_the_same_camera_differ(run, tmp_path):
+    still = ["--pan", "--by", "0", "--views", "2", "--steps", "1"]
+    for out, options in (("same", still), ("fresh", [*still, "--no-same-noise"])):
+        sampled(run, tmp_path / out, *options)
+    first, second = ([np.asarray(Image.open(tmp_path / out / f"views/00{i}.png")) for i in (0, 1)]
+                     for out in ("same", "fresh"))
+    assert np.array_equal(*first) and not np.array_equal(*second)
+
+
+def test_a_second_run_leaves_nothing_of_the_first_and_all_that_is_not_its_own(run, tmp_path):
+    sampled(run, tmp_path, "--views", "5", "--steps", "1", "--progress")
+    mine = {"photo.png", "views/holiday.png", "notes.gif"}
+    for name in mine:
+        Image.new("RGB", (40, 40)).save(tmp_path / name)
+    files = sampled(run, tmp_path, str(tmp_path / "photo.png"), "--views", "2", "--steps", "1")
+    assert {name for name in files if name.startswith("views/0")} == {"views/000.png",
+                                                                      "views/001.png"}
+    assert mine <= files and not {"truth.png", "progress.png"} & files
+
+
+def test_an_mp4_is_made_where_ffmpeg_is_found(run, tmp_path, monkeypatch, capsys):
+    fake = tmp_path / "bin/ffmpeg"
+    fake.parent.mkdir()
+    fake.write_text("#!/bin/sh\nfor last; do :; done\nwc -c > \"$last\"\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{fake.parent}{os.pathsep}{os.environ['PATH']}")
+    files = sampled(run, tmp_path / "out", "--dolly", "--views", "3", "--steps", "1")
+    assert "orbit.mp4" in files and "orbit.mp4" in capsys.readouterr().out
+    # an open path goes forth and back: views 0, 1, 2, 1
+    assert int((tmp_path / "out/orbit.mp4").read_text()) == 4 * 128 * 128 * 3
+    assert Image.open(tmp_path / "out/orbit.gif").n_frames == 4
+    fake.write_text("#!/bin/sh\necho no such codec >&2\nexit 1\n")
+    files = sampled(run, tmp_path / "other", "--dolly", "--views", "2", "--steps", "1")
+    assert "orbit.mp4" not in files and "no such codec" in capsys.readouterr().out
+
+
+# ---- bad input
+
+@pytest.mark.parametrize("options, says", [
+    (["--fov", "180"], "--fov"), (["--fov", "0"], "--fov"), (["--fov", "nan"], "--fov"),
+    (["--views", "0"], "--views"), (["--steps", "0"], "--steps"), (["--steps", "1001"], "1001"),
+    (["--sampler", "reference", "--steps", "1"], "2 to 500"),
+    (["--sampler", "reference", "--spacing", "trailing"], "trailing"),
+    (["--sampler", "euler"], "euler"), (["--eta", "2"], "--eta"),
+    (["--guidance", "-1"], "--guidance"),
+    (["--guidance-interval", "900,100"], "900,100"), (["--scale", "0"], "--scale"),
+    (["--scale", "big"], "big"), (["--scale", "auto"], "--depth-weights"), (["--by", "far"], "far"),
+    (["--elevation", "90"], "--elevation"), (["--scene", "99"], "scenes 0 to 1"),
+    (["--orbit", "--dolly"], "--dolly"), (["--pose", "1,2"], "--pose"), (["--obrit"], "--obrit"),
+    (["--path", "nowhere.json"], "nowhere.json"), (["--device", "mps"], "mps"),
+    (["--zoom", "--by", "-1"], "zoom"), (["nowhere.jpg"], "nowhere.jpg"),
+    (["--crop", "0,0,99"], "")])
+def test_bad_options_end_in_one_line_before_anything_is_written(run, tmp_path, capsys, options,
+                                                                says):
+    if "--crop" in options:
+        Image.new("RGB", (40, 30)).save(tmp_path / "photo.png")
+        options, says = [str(tmp_path / "photo.png"), *options], "40x30"
+    out = tmp_path / "out"
+    line = refused(capsys, "--checkpoint", run, "--out", out, *options)
+    assert says in line
+    assert not out.exists()
+
+
+def test_files_that_are_no_image_are_named(run, tmp_path, capsys):
+    text, cut = tmp_path / "text.jpg", tmp_path / "cut.png"
+    text.write_text("hello")
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (50, 50, 3), dtype=np.uint8)).save(cut)
+    cut.write_bytes(cut.read_bytes()[:3000])
+    for file in (text, cut, tmp_path):
+        assert str(file) in refused(capsys, file, "--checkpoint", run, "--out", tmp_path / "out")
+
+
+def test_a_path_that_is_empty_or_not_rigid_is_named(run, tmp_path, capsys):
+    file = tmp_path / "path.json"
+    for content in ("[]", json.dumps([(2 * np.eye(4)).tolist()])):
+        file.write_text(content)
+        line = refused(capsys, "--path", file, "--checkpoint", run, "--out", tmp_path / "out")
+        assert str(file) in line and "camera" in line
+
+
+def test_an_output_folder_that_cannot_be_written_is_named(run, tmp_path, capsys):
+    occupied = tmp_path / "file"
+    occupied.write_text("")
+    for out in (occupied, occupied / "deeper"):
+        assert str(out) in refused(capsys, "--checkpoint", run, "--out", out, "--steps", "1")
+
+
+def test_checkpoints_of_other_models_are_named(run, tmp_path, capsys):
+    assert "nowhere" in refused(capsys, "--checkpoint", tmp_path / "nowhere")
+    assert str(tmp_path) in refused(capsys, "--checkpoint", tmp_path)
+    other = tmp_path / "other.safetensors"
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    for tensors, says in [({"weight": torch.zeros(3)}, "cc_projection"),
+                          ({checkpoint.POSE: torch.zeros(768, 775)}, "7 numbers"),
+                          ({checkpoint.POSE: torch.zeros(768, 787)}, "missing")]:
+        save_file(tensors, other)
+        photo = tmp_path / "photo.png"
+        Image.new("RGB", (300, 300)).save(photo)
+        line = refused(capsys, photo, "--checkpoint", other, "--out", tmp_path, "--device", "cpu")
+        assert str(other) in line and says in line
+
+
+# ---- models
+
+def test_published_checkpoints_are_told_apart_by_their_pose_width():
+    def of_width(width):
+        entry = checkpoint.Made(torch.float32, (768, 768 + width), lambda: None)
+        return checkpoint.Tensors("file", {checkpoint.POSE: entry})
+
+    assert sample.config_of(of_width(4)).mode == "3dof"
+    assert sample.config_of(of_width(19)).mode == "7dof_quantile_scale"
+
+
+def test_a_run_takes_the_frozen_networks_from_the_file_it_started_from(tmp_path, monkeypatch):
+    about, _ = golden.case("sample_zero123")
+    small = golden_model(about)
+    frozen = ("first_stage_model.", "cond_stage_model.")
+    init = tmp_path / "init.safetensors"
+    weights = {name: w.contiguous() for name, w in small.state_dict().items()}
+    pytest.importorskip("safetensors.torch").save_file(weights, init)
+    source = configs.Source("none", "co3d", "none", 1.0)
+    config = configs.Config(sources=(source,), out=str(tmp_path / "run"), init=str(init))
+    trained = {name: 3 * w for name, w in weights.items() if not name.startswith(frozen)}
+    average = {name: 2 * w for name, w in trained.items() if name.startswith(checkpoint.UNET)}
+    meta = {"step": 5, "ema_updates": 1, "config": asdict(config)}
+    checkpoint.save(config.out, 5, trained, average, {}, meta)
+    monkeypatch.setattr(model, "build", lambda config: golden_model(about))
+    net, _ = sample.load(config.out, "cpu", "fp32")
+    for name, w in net.state_dict().items():
+        times = 6 if name.startswith(checkpoint.UNET) else 1 if name.startswith(frozen) else 3
+        torch.testing.assert_close(w, times * weights[name])
+
+
+def test_bf16_is_of_the_network_alone(run):
+    net, _ = sample.load(run, "cpu", "bf16")
+    assert next(net.model.parameters()).dtype == torch.bfloat16
+    assert net.alphas_cumprod.dtype == net.cc_projection.weight.dtype == torch.float32
+    image = golden.network_input("image", (1, 3, SIZE, SIZE), tanh=True)
+    T = golden.network_input("T", (2, 19))
+    views = samplers.novel_views(net, image, T, [0, 1], steps=2)
+    assert views.dtype == torch.float32
+    net.model.float()
+    exact = samplers.novel_views(net, image, T, [0, 1], steps=2)
+    # bf16 keeps 8 bits, and guidance 3 enlarges the rounding
+    assert 0 < (views - exact).abs().mean() < 0.05
+
+
+@pytest.mark.parametrize("mode", configs.MODES)
+def test_scale_divides_lengths_in_every_mode(mode):
+    cameras = paths.motion("orbit", 5, 90, 1.0, 20.0)
+    found = sample.pose_vectors(mode, cameras.cond_c2w, cameras.c2w, cameras.fov, 0.5)
+    cond = cameras.cond_c2w.repeat(5, 1, 1)
+    scale = torch.full((5,), 0.5)
+    if mode in ("3dof", "7dof_unscaled"):       # these do not look at a scale
+        one = sample.pose_vectors(mode, cameras.cond_c2w, cameras.c2w, cameras.fov, 1.0)
+        lengths = [3] if mode == "3dof" else [3, 7, 11]
+        rest = [i for i in range(one.shape[1]) if i not in lengths]
+        torch.testing.assert_close(found[:, lengths], 2 * one[:, lengths], rtol=0, atol=1e-6)
+        torch.testing.assert_close(found[:, rest], one[:, rest], rtol=0, atol=1e-6)
+    else:
+        expected = camera.conditioning(mode, cond, cameras.c2w, cameras.fov, scale).float()
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+# ---- photos
+
+def gradient(width, height):
+    """A picture whose pixels all differ from their neighbours."""
+    y, x = np.mgrid[:height, :width]
+    return Image.fromarray(np.stack([5 * x, 7 * y, 3 * x + 2 * y], -1).astype(np.uint8))
+
+
+def test_a_photo_is_turned_as_its_exif_says(tmp_path):
+    upright, file = gradient(20, 20), tmp_path / "photo.png"
+    exif = Image.Exif()
+    exif[0x0112] = 6                        # the camera was held so that the top is on the right
+    upright.rotate(90, expand=True).save(file, exif=exif)
+    assert np.array_equal(np.asarray(photos.read(file, 20)), np.asarray(upright))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "1", "L", "CMYK", "I;16", "RGB"])
+def test_every_kind_of_image_becomes_rgb_over_white(tmp_path, mode):
+    file = tmp_path / ("photo.tiff" if mode == "CMYK" else "photo.png")
+    if mode in ("RGBA", "LA"):
+        picture = Image.new(mode, (8, 8), (0,) * len(mode))
+        picture.putalpha(51)
+        expected = 204                      # a fifth of black over white
+    elif mode == "I;16":
+        picture, expected = Image.fromarray(np.full((8, 8), 128 * 257, np.uint16)), 128
+    else:
+        picture, expected = Image.new("RGB", (8, 8), (255, 255, 255)).convert(mode), 255
+    picture.save(file)
+    found = np.asarray(photos.read(file, 8))
+    assert found.shape == (8, 8, 3) and (found == expected).all()
+
+
+def test_the_centre_square_or_the_given_one_is_used(tmp_path):
+    picture, file = gradient(30, 20), tmp_path / "photo.png"
+    picture.save(file)
+    pixels = np.asarray(picture)
+    assert np.array_equal(np.asarray(photos.read(file, 20)), pixels[:, 5:25])
+    assert np.array_equal(np.asarray(photos.read(file, 6, "20,3,6")), pixels[3:9, 20:26])
+
+
+@pytest.mark.parametrize("crop", ["1,2", "a,b,c", "0,0,21", "-1,0,5", "26,0,5", "0,0,0", "0,0,1.5"])
+def test_an_impossible_crop_is_a_one_line_error(tmp_path, crop):
+    gradient(30, 20).save(tmp_path / "photo.png")
+    with pytest.raises(ValueError, match="--crop"):
+        photos.read(tmp_path / "photo.png", 16, crop)
+
+
+@pytest.mark.parametrize("width, size", [(12, 4), (10, 4), (7, 3), (5, 5)])
+def test_reduction_is_the_mean_over_exact_areas(width, size):
+    picture = gradient(width, width)
+    # every pixel repeated `size` times in both directions: then all areas are whole pixels
+    fine = np.asarray(picture).astype(float).repeat(size, 0).repeat(size, 1)
+    mean = fine.reshape(size, width, size, width, 3).mean((1, 3))
+    found = np.asarray(photos.reduce(picture, size))
+    assert abs(found - mean).max() <= 0.5 + 1e-4
+    assert photos.reduce(picture, 2 * width).size == (2 * width, 2 * width)
+
+
+@pytest.mark.parametrize("transparent", [True, False])
+def test_an_object_is_centred_on_white(tmp_path, transparent):
+    canvas = Image.new("RGBA", (200, 100), (0, 0, 0, 0) if transparent else (255, 255, 255, 255))
+    canvas.paste((200, 0, 0, 255), (10, 20, 60, 45))            # 50 x 25, in a corner
+    canvas.save(tmp_path / "photo.png")
+    found = np.asarray(photos.read(tmp_path / "photo.png", 256, isolate=True)).astype(int)
+    red = (abs(found - [200, 0, 0]) < 60).all(-1)
+    rows, columns = np.flatnonzero(red.any(1)), np.flatnonzero(red.any(0))
+    assert len(columns) == pytest.approx(200, abs=8) and len(rows) == pytest.approx(100, abs=8)
+    assert [columns.mean(), rows.mean()] == pytest.approx([127.5, 127.5], abs=4)
+    assert (found[0, 0] == 255).all()
+    Image.new("RGB", (9, 9), (255, 255, 255)).save(tmp_path / "white.png")
+    with pytest.raises(ValueError, match="white"):
+        photos.read(tmp_path / "white.png", 256, isolate=True)
+
+
+def test_the_elevation_of_a_level_scene_is_read_from_its_cameras():
+    level = paths.around([0.0, 40.0, 80.0], [25.0, 30.0, -10.0], [1.0, 2.0, 3.0])
+    assert [photos.elevation_of(level, i) for i in range(3)] == pytest.approx([25, 30, -10])
+    turned = paths.rotation("x", torch.tensor([1.0], dtype=torch.float64))
+    rolled = level.clone()
+    rolled[:, :3] = turned @ level[:, :3]
+    assert photos.elevation_of(rolled, 0) == 0
+
+
+def test_depth_network_gives_the_scale_by_the_middle_of_the_picture(monkeypatch):
+    disparity = torch.full((1, 256, 256), 0.25)
+    disparity[:, 85:-85, 85:-85] = 0.1      # ten away in the middle, four around it
+    monkeypatch.setattr(photos.depth, "load", lambda weights: lambda image: disparity)
+    assert photos.scale_of(gradient(64, 64), "weights.pt") == pytest.approx(0.4)
+
+
+# ---- pictures
+
+def test_images_and_tensors_are_each_others_inverse():
+    picture = gradient(20, 20)
+    x = pictures.tensor(picture)
+    assert x.shape == (1, 3, 20, 20) and x.min() == -1 and x.max() <= 1
+    assert np.array_equal(np.asarray(pictures.image(x[0])), np.asarray(picture))
+
+
+def test_a_sheet_holds_every_picture_in_its_place():
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    red, green, blue = (("x", Image.new("RGB", (64, 64), colour)) for colour in colours)
+    found = pictures.sheet([[red], [green, blue]])
+    step = 128 + pictures.GAP
+    assert found.size == (2 * step + pictures.GAP, 2 * (step + pictures.LABEL) + pictures.GAP)
+    middle = [found.getpixel((x, y)) for x, y in [(64, 80), (64, 230), (200, 230), (200, 80)]]
+    assert middle == [*colours, (255, 255, 255)]
+
+
+def test_the_map_shows_the_photo_below_its_target_and_truck_to_the_right():
+    truck = pictures.path_picture(paths.motion("truck", 5, 1.0, 0.8, 30.0), 300)
+    pixels = np.asarray(truck)[pictures.LABEL:, :300].astype(int)
+    photo = np.argwhere((abs(pixels - pictures.RED) < 9).all(-1)).mean(0)
+    last = np.argwhere((abs(pixels - pictures.LAST) < 9).all(-1)).mean(0)
+    target = np.argwhere((pixels == pictures.BLACK).all(-1)).mean(0)
+    assert photo[0] > target[0] + 50 and abs(photo[1] - target[1]) < 20
+    assert last[1] > photo[1] + 50 and abs(last[0] - photo[0]) < 20
+
+
