@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 DEPTH_RANGE = (1e-3, 1e3)  # disparities and depths are clipped to it: reference behaviour
-SINGULAR = 8  # a disparity that varies by fewer units of rounding than this is constant
+SINGULAR = 8  # a disparity that varies by less than this many units of rounding is constant
 
 PATCH = 4  # pixels along each side of an encoder token
 MLP_RATIO = 4
@@ -43,6 +43,7 @@ def scale_and_shift(disparity, target, mask):
     disparity, target: (b, h, w); mask: (b, h, w) bool or 0/1. Returns scale (b,), shift (b,).
     Solved about the means: MiDaS's normal equations have the same solution, but cancel in float32.
     quirk: without two different disparities there is no line, and scale = shift = 0.
+    departs: so it is where they differ by rounding alone; the reference's line is noise there.
     """
     mask = mask.bool().flatten(1)
     p = disparity.to(target.dtype).flatten(1).where(mask, 0)  # (b, h*w)
@@ -75,27 +76,32 @@ def dense_depth(disparity, depth, blend):
     return depth.where(known, fitted) if blend else fitted
 
 
+@torch.no_grad()
 def load(path):
     """The frozen network of MiDaS's `dpt_swin2_tiny_256.pt`. ValueError if path is another file."""
     import checkpoint
 
-    found = {name: w for name, w in checkpoint.read(path).items() if not name.endswith(DERIVED)}
+    tensors = checkpoint.read(path)
     model = DPT()
     wanted = {name: w for name, w in model.state_dict().items() if not name.endswith(DERIVED)}
     misfits = {
-        "missing": [name for name in wanted if name not in found],
-        "unexpected": [name for name in found if name not in wanted],
-        "misshapen": [f"{name} {tuple(found[name].shape)}, not {tuple(w.shape)}"
-                      for name, w in wanted.items()
-                      if name in found and found[name].shape != w.shape],
+        "missing": [name for name in wanted if name not in tensors],
+        "unexpected": [name for name in tensors
+                       if name not in wanted and not name.endswith(DERIVED)],
+        "misshapen": [],
     }
+    for name in wanted.keys() & tensors.keys():
+        found = tensors[name]
+        if found.shape == wanted[name].shape:
+            wanted[name].copy_(found)
+        else:
+            misfits["misshapen"].append(
+                f"{name} {tuple(found.shape)}, not {tuple(wanted[name].shape)}")
     if any(misfits.values()):
-        kinds = "; ".join(f"{len(names)} {kind}: {', '.join(names[:NAMES_SHOWN])}"
+        kinds = "; ".join(f"{len(names)} {kind}: {', '.join(sorted(names)[:NAMES_SHOWN])}"
                           + (", ..." if len(names) > NAMES_SHOWN else "")
                           for kind, names in misfits.items() if names)
         raise ValueError(f"{path}: not DPT_SwinV2_T_256 (dpt_swin2_tiny_256.pt): {kinds}")
-    # strict but for what is derived: the names were compared above
-    model.load_state_dict(found, strict=False)
     return model.eval().requires_grad_(False)
 
 
@@ -269,7 +275,7 @@ def relative_positions(window):
     """Offsets between a window's pixels: their log-spaced coordinates (p, 2), p = (2 window - 1)^2,
     Swin V2 eq. 4, and which of them each pair of pixels has, query first: (n, n) int64.
     """
-    offset = torch.arange(1 - window, window) * (BIAS_EXTENT / max(window - 1, 1))
+    offset = torch.arange(1 - window, window) / max(window - 1, 1) * BIAS_EXTENT
     offset = offset.sign() * (offset.abs() + 1).log2() / math.log2(BIAS_EXTENT)
     table = torch.cartesian_prod(offset, offset)  # (p, 2)
     row, column = torch.cartesian_prod(torch.arange(window), torch.arange(window)).unbind(1)

@@ -1,8 +1,5 @@
 """depth.py against the reference's numbers: the fit to known depths, and the depth network."""
 
-import sys
-import types
-
 import camera
 import depth
 import golden
@@ -173,6 +170,72 @@ def test_statistics_of_all_outputs_equal_the_reference_s(outputs):
         assert x.max().item() == pytest.approx(row["max"], abs=1e-5 * largest), name
 
 
+def transformers_model(network, settings):
+    """transformers' DPT over Swin V2, of the same sizes and with the same weights."""
+    oracle = pytest.importorskip("transformers", reason="transformers is not installed")
+    dim, depths = settings["embed_dim"], settings["depths"]
+    encoder = oracle.Swinv2Config(
+        image_size=settings["image_size"], embed_dim=dim, depths=list(depths),
+        num_heads=list(settings["num_heads"]), window_size=settings["window_size"],
+        out_features=[f"stage{i}" for i in STAGES])
+    model = oracle.DPTForDepthEstimation(oracle.DPTConfig(
+        backbone_config=encoder, neck_hidden_sizes=[dim, 2 * dim, 4 * dim, 8 * dim],
+        fusion_hidden_size=settings["features"], use_bias_in_fusion_residual=True))
+    renames = [
+        ("pretrained.model.patch_embed.proj", "backbone.embeddings.patch_embeddings.projection"),
+        ("pretrained.model.patch_embed", "backbone.embeddings"),
+        ("pretrained.model", "backbone.encoder"),
+        ("attn.cpb_mlp", "attention.self.continuous_position_bias_mlp"),
+        ("attn.logit_scale", "attention.self.logit_scale"),
+        ("attn.proj", "attention.output.dense"),
+        ("mlp.fc1", "intermediate.dense"), ("mlp.fc2", "output.dense"),
+        ("norm1", "layernorm_before"), ("norm2", "layernorm_after"),
+        *((f"scratch.layer{i}_rn", f"neck.convs.{i - 1}") for i in STAGES),
+        *((f"scratch.refinenet{i}", f"neck.fusion_stage.layers.{4 - i}") for i in STAGES),
+        ("out_conv", "projection"), ("resConfUnit", "residual_layer"),
+        (".conv1", ".convolution1"), (".conv2", ".convolution2"),
+        ("scratch.output_conv", "head.head")]
+    weights = {}
+    for name, w in network.named_parameters():
+        if name.startswith(("pretrained.model.norm.", "pretrained.model.head.")):
+            continue
+        for ours, theirs in renames:
+            name = name.replace(ours, theirs)
+        if name.endswith("attn.qkv.weight"):
+            for part, rows in zip(("query", "key", "value"), w.chunk(3), strict=True):
+                weights[name.replace("attn.qkv", f"attention.self.{part}")] = rows
+        else:
+            name = name.replace("attn.q_bias", "attention.self.query.bias")
+            weights[name.replace("attn.v_bias", "attention.self.value.bias")] = w
+    model.to(next(network.parameters())).load_state_dict(weights)
+    return model.eval()
+
+
+def test_small_network_equals_transformers_in_float64():
+    """Two images, other widths and windows than the golden case's, temperatures at the limit."""
+    network = golden.fill(depth.DPT(**SMALL)).double().eval().requires_grad_(False)
+    for name, parameter in network.named_parameters():
+        if name.endswith("logit_scale"):
+            parameter += 4  # e^4.05 for some heads, and for some above the limit of 100
+            parameter[::2] += 1
+    network.scratch.output_conv[-2].bias += 3  # so that most of the disparity is above 0
+    image = golden.network_input("oracle", (2, 3, 64, 64), tanh=True).double()
+    for name, buffer in network.named_buffers():
+        if name.endswith("attn_mask"):
+            buffer *= 2  # transformers adds its mask twice, which shows when scores reach 100
+    expected = transformers_model(network, SMALL)(image).predicted_depth
+    assert (expected > 0).float().mean() > 0.5
+    torch.testing.assert_close(network(image), expected, rtol=1e-11, atol=1e-11)
+
+
+def test_full_network_equals_transformers(network, image):
+    settings = {"image_size": 256, "embed_dim": 96, "depths": (2, 2, 6, 2),
+                "num_heads": (3, 6, 12, 24), "window_size": 16, "features": 256}
+    with torch.no_grad():
+        expected = transformers_model(network, settings)(image).predicted_depth
+    golden.assert_close(network(image), expected)
+
+
 def test_exactly_the_parameters_listed_as_unused_have_no_influence():
     network = golden.fill(depth.DPT(**SMALL))
     network.scratch.output_conv[-1] = torch.nn.Identity()  # no pixel may be dark by chance
@@ -209,39 +272,44 @@ def test_images_that_are_not_rgb_batches_are_refused():
             network(torch.zeros(shape))
 
 
-@pytest.fixture
-def file(monkeypatch, network):
-    """What a weight file holds, as the checkpoint reader hands it over; tests may change it."""
-    tensors = dict(network.state_dict())
-    reader = types.SimpleNamespace(read=lambda path: tensors)
-    monkeypatch.setitem(sys.modules, "checkpoint", reader)
-    return tensors
+def save(path, tensors):
+    """A weight file as MiDaS's is: a pickled state dict. Returns its path."""
+    torch.save(tensors, path)
+    return path
 
 
-def test_loaded_network_is_frozen_and_has_the_file_s_weights(file):
-    network = depth.load("dpt_swin2_tiny_256.pt")
-    assert not network.training and not any(p.requires_grad for p in network.parameters())
+def test_loaded_network_is_frozen_and_has_the_file_s_weights(tmp_path, network):
+    loaded = depth.load(save(tmp_path / "dpt_swin2_tiny_256.pt", network.state_dict()))
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
     for name, w in network.state_dict().items():
-        assert torch.equal(w, file[name]), name
+        assert torch.equal(loaded.state_dict()[name], w), name
 
 
-def test_buffers_that_timm_versions_store_or_not_do_not_matter(file):
+def test_buffers_that_timm_versions_store_or_not_do_not_matter(tmp_path, network):
     attn = "pretrained.model.layers.0.blocks.1.attn"
-    del file[f"{attn}_mask"]
-    file[f"{attn}.relative_position_index"] = torch.zeros(1)
-    network = depth.load("dpt_swin2_tiny_256.pt")
-    assert network.get_buffer(f"{attn}_mask").unique().tolist() == [-100, 0]
+    tensors = network.state_dict()
+    expected = tensors.pop(f"{attn}_mask")
+    tensors[f"{attn}.relative_position_index"] = torch.zeros(1)
+    loaded = depth.load(save(tmp_path / "newer_timm.pt", tensors))
+    assert torch.equal(loaded.get_buffer(f"{attn}_mask"), expected)
 
 
-def test_weights_of_another_network_are_refused_with_the_names_that_misfit(file):
-    file["scratch.layer1_rn.weight"] = torch.zeros(256, 128, 3, 3)
-    del file["pretrained.model.norm.bias"]
-    file["pretrained.model.cls_token"] = torch.zeros(1)
-    with pytest.raises(ValueError) as error:
-        depth.load("other.pt")
-    message = str(error.value)
-    assert message.startswith("other.pt: not DPT_SwinV2_T_256")
-    assert "1 missing: pretrained.model.norm.bias" in message
-    assert "1 unexpected: pretrained.model.cls_token" in message
-    assert "layer1_rn.weight (256, 128, 3, 3), not (256, 96, 3, 3)" in message
-    assert "\n" not in message
+def test_weights_of_another_network_are_refused_with_the_names_that_misfit(tmp_path, network):
+    norms = [f"pretrained.model.layers.2.blocks.{i}.norm1.bias" for i in range(4)]
+    cases = {
+        f"4 missing: {', '.join(norms[:3])}, ...": lambda tensors: [tensors.pop(n) for n in norms],
+        "1 unexpected: pretrained.model.cls_token":
+            lambda tensors: tensors.update({"pretrained.model.cls_token": torch.zeros(1)}),
+        "1 misshapen: scratch.output_conv.4.bias (2,), not (1,)":
+            lambda tensors: tensors.update({"scratch.output_conv.4.bias": torch.zeros(2)}),
+    }
+    for message, change in cases.items():
+        # one number for each tensor, so that the file is small
+        tensors = {name: torch.zeros(()).expand(w.shape)
+                   for name, w in network.state_dict().items()}
+        change(tensors)
+        path = save(tmp_path / "other.pt", tensors)
+        with pytest.raises(ValueError) as error:
+            depth.load(path)
+        assert str(error.value) == (
+            f"{path}: not DPT_SwinV2_T_256 (dpt_swin2_tiny_256.pt): {message}")
