@@ -51,6 +51,7 @@ MIN_DRAWS = 200                     # draws before the share of damaged ones cou
 DEPTH_MODES = ("7dof_quantile_scale", "7dof_metric_scale")      # need the depth of the cond view
 NEARPLANE_MODE = "7dof_stereomag_scale"                         # needs the depth of all views
 IMAGE, DEPTH, METADATA = range(3)   # kinds of member: columns of an index
+LIMITS = [[2**32 - 1, MAX_MEMBER], [2**32 - 1, MAX_MEMBER], [2**32 - 1, MAX_METADATA]]
 KINDS = {"_depth.png": DEPTH, "_metadata.json": METADATA}
 MEMBER = re.compile(r"(?:\./)?([^/]+/[^/]+)/frame(\d{1,9})"
                     r"(\.png|\.jpe?g|\.webp|_depth\.png|_metadata\.json)")
@@ -294,7 +295,7 @@ def unusable(members):
         return "depth is missing for some views"
     if has_image.sum() < 2:
         return "fewer than two views"
-    if (members[:, :, 1] > (MAX_MEMBER, MAX_MEMBER, MAX_METADATA)).any():
+    if (members > LIMITS).any():
         return "a member is too large"
     return ""
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import struct
 import tarfile
@@ -74,7 +75,8 @@ def scene_members(scene, views=3, side=SIDE, metadata=co3d_metadata):
 
 
 def write_tar(path, members, format=tarfile.USTAR_FORMAT):
-    with tarfile.open(path, "w", format=format) as tar:
+    opened = {"fileobj": path} if isinstance(path, io.BytesIO) else {"name": path}
+    with tarfile.open(mode="w", format=format, **opened) as tar:
         for name, content in members.items():
             info = tarfile.TarInfo(name)
             info.size = len(content)
@@ -376,7 +378,7 @@ def test_other_kinds_of_image_become_rgb():
     rgba.putalpha(alpha)
     grey_alpha.putalpha(alpha)
     palette = rgb.quantize(16)
-    grey16 = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    grey16 = Image.fromarray(np.asarray(grey).astype(np.uint16) * 256 + 99)
 
     def over_white(image):
         share = np.asarray(alpha, np.float64)[..., None] / 255
@@ -443,9 +445,13 @@ def test_too_much_damage_stops_the_run_and_names_the_files(tmp_path, workers, ca
     loader = data.loader(pairs, data.Batches(0, 100, 10, 10), workers)
     line = (r"^\d+ of 2\d\d draws were damaged, more than 5%: "
             r"a.tar: a/b/frame000002: image cannot be decoded[^\n]*$")
-    with pytest.raises(ValueError, match=line):
+    whole = 10                          # pairs of the batch that is refused
+    with pytest.raises(ValueError, match=line) as caught:
         for batch in loader:
             assert "damage" not in batch
+            whole += len(batch["uid"])
+    damaged, draws = (int(number) for number in re.findall(r"\d+", str(caught.value))[:2])
+    assert draws == whole + damaged
     assert 60 < loader.report["here"]["image cannot be decoded"] < 260
     assert len([line for line in caplog.messages if "frame000002" in line]) == 1
 
@@ -539,6 +545,36 @@ def test_a_checksum_of_signed_bytes_is_accepted(tmp_path):
     assert found_members(tmp_path, content) == [("é", 512, 1)]
 
 
+def block(name, kind, content=b"", size=None):
+    """A ustar header of any type, and its padded content; `size` is claimed, if given."""
+    header = tar_bytes([(name, content, tarfile.REGTYPE)], tarfile.USTAR_FORMAT)[:512]
+    size = len(content) if size is None else size
+    header = header[:124] + b"%011o\0" % size + header[136:156] + kind + header[157:]
+    return with_checksum(header) + content + bytes(-len(content) % 512)
+
+
+@pytest.mark.parametrize("blocks", [
+    [block("folder/", b"\0"), block("a", b"\0", b"old")],
+    [block("link", b"1", size=700), block("a", b"0", b"1")],
+    [block("unknown", b"Z", b"x" * 600), block("a", b"0", b"1")],
+    [block("x", b"x", b"10 path=p\n"), block("l", b"L", b"long\0"), block("a", b"0", b"1")],
+    [block("l", b"L", b"long\0"), block("x", b"x", b"10 path=p\n"), block("a", b"0", b"1")],
+    [block("k", b"K", b"to\0"), block("l", b"L", b"long\0"), block("s", b"2"), block("a", b"0")],
+    [block("g", b"g", b"14 comment=no\n"), block("a", b"0", b"1"), bytes(512), block("b", b"0")],
+])
+def test_rare_headers_are_read_as_pythons_tarfile_reads_them(tmp_path, blocks):
+    content = b"".join(blocks) + bytes(1024)
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        expected = [(info.name, info.offset_data, info.size) for info in tar if info.isreg()]
+    assert found_members(tmp_path, content) == expected and len(expected) == 1
+
+
+def test_an_extended_header_at_the_end_is_rejected(tmp_path):
+    for last in (block("l", b"L", b"long\0"), block("x", b"x", b"11 size=12\n")):
+        with pytest.raises(data.TarError, match="header without its member, at byte 2048"):
+            found_members(tmp_path, block("a", b"0", b"1") + last + bytes(1024))
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_cut_archive_is_rejected_and_its_whole_members_are_kept(tmp_path, format):
     long = ("d" * 60 + "/" + "n" * 60) if format == "ustar" else "n" * 150
@@ -577,20 +613,14 @@ def test_every_changed_header_byte_is_noticed_where_it_is(tmp_path):
     b"12 path=a", b"99 path=abc\n", b"x path=a\n", b"5 =a\n", b"8 path\n", b"10 size=-1\n",
     b"11 size=1_0\n", b"22 GNU.sparse.major=1\n"])
 def test_broken_and_sparse_pax_headers_are_rejected(tmp_path, records):
-    header = tar_bytes([("x", records, tarfile.REGTYPE)], tarfile.USTAR_FORMAT)[:1024]
-    header = with_checksum(header[:156] + b"x" + header[157:])
-    member = tar_bytes([("a", b"1", tarfile.REGTYPE)], tarfile.USTAR_FORMAT)
     with pytest.raises(data.TarError, match="PAX|sparse"):
-        found_members(tmp_path, header + member)
+        found_members(tmp_path, block("x", b"x", records) + block("a", b"0", b"1") + bytes(1024))
 
 
 def test_a_huge_extended_header_is_refused_unread(tmp_path):
-    header = tar_bytes([("x", b"", tarfile.REGTYPE)], tarfile.USTAR_FORMAT)[:512]
-    size = b"%011o\0" % (1 << 32)
-    header = with_checksum(header[:124] + size + header[136:156] + b"L" + header[157:])
     path = tmp_path / "x.tar"
     with open(path, "wb") as file:
-        file.write(header)
+        file.write(block("x", b"L", size=1 << 32))
         file.truncate(1 << 33)          # sparse: no disk is used
     with pytest.raises(data.TarError, match="an extended header of 4294967296 bytes"):
         list(data.tar_members(path))
@@ -614,6 +644,26 @@ def test_a_mutated_archive_raises_nothing_but_tar_errors(tmp_path, draw):
             assert 0 <= size and offset + size <= len(content)
     except data.TarError:
         pass
+
+
+@BOUNDED
+@given(st.lists(st.tuples(st.integers(0, 2**20), st.integers(0, 255)), min_size=1, max_size=4))
+def test_a_mutated_shard_is_read_or_reported(tmp_path, changes):
+    content = bytearray(MUTATED.getvalue())
+    for at, byte in changes:
+        content[at % len(content)] = byte
+    (tmp_path / "a.tar").write_bytes(content)
+    (tmp_path / "a.tar.index.npz").unlink(missing_ok=True)
+    try:
+        reader = read_source(tmp_path, "a.tar")
+        all_pairs(reader, "7dof_stereomag_scale")[0]
+        all_pairs(reader, "7dof_quantile_scale")[0]
+    except ValueError as err:
+        assert re.search("no usable scene|damaged draws on end", str(err))
+
+
+MUTATED = io.BytesIO()
+write_tar(MUTATED, scene_members("a/b", views=2))
 
 
 def test_errors_survive_a_trip_between_processes():
