@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 KINDS = ("arc", "walk", "fly")      # camera paths: even numbers are arcs, odd ones walk or fly
-SPHERE, BOX, CYLINDER = range(3)    # shapes
+BOX, CYLINDER, SPHERE = range(3)    # shapes, the dearest to trace first
 UNITS = (-1, 1)                     # powers of ten between which a scene's unit of length lies
 FOV_DEG = (40, 75)
 CLUSTER = 2.2           # the solids stand within this distance of the middle, in inner units
@@ -34,8 +34,8 @@ SUN_COLOR, SKY_COLOR = (1.05, 1.0, 0.9), (0.95, 1.0, 1.08)
 DARKEST_CORNER = 0.15   # of the ambient light, however much stands around
 SECOND_COLOR = 0.85     # how far a texture goes to its second colour
 TINY = 1e-30
-NEVER = -1000.0         # height of the empty slots of a padded batch
-RAYS_AT_ONCE = {"cpu": 2**16, "cuda": 2**25}    # rays in flight: what the caches, the memory hold
+NEVER = -1000.0         # height of what fills the empty slots of a batch
+RAYS_AT_ONCE = {"cpu": 2**16, "cuda": 2**23}    # small enough for the caches, enough for a GPU
 
 # A material's numbers: centre, turn and 1 / half extents of its coordinates, shape, own light,
 # fade, the texture's (see `texture`), second colour. Its faces are -x +x -y +y -z +z.
@@ -289,7 +289,7 @@ class World:
         first = 2 + np.concatenate([[0], np.cumsum(counts)])
         self.rows = int(first[-1])
         slots = np.zeros((self.rows, 8, len(scenes)))               # center, half, cos, sin
-        slots[:, 2] = NEVER
+        slots[:, 2], slots[:, 6] = NEVER, 1         # an empty slot: a point far below the ground
         material = np.zeros((len(MATERIAL), len(scenes), self.rows))
         colors = np.zeros((3, len(scenes), self.rows, FACES))
         for i, each in enumerate(scenes):
@@ -501,9 +501,11 @@ def render(scenes, c2w, fov, size):
     scene_step, view_step = max(1, views_at_once // v), min(v, views_at_once)
     images = torch.empty(s, v, 3, size, size, device=device)
     depths = torch.empty(s, v, size, size, device=device)
+    # scenes of like solids together: fewer empty slots
+    order = sorted(range(s), key=lambda i: np.bincount(scenes[i].shape, minlength=3).tolist())
     for i in range(0, s, scene_step):
-        part = slice(i, i + scene_step)
-        world = World(scenes[part], device)
+        part = order[i:i + scene_step]
+        world = World([scenes[each] for each in part], device)
         for j in range(0, v, view_step):
             some = part, slice(j, j + view_step)
             images[some], depths[some] = picture(world, inner[some], fov[part], size)
