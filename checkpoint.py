@@ -15,7 +15,6 @@ import sys
 import warnings
 import zlib
 from collections.abc import Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +22,7 @@ import torch
 from torch import nn
 
 from diffusers_keys import HEADS, is_diffusers, read_diffusers, write_diffusers
-from tensorfile import Made, Tensors, nbytes, read_file, write_safetensors
+from tensorfile import Made, Tensors, nbytes, read_file, unfinished, write_safetensors
 
 UNET = "model.diffusion_model."
 EMA = "model_ema."
@@ -258,9 +257,8 @@ def save(out, step, model, ema, optimizer, meta, keep=2, keep_every=0):
     out.mkdir(parents=True, exist_ok=True)
     for remains in out.glob(".unfinished_*"):
         shutil.rmtree(remains)
-    folder = out / f".unfinished_{final.name}"
-    folder.mkdir()
-    try:
+    with unfinished(final) as folder:
+        folder.mkdir()
         files = {}
         for name, tensors in zip(FILES, (model, ema, optimizer), strict=True):
             size, crc = write_safetensors(folder / name, tensors)
@@ -273,16 +271,14 @@ def save(out, step, model, ema, optimizer, meta, keep=2, keep_every=0):
         sync(folder)
         if final.exists():
             final.rename(out / f".unfinished_old_{final.name}")
-        folder.rename(final)
-        sync(out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    sync(out)
     # newer steps are damaged ones: the run was resumed behind them, and will write them again
     for old in [path for path in steps(out) if step_of(path) <= step][keep:]:
         if not keep_every or step_of(old) % keep_every:
             # without meta.json the folder does not exist, should the removal be cut short
             (old / "meta.json").unlink()
-            shutil.rmtree(old)
+            # where a file that is in use cannot be removed, the rest stays until it can
+            shutil.rmtree(old, ignore_errors=True)
     for remains in out.glob(".unfinished_*"):
         shutil.rmtree(remains)
     return final
@@ -424,19 +420,6 @@ def cast(name, entry, dtype):
     return Made(dtype, entry.shape, lambda: entry.read().to(dtype))
 
 
-@contextmanager
-def unfinished(target):
-    """A path to write to, which gets the name `target` when all went well and is removed if not."""
-    partial = target.with_name(f".unfinished_{target.name}")
-    try:
-        yield partial
-        partial.rename(target)
-    finally:
-        if partial.is_dir():
-            shutil.rmtree(partial)
-        partial.unlink(missing_ok=True)
-
-
 def write_ckpt(target, tensors):
     """What torch.load gives is {"state_dict": names to tensors, "global_step": steps}."""
     with unfinished(target) as path:
@@ -445,8 +428,7 @@ def write_ckpt(target, tensors):
 
 
 def write_file(target, tensors):
-    with unfinished(target) as path:
-        write_safetensors(path, tensors, {"global_step": str(tensors.step)})
+    write_safetensors(target, tensors, {"global_step": str(tensors.step)})
     return []
 
 

@@ -1,19 +1,22 @@
 """Files of tensors, read lazily and never executed: `.ckpt`/`.pt` (zip and legacy), safetensors.
 
 A pickle's opcodes are interpreted here: tensors and plain containers are built, any other class
-becomes an `Inert` object. Nothing that a file names is ever imported or called, and the bytes of a
-tensor are read only when it is asked for.
+becomes an `Inert` object. Nothing that a file names is ever imported or called. Files are mapped:
+the bytes of a tensor are read only when it is used.
 """
 
 import io
 import json
 import math
+import mmap
 import os
 import pickletools
+import shutil
 import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,18 +66,25 @@ class Stored:
         return 0 if 0 in self.shape else 1 + extent
 
     def read(self):
-        """The tensor, in memory of its own. ValueError when the file has changed meanwhile."""
-        flat = torch.empty(self.span, dtype=self.dtype)
-        rest = memoryview(flat.view(torch.uint8).numpy())
-        with open(self.path, "rb", buffering=0) as file:
+        """The tensor, mapped from its file; what is written to it stays in memory.
+
+        The mapping goes with the tensor; the file may be renamed, replaced or removed before, but
+        not be written over in place. Raises ValueError when it has changed since it was opened.
+        """
+        if not self.span:
+            return torch.empty(0, dtype=self.dtype).as_strided(self.shape, self.stride)
+        start = self.storage.offset + self.first * self.dtype.itemsize
+        skip = start % mmap.ALLOCATIONGRANULARITY
+        with open(self.path, "rb") as file:
             if stamp(file) != self.stamp:
                 raise ValueError(f"{self.path} has changed since it was opened")
-            file.seek(self.storage.offset + self.first * self.dtype.itemsize)
-            while rest:
-                count = file.readinto(rest)
-                if not count:
-                    raise ValueError(f"{self.path} ends early, {len(rest)} bytes are missing")
-                rest = rest[count:]
+            mapped = mmap.mmap(file.fileno(), skip + self.span * self.dtype.itemsize,
+                               access=mmap.ACCESS_COPY, offset=start - skip)
+        if hasattr(mapped, "madvise"):
+            mapped.madvise(mmap.MADV_WILLNEED)      # the system begins to read, and we go on
+        if skip % self.dtype.itemsize:
+            mapped, skip = bytearray(mapped[skip:]), 0      # legacy files align nothing
+        flat = torch.frombuffer(mapped, dtype=self.dtype, count=self.span, offset=skip)
         return flat.as_strided(self.shape, self.stride)
 
 
@@ -191,6 +201,10 @@ def put(target, keys_and_values):
                 target[key] = value
 
 
+VALUES = frozenset((        # opcodes whose argument is the value: numbers, strings, bytes
+    "BININT1", "BINUNICODE", "BININT2", "BININT", "INT", "LONG", "LONG1", "LONG4", "FLOAT",
+    "BINFLOAT", "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE",
+    "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"))
 PLAIN = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 
 
@@ -208,13 +222,26 @@ def unpickle(stream, outside):
         return items
 
     for opcode, argument, _ in pickletools.genops(stream):
-        match opcode.name:
-            case "PROTO" | "FRAME":
-                pass
-            case "STOP":
-                return stack.pop()
+        match opcode.name:              # the most frequent ones first
+            case "PUT" | "BINPUT" | "LONG_BINPUT":
+                memo[argument] = stack[-1]
+            case name if name in VALUES:
+                stack.append(argument)
+            case "GET" | "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
             case "MARK":
                 marks.append(len(stack))
+            case "TUPLE":
+                stack.append(tuple(since_mark()))
+            case "REDUCE" | "NEWOBJ":
+                function, arguments = stack.pop(-2), stack.pop()
+                stack.append(construct(function, arguments))
+            case "BINPERSID":
+                stack.append(outside(stack.pop()))
+            case "STOP":
+                return stack.pop()
+            case "PROTO" | "FRAME":
+                pass
             case "NONE" | "NEWTRUE" | "NEWFALSE" | "EMPTY_TUPLE" as constant:
                 stack.append(PLAIN[constant])
             case "EMPTY_DICT":
@@ -224,8 +251,6 @@ def unpickle(stream, outside):
             case "TUPLE1" | "TUPLE2" | "TUPLE3" as op:
                 count = int(op[-1])
                 stack[-count:] = [tuple(stack[-count:])]
-            case "TUPLE":
-                stack.append(tuple(since_mark()))
             case "LIST" | "FROZENSET":
                 stack.append(since_mark())
             case "DICT":
@@ -240,10 +265,6 @@ def unpickle(stream, outside):
                 stack.append(stack[-1])
             case "MEMOIZE":
                 memo[len(memo)] = stack[-1]
-            case "PUT" | "BINPUT" | "LONG_BINPUT":
-                memo[argument] = stack[-1]
-            case "GET" | "BINGET" | "LONG_BINGET":
-                stack.append(memo[argument])
             case "APPEND" | "APPENDS" | "ADDITEMS" as op:
                 items = [stack.pop()] if op == "APPEND" else since_mark()
                 if isinstance(stack[-1], list):
@@ -259,9 +280,6 @@ def unpickle(stream, outside):
             case "STACK_GLOBAL":
                 module, name = stack.pop(-2), stack.pop()
                 stack.append(Global(module + "." + name))
-            case "REDUCE" | "NEWOBJ":
-                function, arguments = stack.pop(-2), stack.pop()
-                stack.append(construct(function, arguments))
             case "NEWOBJ_EX":
                 function, arguments, _ = stack.pop(-3), stack.pop(-2), stack.pop()
                 stack.append(construct(function, arguments))
@@ -276,10 +294,6 @@ def unpickle(stream, outside):
                     stack[-1].state = state
             case "PERSID":
                 stack.append(outside(argument))
-            case "BINPERSID":
-                stack.append(outside(stack.pop()))
-            case name if opcode.arg and opcode.stack_after and not name.startswith("EXT"):
-                stack.append(argument)          # numbers, strings and bytes
             case name:
                 raise Malformed(f"the pickle opcode {name}")
     raise Malformed("a pickle without an end")
@@ -417,9 +431,10 @@ def read_file(path):
         size, _ = mark = stamp(file)
         try:
             entries, meta, others = parse(file, size)
+            path = Path(path)
             for name, entry in (*entries.items(), *others.items()):
                 check_bounds(name, entry, size)
-                entry.path, entry.stamp = Path(path), mark
+                entry.path, entry.stamp = path, mark
         except Malformed as err:
             raise ValueError(f"{path} is no checkpoint that can be read: {err}") from err
         except DAMAGED as err:
@@ -460,8 +475,28 @@ def check_bounds(name, entry, size):
         raise Malformed(f"{name} leaves its storage")
 
 
+@contextmanager
+def unfinished(path):
+    """A name to write a file or folder under, which becomes `path` when all went well.
+
+    When not, nothing is left of it. A file that `path` was before lives on until then.
+    """
+    path = Path(path)
+    partial = path.with_name(f".unfinished_{path.name}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        partial.unlink(missing_ok=True)
+
+
 def write_safetensors(path, tensors, metadata=None):
-    """Writes tensors by name (a dict or Tensors), one at a time. Returns its (bytes, CRC-32)."""
+    """Writes tensors by name (a dict or Tensors), one at a time. Returns its (bytes, CRC-32).
+
+    A file of that name is replaced when the new one is whole, so tensors mapped from it live on.
+    """
     entries = dict(getattr(tensors, "entries", tensors))
     kinds = {dtype: name for name, dtype in SAFETENSORS.items()}
     order = sorted(entries, key=lambda name: -entries[name].dtype.itemsize)     # keeps all aligned
@@ -474,7 +509,7 @@ def write_safetensors(path, tensors, metadata=None):
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     crc = 0
-    with open(path, "wb", buffering=0) as file:
+    with unfinished(path) as partial, open(partial, "wb", buffering=0) as file:
         for part in (struct.pack("<Q", len(text)) + text, *order):
             if isinstance(part, str):
                 flat = tensors[part].detach().cpu().contiguous().reshape(-1)

@@ -182,11 +182,31 @@ def test_a_small_tensor_of_a_huge_file_reads_alone(tmp_path):
     assert bytes(found["end"].tolist()) == b"abcd"
 
 
-def test_a_tensor_is_memory_of_its_own(tmp_path):
-    torch.save({"w": torch.zeros(3)}, tmp_path / "x.pt")
+@pytest.mark.parametrize("modern", [True, False])
+def test_what_is_written_to_a_tensor_does_not_reach_the_file(tmp_path, modern):
+    torch.save({"w": torch.zeros(3000)}, tmp_path / "x.pt", _use_new_zipfile_serialization=modern)
+    before = (tmp_path / "x.pt").read_bytes()
     found = tensorfile.read_file(tmp_path / "x.pt")
     found["w"].fill_(7)
-    assert torch.equal(found["w"], torch.zeros(3))
+    assert torch.equal(found["w"], torch.zeros(3000))
+    assert (tmp_path / "x.pt").read_bytes() == before
+
+
+def test_a_file_is_written_from_its_own_tensors(tmp_path):
+    tensorfile.write_safetensors(tmp_path / "x", {"w": torch.arange(9000.0)})
+    state = dict(tensorfile.read_file(tmp_path / "x"))
+    tensorfile.write_safetensors(tmp_path / "x", state | {"b": torch.ones(3)})
+    assert_same(tensorfile.read_file(tmp_path / "x"), state | {"b": torch.ones(3)})
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_tensor_outlives_the_name_of_its_file(tmp_path):
+    # pruning and converting give names to other files; what was loaded stays
+    torch.save({"w": torch.arange(3000.0)}, tmp_path / "x.pt")
+    tensor = tensorfile.read_file(tmp_path / "x.pt")["w"]
+    torch.save({"w": torch.zeros(3000)}, tmp_path / "y.pt")
+    (tmp_path / "y.pt").replace(tmp_path / "x.pt")
+    assert torch.equal(tensor, torch.arange(3000.0))
 
 
 def test_a_file_that_was_replaced_is_noticed(tmp_path):
