@@ -39,6 +39,7 @@ UNUSED = {      # how names begin that other tools leave in files, and why no mo
     EMA + "decay": "the average's own state",
     "lvlb_weights": "a constant that the model computes",
     "logvar": "a constant that the model computes",
+    **dict.fromkeys(SCHEDULE, "a constant that the model computes"),
     "cond_stage_model.mean": "a constant that the model computes",
     "cond_stage_model.std": "a constant that the model computes",
     "cond_stage_model.transformer.": "a text encoder; the model is conditioned on an image",
@@ -112,28 +113,38 @@ def load_model(module, path, ema=False, finetune=False):
     """
     tensors, current = read(path), module.state_dict()
     entries, report = tensors.entries, Report(tensors.step)
-    averaged = {name: ema_name(name) for name in current if name.startswith(UNET)}
-    source = {name: averaged.get(name, name) if ema else name for name in current}
-    plan, shadows, missing, misshapen = {}, {}, [], []
-    for name, stored in source.items():
+    averages = {name: ema_name(name) for name in current if name.startswith(UNET)}
+    missing, misshapen = [], {}
+
+    def fitted(name, stored):
+        """The entry called `stored` in the shape of the module's tensor `name`."""
+        entry, how = entries[stored], ""
+        if finetune and tuple(entry.shape) != tuple(current[name].shape):
+            entry, how = port(name, entry, current[name])
+        if tuple(entry.shape) != tuple(current[name].shape):
+            misshapen[stored] = f"{list(entry.shape)} instead of {list(current[name].shape)}"
+        elif how:
+            report.ported[name] = how
+        return entry
+
+    plan = {}
+    for name in current:
+        stored = averages.get(name, name) if ema else name
         if stored in entries:
-            plan[name] = fit(name, stored, entries, current, finetune, report, misshapen)
+            plan[name] = fitted(name, stored)
             report.used.append(stored)
         elif name in LEFTOVERS or may_stay(name, finetune) and not current[name].is_meta:
             report.fresh.append(name)
         else:
             missing.append(stored)
-    for name, stored in averaged.items():
-        if stored in entries:
-            shadows[name] = fit(name, stored, entries, current, finetune, report, misshapen)
-    for name in sorted(set(entries) - set(report.used)):
-        report.unused[name] = why_unused(name, current, averaged.values())
+    shadows = {name: fitted(name, key) for name, key in averages.items() if key in entries}
+    report.unused = why_unused(set(entries) - set(report.used), current, set(averages.values()))
     report.unused.update((name, "state of an optimizer, a trainer or a tool")
                          for name in tensors.others)
     unexpected = [name for name, reason in report.unused.items() if not reason]
     if missing or unexpected or misshapen:
         raise ValueError(f"{tensors.path} does not fit the model: "
-                         f"{misfit(missing, unexpected, list(dict.fromkeys(misshapen)))}")
+                         f"{misfit(missing, unexpected, misshapen)}")
     for name, entry in plan.items():
         assign(module, name, entry.read())
     for name in report.fresh:
@@ -147,16 +158,6 @@ def load_model(module, path, ema=False, finetune=False):
 def may_stay(name, finetune):
     """Whether the module's own values of a tensor do, when a file has none."""
     return name in SCHEDULE or finetune and name.startswith("cc_projection.")
-
-
-def fit(name, stored, entries, current, finetune, report, misshapen):
-    """The entry called `stored`, in the shape of the module's `name`; else noted as misshapen."""
-    entry, new = entries[stored], current[name]
-    if finetune and tuple(entry.shape) != tuple(new.shape):
-        entry, report.ported[name] = port(name, entry, new)
-    if tuple(entry.shape) != tuple(new.shape):
-        misshapen.append(f"{stored} {list(entry.shape)} instead of {list(new.shape)}")
-    return entry
 
 
 def port(name, entry, current):
@@ -183,33 +184,31 @@ def port(name, entry, current):
     return entry, ""
 
 
-def why_unused(name, current, averaged):
-    """Why a tensor that was not used has no place in the module; "" when it ought to have one."""
-    if name in averaged:
-        return "averaged weights (EMA); the raw ones were asked for"
-    if name in current:
-        return "raw weights; the averaged ones (EMA) were asked for"
-    if name in SCHEDULE:
-        return "a constant that the model computes"
-    for start, why in UNUSED.items():
-        if name.startswith(start):
-            return why
-    part = next((part for part in PARTS if name.startswith(part)), None)
-    lacks = part and not any(other.startswith(part) for other in current)
-    return f"the model has no {part[:-1]}" if lacks else ""
+def why_unused(names, current, averages):
+    """{name: why it has no place in the module}; the reason is "" where it ought to have one."""
+    lacking = [part for part in PARTS if not any(name.startswith(part) for name in current)]
+    reasons = UNUSED | {part: f"the model has no {part[:-1]}" for part in lacking}
+
+    def reason(name):
+        if name in averages:
+            return "averaged weights (EMA); the raw ones were asked for"
+        if name in current:
+            return "raw weights; the averaged ones (EMA) were asked for"
+        return next((why for start, why in reasons.items() if name.startswith(start)), "")
+
+    return {name: reason(name) for name in sorted(names)}
 
 
 def misfit(missing, unexpected, misshapen):
-    """What does not fit, in one line."""
-    shown, parts = 5, []
-    for kind, found in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen)):
+    """What does not fit, in one line. misshapen: name -> its shape and the module's."""
+    shown, parts, shapes = 5, [], [f"{name} {what}" for name, what in misshapen.items()]
+    for kind, found in (("missing", missing), ("unexpected", unexpected), ("misshapen", shapes)):
         more = f" and {len(found) - shown} more" if len(found) > shown else ""
         if found:
             parts.append(f"{len(found)} {kind} ({', '.join(found[:shown])}{more})")
     if missing and all(name.startswith(EMA) for name in missing):
         parts.append("it has no averaged weights (EMA), load the raw ones")
-    if misshapen and all(POSE in text or ema_name(INPUT_CONV) in text or INPUT_CONV in text
-                         for text in misshapen):
+    if misshapen and set(misshapen) <= {POSE, INPUT_CONV, ema_name(INPUT_CONV)}:
         parts.append("finetune=True ports weights of another pose width")
     return "; ".join(parts)
 
@@ -348,10 +347,10 @@ GROUPS = (      # part of a checkpoint, how its names begin, its use
     ("UNet's average (EMA)", (EMA,), "used instead, where asked for"),
     ("autoencoder", PARTS[:1], "used"),
     ("CLIP's text side", LEFTOVERS, "unused, kept for other tools"),
+    ("noise schedule", SCHEDULE, "used"),
     ("other", tuple(UNUSED), "unused"),
     ("CLIP's image side", PARTS[1:2], "used"),
     ("pose projection", PARTS[2:], "used"),
-    ("noise schedule", SCHEDULE, "used"),
     ("unknown", ("",), "refused by load_model"))
 
 

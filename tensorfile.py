@@ -110,6 +110,9 @@ class Tensors(Mapping):
     def __getitem__(self, name):
         return self.entries[name].read()
 
+    def __contains__(self, name):
+        return name in self.entries
+
     def __iter__(self):
         return iter(self.entries)
 
