@@ -153,9 +153,10 @@ def held_out(config, number):
 
     Raises ValueError or FileNotFoundError where the run has no such scene.
     """
-    sources = [source for source in config.sources if source.held_out]
+    sources = [source for source in config.sources
+               if source.held_out and source.format in data.CAMERAS]
     if not sources:
-        raise ValueError("the run has no held-out scenes: give an IMAGE")
+        raise ValueError("the run has no held-out scenes with images: give an IMAGE")
     reader = data.SourceReader(sources[0], config.data, config.image_size, held_out=True)
     if not 0 <= number < len(reader):
         raise ValueError(f"--scene {number}: there are scenes 0 to {len(reader) - 1}")

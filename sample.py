@@ -33,7 +33,7 @@ SWEEP = (0.3, 0.5, 0.7, 1.0, 1.4)       # of --scale-sweep
 SWEEP_VIEWS, TRUE_VIEWS, PROGRESS_VIEWS = 6, 6, 8
 SHEET_COLUMNS = 6
 OPTIONAL = ("truth.png", "progress.png", "scale-sweep.png", "orbit.mp4")    # not in every run
-DEFAULT_MOTION = "orbit"
+DEFAULT_MOTION = "swing"        # small turns are what every model does best
 CLIP_WIDTH = 768
 MODE_OF_WIDTH = {4: "3dof", 19: "7dof_quantile_scale"}      # of the published checkpoints
 MEGABYTE = 2**20
@@ -234,7 +234,8 @@ def parser():
     p.add_argument("--out", default="out/sample", metavar="FOLDER",
                    help="where to write (%(default)s)")
 
-    path = p.add_argument_group("camera path, one of").add_mutually_exclusive_group()
+    path = p.add_argument_group(f"camera path, one of (--{DEFAULT_MOTION})")
+    path = path.add_mutually_exclusive_group()
     for name, (_, line) in paths.MOTIONS.items():
         path.add_argument(f"--{name}", dest="motion", action="store_const", const=name, help=line)
     path.add_argument("--grid", action="store_true",
@@ -395,6 +396,9 @@ def write(out, photo, cameras, views, columns):
 
 def run(args):
     """The command, options parsed. Raises ValueError or OSError with one line."""
+    if not Path(args.checkpoint).exists():
+        raise FileNotFoundError(f"no checkpoint {args.checkpoint}: --checkpoint names another, and "
+                                "`python train.py configs/synth.py` makes out/synth")
     config = config_of(checkpoint.read(args.checkpoint))
     photo = photo_of(args, config)
     cameras = cameras_of(args, photo.fov, photo.elevation)

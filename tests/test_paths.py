@@ -304,5 +304,5 @@ def test_a_binary_file_and_a_missing_file_are_named(tmp_path):
     file.write_bytes(bytes(range(256)))
     with pytest.raises(ValueError, match="images.txt"):
         paths.read(file, FOV)
-    with pytest.raises(FileNotFoundError, match="nowhere.json"):
+    with pytest.raises(FileNotFoundError, match="no path file .*nowhere.json"):
         paths.read(tmp_path / "nowhere.json", FOV)

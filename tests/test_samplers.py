@@ -145,3 +145,34 @@ def test_error_falls_with_the_order_of_the_method(sampler):
     low, high = ORDERS[sampler]
     assert low < math.log2(errors[0] / errors[-1]) / 4 < high
     assert errors == sorted(errors, reverse=True)
+
+
+def test_guidance_acts_in_its_interval_alone_and_guidance_1_asks_once():
+    eps, z_cond, context, z_T, _, abar = analytic("ddim_S10_eta0")
+    asked = []
+
+    def counted(z_t, t, z_cond, context):
+        asked.append((t[0].item(), len(z_t)))
+        return eps(z_t, t, z_cond, context)
+
+    for guidance, interval, doubled in ((3.0, (0, 1000), range(10)), (1.0, (0, 1000), ()),
+                                        (3.0, (301, 501), (3, 4, 5)), (0.0, (901, 901), (9,))):
+        follow = samplers.guided(counted, z_cond, context, guidance, interval)
+        samplers.sample(follow, z_T, abar, "ddim", 10, 0)
+        assert asked == [(100 * i + 1, 4 if i in doubled else 2) for i in range(9, -1, -1)]
+        asked.clear()
+
+
+def test_names_and_noise_that_are_missing_are_one_line_errors():
+    _, _, _, z_T, noise, abar = analytic("ddim_S10_eta0")
+
+    def eps(z_t, t):
+        return z_t
+
+    for options in ({"sampler": "euler"}, {"spacing": "cubic"}, {"eta": 1.0},
+                    {"sampler": "reference", "spacing": "leading"}, {"steps": 0}, {"steps": 1001},
+                    {"sampler": "reference", "steps": 501}, {"sampler": "unipc", "steps": 1001}):
+        with pytest.raises(ValueError) as error:
+            samplers.sample(eps, z_T, abar, **{"eta": 0, **options})
+        assert "\n" not in str(error.value)
+    samplers.sample(eps, z_T, abar, "unipc", 3, 1.0)    # the solvers have no use for noise
