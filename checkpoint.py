@@ -97,7 +97,7 @@ class Report:
     used: list[str] = field(default_factory=list)           # names in the file
     unused: dict[str, str] = field(default_factory=dict)    # name in the file -> why
     ported: dict[str, str] = field(default_factory=dict)    # name in the model -> what was changed
-    fresh: list[str] = field(default_factory=list)          # names in the model left as they were
+    fresh: list[str] = field(default_factory=list)          # names in the model that the file lacks
     ema: Mapping = field(default_factory=dict)              # name in the model -> its average, lazy
     num_updates: int = 0                                    # of the average
 
@@ -108,13 +108,15 @@ def load_model(module, path, ema=False, finetune=False):
     The module keeps its dtypes, devices and requires_grad; what is on "meta" comes to the CPU. No
     more than one tensor is in memory twice. ema: the UNet gets the averaged weights. finetune: the
     reference's rules for another pose width and for 4 input channels, and a cc_projection that the
-    file lacks keeps the module's values. Raises ValueError that lists what is missing, unexpected
-    or of another shape, and leaves the module as it was.
+    file lacks keeps the module's values. A schedule that it lacks stays as it is too, also on
+    "meta". Raises ValueError that lists what is missing, unexpected or of another shape, and leaves
+    the module as it was.
     """
     tensors, current = read(path), module.state_dict()
     entries, report = tensors.entries, Report(tensors.step)
     averages = {name: ema_name(name) for name in current if name.startswith(UNET)}
     missing, misshapen = [], {}
+    pose_may_stay = finetune and not current.get(POSE, torch.empty(0)).is_meta
 
     def fitted(name, stored):
         """The entry called `stored` in the shape of the module's tensor `name`."""
@@ -133,9 +135,9 @@ def load_model(module, path, ema=False, finetune=False):
         if stored in entries:
             plan[name] = fitted(name, stored)
             report.used.append(stored)
-        elif name in LEFTOVERS or may_stay(name, finetune) and not current[name].is_meta:
+        elif name in SCHEDULE or pose_may_stay and name.startswith("cc_projection."):
             report.fresh.append(name)
-        else:
+        elif name not in LEFTOVERS:
             missing.append(stored)
     shadows = {name: fitted(name, key) for name, key in averages.items() if key in entries}
     report.unused = why_unused(set(entries) - set(report.used), current, set(averages.values()))
@@ -147,17 +149,12 @@ def load_model(module, path, ema=False, finetune=False):
                          f"{misfit(missing, unexpected, misshapen)}")
     for name, entry in plan.items():
         assign(module, name, entry.read())
-    for name in report.fresh:
-        if current[name].is_meta:
+    for name in LEFTOVERS:
+        if name in current and name not in plan and current[name].is_meta:
             assign(module, name, torch.zeros(current[name].shape))
     report.ema = Tensors(tensors.path, shadows)
     report.num_updates = int(tensors[EMA + "num_updates"]) if EMA + "num_updates" in tensors else 0
     return report
-
-
-def may_stay(name, finetune):
-    """Whether the module's own values of a tensor do, when a file has none."""
-    return name in SCHEDULE or finetune and name.startswith("cc_projection.")
 
 
 def port(name, entry, current):

@@ -259,6 +259,15 @@ def test_finetuning_refuses_what_the_reference_refuses(tmp_path, name):
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
 
 
+def test_a_missing_projection_is_no_fresh_one_on_meta(tmp_path):
+    state = checkpoint_of(small())
+    del state[POSE], state["cc_projection.bias"]
+    path = saved(tmp_path / "x.ckpt", state)
+    assert checkpoint.load_model(small(), path, finetune=True).fresh == [POSE, "cc_projection.bias"]
+    assert "2 missing" in refusal(small().to("meta"), path, finetune=True)
+    assert "2 missing" in refusal(small(), path)
+
+
 def test_new_pose_columns_keep_the_models_random_start(tmp_path):
     state = checkpoint_of(small(width=8))
     module = small(width=23, fill=0.25)

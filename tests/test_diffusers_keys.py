@@ -57,7 +57,19 @@ def test_a_folder_reads_back_bit_for_bit(tmp_path, kind):
     found = blank.state_dict()
     for name, value in module.state_dict().items():
         assert torch.equal(found[name], value), name
-    assert set(report.fresh) == set(checkpoint.LEFTOVERS)
+    assert not report.fresh
+
+
+def test_a_folder_fills_a_module_on_meta(tmp_path):
+    module = network()
+    blank = network().to("meta")
+    blank.register_buffer("betas", torch.empty(1000, device="meta"))
+    report = checkpoint.load_model(blank, folder_of(tmp_path, module))
+    assert report.fresh == ["betas"]        # the caller knows the schedule
+    found = blank.state_dict()
+    for name, value in module.state_dict().items():
+        assert torch.equal(found[name], torch.zeros_like(value) if name in checkpoint.LEFTOVERS
+                           else value), name
 
 
 def test_convert_goes_to_a_diffusers_folder_and_back(tmp_path):
