@@ -10,17 +10,16 @@ running a command again goes on where it stopped. Letters: `s` scenes, `v` views
 
 import argparse
 import io
-import itertools
 import json
 import math
+import multiprocessing
 import os
+import signal
 import struct
 import sys
 import tarfile
 import time
 import zlib
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +33,9 @@ LAYOUTS = ("co3d", "re10k")
 SYNTH_VERSION = 1               # goes up when the same arguments give other pictures
 HELD_OUT = 2**30                # number of the first held-out scene; training scenes count from 0
 SMALLEST = 8                    # pixels a side
-VIEWS_AT_ONCE = 256             # views a render call on an accelerator takes
-PLANNERS = 3                    # render calls on an accelerator at a time
+VIEWS_AT_ONCE = 128             # views a render call on a GPU takes
+MOST_ON_GPU = 8                 # processes that share a GPU, unless told: each takes 2 GB of it
+POLL = 0.1                      # seconds between looks at the processes
 PARTIAL = ".partial"            # suffix of a shard that is being written
 # from OpenGL camera axes (right, up, back) to pytorch3d's (left, up, forward)
 PYTORCH3D = np.diag([-1.0, 1.0, -1.0])
@@ -181,36 +181,74 @@ def synth_scene(scene, images, depths, c2w, args):
                      scale_adjustment)
 
 
-def render_threads(args, device):
-    """Threads that render: every one on a CPU; else enough to plan one batch while another runs."""
-    return args.workers if device.type == "cpu" else PLANNERS
+def synth_scenes(numbers, args, device, report):
+    """Yields the members of every scene in order; calls report(views, seconds of rendering)."""
+    batch = 1 if device.type == "cpu" else max(1, VIEWS_AT_ONCE // args.views)
+    for i in range(0, len(numbers), batch):
+        scenes, *arrays, seconds = render_scenes(numbers[i:i + batch], args, device)
+        for scene, *views in zip(scenes, *arrays):
+            yield synth_scene(scene, *views, args)
+        report(len(scenes) * args.views, seconds)
 
 
-def synth_scenes(numbers, args, device):
-    """Yields (members, render seconds) of every scene in order, made by threads, a few ahead.
+def make_shards(todo, args, device, report):
+    """Makes shards one after the other, on one core. `todo` may be a generator."""
+    torch.set_num_threads(1)
+    for path, _, _, numbers in todo:
+        write_shard(path, synth_scenes(numbers, args, device, report))
 
-    torch, zlib and the image coders let go of Python's lock. On a CPU every thread renders one
-    scene after the other; on an accelerator a few render batches, and the others encode.
+
+def worker(todo, args, device, taken, views, seconds, errors):
+    """One of several processes: makes the shards that no other has taken; dies with its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def shards():
+        while True:
+            with taken.get_lock():
+                k, taken.value = taken.value, taken.value + 1
+            if k >= len(todo):
+                return
+            yield todo[k]
+
+    def report(more_views, more_seconds):
+        with views.get_lock():
+            views.value, seconds.value = views.value + more_views, seconds.value + more_seconds
+        if not multiprocessing.parent_process().is_alive():
+            os._exit(1)
+
+    try:
+        make_shards(shards(), args, device, report)
+    except (ValueError, OSError) as err:
+        errors.put(str(err))
+
+
+def make_shards_together(todo, args, device, workers, report):
+    """Makes shards in several processes, each on one core. OSError where one of them fails.
+
+    Processes, not threads: most calls into torch are so short that threads would queue up for them.
     """
-    on_cpu = device.type == "cpu"
-    size = 1 if on_cpu else max(1, VIEWS_AT_ONCE // args.views)
-    ahead = 2 * (size + args.workers)       # scenes that wait for their encoding, at most
-    batches = deque(numbers[i:i + size] for i in range(0, len(numbers), size))
-    threads = render_threads(args, device)
-    one_core = dict(initializer=torch.set_num_threads, initargs=(1,))
-    with ThreadPoolExecutor(threads, **one_core) as renderers, \
-            ThreadPoolExecutor(args.workers) as encoders:
-        rendered, encoded = deque(), deque()
-        while batches or rendered or encoded:
-            while batches and len(rendered) < 2 * threads:
-                rendered.append(renderers.submit(render_scenes, batches.popleft(), args, device))
-            while rendered and (not encoded or rendered[0].done() and len(encoded) < ahead):
-                scenes, *arrays, seconds = rendered.popleft().result()
-                for scene, *views in zip(scenes, *arrays):
-                    work = encoders.submit(synth_scene, scene, *views, args)
-                    encoded.append((work, seconds / len(scenes)))
-            work, seconds = encoded.popleft()
-            yield work.result(), seconds
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    context.set_forkserver_preload(["synth"])
+    taken, views = context.Value("q", 0), context.Value("q", 0)
+    seconds, errors = context.Value("d", 0.0), context.SimpleQueue()
+    shared = (todo, args, device, taken, views, seconds, errors)
+    processes = [context.Process(target=worker, args=shared, daemon=True) for _ in range(workers)]
+    for process in processes:
+        process.start()
+    reported, running = (0, 0.0), True
+    while running:
+        time.sleep(POLL)
+        running = any(process.is_alive() for process in processes)
+        now = views.value, seconds.value
+        report(now[0] - reported[0], now[1] - reported[1])
+        reported = now
+        if not errors.empty():
+            raise OSError(errors.get())
+        codes = [process.exitcode for process in processes if process.exitcode]
+        if codes:
+            raise OSError(f"a process that renders ended with code {codes[0]}: the same command "
+                          "goes on from here, perhaps with fewer --workers")
 
 
 def check_out(args):
@@ -244,7 +282,7 @@ def check_out(args):
 def run_synth(args):
     """Renders synthetic scenes into shards of both raw layouts, skipping those that are there."""
     for name, least in (("scenes", 2), ("held_out", 2), ("views", 2), ("size", SMALLEST),
-                        ("seed", 0), ("workers", 1), ("scenes_per_shard", 1)):
+                        ("seed", 0), ("workers", 0), ("scenes_per_shard", 1)):
         value, option = getattr(args, name), "--" + name.replace("_", "-")
         if value < least:
             raise ValueError(f"{option} {value}: it must be at least {least}")
@@ -252,21 +290,21 @@ def run_synth(args):
     check_out(args)
     plan = synth_plan(args)
     todo = [shard for shard in plan if not shard[0].is_file()]
-    started, rendering = time.perf_counter(), 0.0
-    made = synth_scenes(list(itertools.chain(*(shard[3] for shard in todo))), args, device)
     total = args.views * sum(len(shard[3]) for shard in plan)
     views = args.views * sum(len(shard[3]) for shard in todo)
+    workers = min(args.workers or default_workers(device), max(1, len(todo)))
+    started, rendering = time.perf_counter(), 0.0
     with tqdm(total=total, initial=total - views, unit=" views", desc=f"synth on {device}") as bar:
 
-        def scenes_of(shard):
+        def report(more_views, more_seconds):
             nonlocal rendering
-            for members, seconds in itertools.islice(made, len(shard[3])):
-                rendering += seconds
-                bar.update(args.views)
-                yield members
+            bar.update(more_views)
+            rendering += more_seconds
 
-        for shard in todo:
-            write_shard(shard[0], scenes_of(shard))
+        if workers == 1:
+            make_shards(todo, args, device, report)
+        else:
+            make_shards_together(todo, args, device, workers, report)
     for split in ("train", "held-out"):
         for layout in LAYOUTS:
             shards = [shard for shard in plan if shard[1:3] == (split, layout)]
@@ -276,9 +314,9 @@ def run_synth(args):
                   f"{scenes} scenes, {scenes * args.views} views, {size / 1e6:.1f} MB")
     if views:
         seconds = time.perf_counter() - started
-        alone = views / rendering * render_threads(args, device)
         print(f"{views} views of {args.size}x{args.size} in {seconds:.1f} s: "
-              f"{views / seconds:.0f} views/s, rendering alone {alone:.0f} views/s on {device}")
+              f"{views / seconds:.0f} views/s, rendering alone "
+              f"{workers * views / rendering:.0f} views/s ({workers} processes on {device})")
     else:
         print("all of them were there already")
 
@@ -292,6 +330,12 @@ def pick_device(name):
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device here; use --device cpu or auto")
     return torch.device(name)
+
+
+def default_workers(device):
+    """Processes that keep the machine busy."""
+    cores = os.cpu_count() or 1
+    return cores if device.type == "cpu" else min(cores, MOST_ON_GPU)
 
 
 def parser():
@@ -311,20 +355,23 @@ def parser():
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to render")
     add("--image-format", choices=IMAGE_FORMATS, default="png", help="of the colour images")
     add("--scenes-per-shard", type=int, default=100, help="scenes in a shard, at most")
-    add("--workers", type=int, default=os.cpu_count(), help="threads")
+    add("--workers", type=int, default=0, help="processes; 0: one a core, on a GPU at most 8")
     add("--overwrite", action="store_true", help="replace shards made with other arguments")
     sub.set_defaults(run=run_synth)
     return top
 
 
 def main(argv=None):
-    """Runs a sub-command; bad input ends with one line and exit code 2."""
+    """Runs a sub-command; bad input ends with one line and exit code 2, an interrupt with 130."""
     args = parser().parse_args(argv)
     try:
         args.run(args)
     except (ValueError, OSError) as err:
         print(f"prepare.py {args.command}: {err}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"prepare.py {args.command}: interrupted; the same command goes on", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -237,7 +237,7 @@ def test_the_unit_of_length_scales_depth_and_cameras_and_nothing_that_is_seen(re
 # ---------------------------------------------------------------------------------- shards
 
 ARGUMENTS = ["--scenes", "6", "--held-out", "2", "--views", "3", "--size", "16",
-             "--scenes-per-shard", "2", "--device", "cpu", "--workers", "2"]
+             "--scenes-per-shard", "2", "--device", "cpu", "--workers", "1"]
 
 
 def run(out, *more):
@@ -347,7 +347,7 @@ def test_training_and_held_out_scenes_differ_and_do_not_depend_on_their_count(ma
 
 
 def test_the_same_arguments_give_the_same_bytes(made, tmp_path):
-    run(tmp_path / "again", "--workers", "1")
+    run(tmp_path / "again", "--workers", "2")
     assert contents(tmp_path / "again") == contents(made)
 
 
@@ -436,7 +436,7 @@ def test_tars_carry_no_time_and_no_owner(made):
     ("--views", "1", "--views 1: it must be at least 2"),
     ("--size", "0", "--size 0: it must be at least 8"),
     ("--seed", "-3", "--seed -3: it must be at least 0"),
-    ("--workers", "0", "--workers 0: it must be at least 1"),
+    ("--workers", "-1", "--workers -1: it must be at least 0"),
     ("--device", "cuda", "--device cuda: torch finds no CUDA device here"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(option, value, says, tmp_path, capsys, monkeypatch):
@@ -456,6 +456,14 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.startswith("prepare.py synth: ") and done.stderr.count("\n") == 1
     assert str(tmp_path / "file") in done.stderr
+
+
+def test_a_failure_in_one_of_several_processes_is_one_line(tmp_path, capsys):
+    (tmp_path / "co3d").write_text("in the way")
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, "--workers", "2")
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and str(tmp_path / "co3d") in message
 
 
 def test_shards_of_another_origin_are_left_alone(tmp_path, capsys):
