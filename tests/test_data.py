@@ -610,8 +610,8 @@ def test_every_changed_header_byte_is_noticed_where_it_is(tmp_path):
 
 
 @pytest.mark.parametrize("records", [
-    b"12 path=a", b"99 path=abc\n", b"x path=a\n", b"5 =a\n", b"8 path\n", b"10 size=-1\n",
-    b"11 size=1_0\n", b"22 GNU.sparse.major=1\n"])
+    b"12 path=a", b"99 path=abc\n", b"x path=a\n", b"5 =a\n", b"8 path\n", b"11 size=-1\n",
+    b"12 size=1_0\n", b"22 GNU.sparse.major=1\n"])
 def test_broken_and_sparse_pax_headers_are_rejected(tmp_path, records):
     with pytest.raises(data.TarError, match="PAX|sparse"):
         found_members(tmp_path, block("x", b"x", records) + block("a", b"0", b"1") + bytes(1024))
@@ -843,6 +843,12 @@ def test_sources_scenes_and_views_are_drawn_with_their_shares(mixture, pairs):
     within_4_sigma(views, dict.fromkeys(itertools.permutations(range(5), 2), 1 / 20), len(of_two))
     of_one = Counter(scene for source, scene, *_ in draws if source == 0)
     within_4_sigma(of_one, dict.fromkeys(range(8), 1 / 8), of_one.total())
+
+
+def test_a_replacement_comes_from_the_same_source(pairs):
+    assert all(pairs.draw(k, attempt)[0] == pairs.draw(k)[0]
+               for k in range(50) for attempt in range(1, 4))
+    assert len({pairs.draw(0, attempt) for attempt in range(20)}) > 5
 
 
 def test_a_damaged_pair_is_replaced_by_the_same_pair_every_time(tmp_path):
