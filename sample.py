@@ -288,8 +288,8 @@ def parser():
     how.add_argument("--eta", type=numbers_of(float, 0, 1), metavar="E",
                      help="noise that ddim adds at every step: 0 none, 1 as much as was taken away")
     how.add_argument("--spacing", choices=SPACINGS, default="auto",
-                     help="how the steps lie between noise and image (auto: leading for ddim, "
-                          "trailing for dpm++ and unipc)")
+                     help="how the steps lie between noise and image: trailing begins at pure "
+                          "noise, leading just below, logsnr dwells near the image (trailing)")
     how.add_argument("--seed", type=numbers_of(int, 0), default=0, metavar="N",
                      help="another seed gives other views (%(default)s)")
     how.add_argument("--same-noise", action=argparse.BooleanOptionalAction, default=True,

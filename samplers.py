@@ -97,12 +97,13 @@ def plan(abar, sampler, steps, spacing="auto"):
     if sampler == "reference" and spacing != "auto":
         raise ValueError(f"spacing {spacing!r} does not apply to the reference's own schedule")
     if spacing == "auto":
-        spacing = {"ddim": "leading", "reference": "reference"}.get(sampler, "trailing")
+        # departs: the reference leads, and of few steps its first is far from the noise it is given
+        spacing = "reference" if sampler == "reference" else "trailing"
     return grid(abar, steps, spacing)
 
 
 def ddim_timesteps(steps, n=TIMESTEPS):
-    """The `steps` timesteps of DDIM, ascending: 1, 21, ..., 981 for 50 of 1000.
+    """The `steps` timesteps of leading DDIM, ascending: 1, 21, ..., 981 for 50 of 1000.
 
     # departs: the reference has more of them where n is no multiple of `steps`, and fails at n.
     """
@@ -125,9 +126,10 @@ def reference_timesteps(steps, n=TIMESTEPS):
 def grid(abar, steps, spacing):
     """(t, levels): timesteps to evaluate at, noisiest first; abar at each of them and at the end.
 
-    leading: DDIM's own. trailing: equal steps that begin at the noisiest timestep. logsnr: equal
-    steps of log(sqrt(abar / (1 - abar))) from the noisiest to the cleanest timestep, t fractional.
-    reference: DDIM exactly as the reference runs it.
+    trailing: equal steps that begin at the noisiest timestep (arXiv:2305.08891). leading: equal
+    steps that end at the cleanest, as DDIM's own code has them. logsnr: equal steps of
+    log(sqrt(abar / (1 - abar))) from the noisiest to the cleanest, t fractional. reference:
+    leading, exactly as the reference runs it.
     """
     abar = abar.detach().double().cpu()
     n = len(abar)

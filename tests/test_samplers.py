@@ -68,7 +68,8 @@ def test_ddim_tables_are_the_golden_ones(steps, eta):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 30, 49, 501, 999, 1000])
-def test_ddim_runs_exactly_the_steps_that_were_asked_for(steps):
+@pytest.mark.parametrize("spacing", ["auto", "leading", "logsnr"])
+def test_ddim_runs_exactly_the_steps_that_were_asked_for(steps, spacing):
     _, _, _, z_T, _, abar = analytic("ddim_S10_eta0")
     asked = []
 
@@ -76,9 +77,10 @@ def test_ddim_runs_exactly_the_steps_that_were_asked_for(steps):
         asked.append(t)
         return 0.1 * z_t
 
-    samplers.sample(eps, z_T, abar, "ddim", steps, eta=0)
+    samplers.sample(eps, z_T, abar, "ddim", steps, eta=0, spacing=spacing)
     assert len(asked) == len(set(asked)) == steps
     assert asked == sorted(asked, reverse=True) and 0 <= asked[-1] and asked[0] <= 999
+    assert asked[0] == 999 or spacing == "leading"
 
 
 @pytest.mark.parametrize("sampler", samplers.SAMPLERS[:1] + samplers.SAMPLERS[2:])
@@ -141,7 +143,6 @@ def test_error_falls_with_the_order_of_the_method(sampler):
 
     exact = solution("unipc", 1000)
     errors = [(solution(sampler, steps) - exact).norm().item() for steps in (8, 16, 32, 64, 128)]
-    print(errors)
     low, high = ORDERS[sampler]
     assert low < math.log2(errors[0] / errors[-1]) / 4 < high
     assert errors == sorted(errors, reverse=True)
@@ -158,7 +159,7 @@ def test_guidance_acts_in_its_interval_alone_and_guidance_1_asks_once():
     for guidance, interval, doubled in ((3.0, (0, 1000), range(10)), (1.0, (0, 1000), ()),
                                         (3.0, (301, 501), (3, 4, 5)), (0.0, (901, 901), (9,))):
         follow = samplers.guided(counted, z_cond, context, guidance, interval)
-        samplers.sample(follow, z_T, abar, "ddim", 10, 0)
+        samplers.sample(follow, z_T, abar, "ddim", 10, 0, spacing="leading")
         assert asked == [(100 * i + 1, 4 if i in doubled else 2) for i in range(9, -1, -1)]
         asked.clear()
 
@@ -176,3 +177,22 @@ def test_names_and_noise_that_are_missing_are_one_line_errors():
             samplers.sample(eps, z_T, abar, **{"eta": 0, **options})
         assert "\n" not in str(error.value)
     samplers.sample(eps, z_T, abar, "unipc", 3, 1.0)    # the solvers have no use for noise
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++", "unipc"])
+def test_few_steps_that_begin_at_the_noise_keep_the_brightness(sampler):
+    """Data with mean 1 and deviation 0.3, whose exact network is known: the mean must come out."""
+    abar = case("schedule")[1]["alphas_cumprod"].double()
+    mean, deviation = 1.0, 0.3
+    z_T = torch.randn(1, 1, 100, 100, generator=torch.Generator().manual_seed(0)).double()
+    z_T -= z_T.mean()
+
+    def eps(z_t, t):
+        a = abar[t]
+        return (1 - a).sqrt() * (z_t - a.sqrt() * mean) / (a * deviation**2 + 1 - a)
+
+    found = {spacing: samplers.sample(eps, z_T, abar, sampler, 4, 0, spacing=spacing)
+             for spacing in ("trailing", "leading", "auto")}
+    off = {spacing: abs(z_0.mean() - mean) for spacing, z_0 in found.items()}
+    assert off["trailing"] < 0.03 < off["leading"]
+    assert torch.equal(found["auto"], found["trailing"])
