@@ -30,7 +30,7 @@ from tqdm import tqdm
 import synth
 
 LAYOUTS = ("co3d", "re10k")
-SYNTH_VERSION = 1               # goes up when the same arguments give other pictures
+SYNTH_VERSION = 2               # goes up when the same arguments give other pictures
 HELD_OUT = 2**30                # number of the first held-out scene; training scenes count from 0
 SMALLEST = 8                    # pixels a side
 VIEWS_AT_ONCE = 128             # views a render call on a GPU takes

@@ -487,7 +487,8 @@ def render(scenes, c2w, fov, size):
 
     scenes: a list of s Scenes, c2w (s, v, 4, 4) float64 in their units, fov (s,) radians; or one
     Scene, (v, 4, 4) and a float. Works on the device of `c2w`. Depth is the distance along the
-    viewing axis at the pixel's centre (x + 0.5, y + 0.5), in the scene's unit; 0 is the sky.
+    viewing axis at the pixel's centre (x + 0.5, y + 0.5), in the scene's unit, known everywhere: the
+    sky is a far wall.
     """
     if isinstance(scenes, Scene):
         image, depth = render([scenes], c2w[None], torch.tensor([fov]), size)
@@ -517,7 +518,7 @@ def picture(world, c2w, fov, size):
     s, v = c2w.shape[:2]
     o, d = rays(c2w, fov, size, [(0.5, 0.5)])
     t, row = trace(world, o, d)
-    depth = torch.where((row == 0) & world.sky, 0, t).view(s, v, size, size)
+    depth = t.view(s, v, size, size)
     steps = [(i + 0.5) / SUBSAMPLES for i in range(SUBSAMPLES)]
     o, d = rays(c2w, fov, size, [(x, y) for y in steps for x in steps])
     colors = shade(world, o, d, *trace(world, o, d))
