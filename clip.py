@@ -319,7 +319,8 @@ def from_state(state):
 def load(paths):
     """The CLIP in one or more weight files, an earlier file's tensors before a later one's.
 
-    OpenAI's state dicts and zero123 checkpoints, in every container of checkpoint.py.
+    OpenAI's ViT-L-14.pt as published (TorchScript) or its state dict, and zero123 checkpoints, in
+    every container that checkpoint.py reads.
     """
     import checkpoint
     state = {}
@@ -347,7 +348,7 @@ def main(argv=None):
     parser.add_argument("image", help="an image file")
     parser.add_argument("--text", nargs="+", required=True, help="what may be in it")
     parser.add_argument("--weights", nargs="+", required=True,
-                        help="OpenAI's state dict; or a zero123 checkpoint, then OpenAI's")
+                        help="OpenAI's ViT-L-14.pt; or a zero123 checkpoint, then OpenAI's")
     parser.add_argument("--vocabulary", help=f"{VOCABULARY}; found in open_clip or clip by itself")
     args = parser.parse_args(argv)
     try:
