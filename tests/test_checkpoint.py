@@ -116,6 +116,16 @@ def test_misfit_lists_what_is_wrong_and_leaves_the_module_as_it_was(tmp_path):
     assert all((value == 3).all() for value in module.state_dict().values())
 
 
+@pytest.mark.parametrize("change, message", [
+    (lambda state: state.pop("cc_projection.bias"), "1 missing"),
+    (lambda state: state.update(surprise=torch.zeros(1)), "1 unexpected"),
+    (lambda state: state.update({"cc_projection.bias": torch.zeros(1)}), "1 misshapen")])
+def test_one_misfit_of_any_kind_is_enough(tmp_path, change, message):
+    state = checkpoint_of(small())
+    change(state)
+    assert message in refusal(small(), saved(tmp_path / "x.ckpt", state))
+
+
 def test_another_architecture_is_refused_in_one_short_line(tmp_path):
     path = tmp_path / "x.safetensors"
     save_file({f"layers.{i}.weight": torch.zeros(1) for i in range(500)}, path)
@@ -330,6 +340,7 @@ def test_newest_steps_and_every_nth_are_kept(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_folder_without_meta_does_not_exist(tmp_path):
     save_step(tmp_path, 10)
     (save_step(tmp_path, 20) / "meta.json").unlink()
@@ -351,7 +362,8 @@ def test_a_damaged_step_is_reported_and_the_one_before_is_used(tmp_path, name, d
     if (name, damage) == ("meta.json", "gone"):
         assert_is_step(checkpoint.latest(tmp_path), 10)
         return
-    with pytest.warns(UserWarning, match="step_00000020 is damaged"):
+    reason = "bytes instead of" if damage == "cut" and name in checkpoint.FILES else ""
+    with pytest.warns(UserWarning, match="step_00000020 is damaged.*" + reason):
         assert_is_step(checkpoint.latest(tmp_path), 10)
     with pytest.raises(ValueError, match="is damaged"):
         checkpoint.read(file.parent)
@@ -428,6 +440,9 @@ def test_a_run_killed_at_any_moment_resumes_from_a_whole_step(tmp_path):
 
 def test_remains_of_a_killed_save_are_cleared_away(tmp_path):
     (tmp_path / ".unfinished_step_00000010").mkdir(parents=True)
+    with pytest.raises(TypeError):
+        checkpoint.save(tmp_path, 20, *states(20), {"meta": object()})
+    assert not list(tmp_path.iterdir())     # first of all: they may be what fills the disk
     save_step(tmp_path, 20)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000020"]
 
@@ -493,6 +508,14 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path, monkeypatch):
     for target in ("b.ckpt", "b.safetensors", "step_00000005"):
         with pytest.raises(ValueError):
             checkpoint.convert(tmp_path / "a.ckpt", tmp_path / target)
+    monkeypatch.undo()
+
+    def stops(value, path):
+        path.write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", stops)
+    with pytest.raises(OSError):
+        checkpoint.convert(tmp_path / "a.ckpt", tmp_path / "b.ckpt")
     assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
 
 

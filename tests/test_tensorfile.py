@@ -121,6 +121,23 @@ def test_every_pickle_protocol_reads(tmp_path, protocol):
     assert_same(found, {"a": state["a"], "b.c": state["b"]["c"]})
 
 
+def test_a_tensor_with_attributes_reads_as_the_tensor(tmp_path):
+    tensor = torch.arange(3.0)
+    tensor.note = "torch saves it by another function then"
+    torch.save({"w": tensor}, tmp_path / "x.pt")
+    assert_same(tensorfile.read_file(tmp_path / "x.pt"), {"w": tensor})
+
+
+def test_tensors_are_aligned_where_their_file_aligns_nothing(tmp_path):
+    state = {f"{i}": torch.arange(i + 1, dtype=dtype) for i, dtype in enumerate(
+        [torch.uint8, torch.float64, torch.int8, torch.float32, torch.uint8, torch.float16])}
+    torch.save(state, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
+    found = tensorfile.read_file(tmp_path / "x.pt")
+    assert any(entry.storage.offset % entry.dtype.itemsize for entry in found.entries.values())
+    assert all(tensor.data_ptr() % tensor.itemsize == 0 for tensor in found.values())
+    assert_same(found, state)
+
+
 class Odd:
     """An object of a class that the reader must not know."""
     def __init__(self):
