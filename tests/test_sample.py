@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -367,6 +367,28 @@ def test_scale_divides_lengths_in_every_mode(mode):
     else:
         expected = camera.conditioning(mode, cond, cameras.c2w, cameras.fov, scale).float()
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["3dof", "7dof", "7dof_unscaled", "7dof_stereomag_scale",
+                                  "7dof_quantile_scale"])
+def test_a_held_out_view_has_the_pose_vectors_of_training(run, mode):
+    config = replace(sample.load(run, "cpu", "fp32")[1], mode=mode)
+    photo = next(photo for photo in (photos.held_out(config, number) for number in range(2))
+                 if (photo.reader.depth(photo.number, photo.view) > 0).all())
+    pair = photo.reader.pair(photo.number, photo.view, 4, mode)
+    trained = model.pose_vector(torch.utils.data.default_collate([pair]), mode)
+    c2w = photo.reader.scene(photo.number).c2w
+    fov = torch.tensor([photo.fov], dtype=torch.float64)
+    found = sample.pose_vectors(mode, c2w[photo.view], c2w[4:5], fov, photo.scene_scale)
+    torch.testing.assert_close(found, trained, rtol=1e-5, atol=1e-6)
+    # in the unit of the paths, where what is in the middle of the photo is one away
+    depth = photos.middle(torch.from_numpy(photo.reader.depth(photo.number, photo.view))).median()
+    c2w = c2w.clone()
+    c2w[:, :3, 3] /= depth
+    found = sample.pose_vectors(mode, c2w[photo.view], c2w[4:5], fov, photo.scale)
+    torch.testing.assert_close(found, trained, rtol=1e-5, atol=1e-6)
+    upright = paths.motion("orbit", 1, 0, photo.fov, photo.elevation).cond_c2w
+    assert upright[2, 2].item() == pytest.approx(c2w[photo.view, 2, 2].item(), abs=1e-6)
 
 
 # ---- photos
