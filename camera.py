@@ -1,7 +1,7 @@
 """Cameras: conventions, the geometry of a scene, and the pose vector T that conditions the network.
 
-Every camera here is OpenGL (x right, y up, z towards the viewer) and camera-to-world, as a 4x4 matrix `c2w`;
-the world has z up. T and its modes are ZeroNVS's (arXiv:2310.17994, section 3.2).
+Every camera here is OpenGL (x right, y up, z towards the viewer) and camera-to-world, as a 4x4
+matrix `c2w`; the world has z up. T and its modes are ZeroNVS's (arXiv:2310.17994, section 3.2).
 Letters: `b` batch, `n` cameras of a scene, `h w` pixels.
 """
 
@@ -9,31 +9,33 @@ from dataclasses import dataclass
 
 import torch
 
-# The pose vector's width by mode: a 4x4 relative pose and three numbers of the field of view, or zero123's four.
+# The pose vector's width by mode: a 4x4 relative pose and three numbers of the field of view, or
+# zero123's four.
 T_WIDTH = {"3dof": 4, "7dof": 19, "7dof_unscaled": 19, "7dof_stereomag_scale": 19,
            "7dof_quantile_scale": 19, "7dof_metric_scale": 19}
-# departs: the published training command passes 7dof_qs, a name that the reference's own code rejects.
+# departs: the published training command passes 7dof_qs, a name that the reference's code rejects.
 ALIASES = {"7dof_qs": "7dof_quantile_scale"}
 
 SMALLEST_SCALE = 1e-2                       # translations are divided by no less
 LARGEST_ENTRY = 20.0                        # of the relative pose in the clipped modes
 TANH_GAIN, TANH_RANGE = 0.5, 10.0           # quantile mode: gain * range * tanh(t / range)
 STEREOMAG_RANGE = (0.1, 100.0)              # of the near-plane quantile
-QUANTILE, QUANTILE_STRIDE = 0.2, 4          # of the conditioning view's depth, every 4th row and column
+QUANTILE, QUANTILE_STRIDE = 0.2, 4          # of the conditioning depth, every 4th row and column
 SMALLEST_SQUARES = 1e-3                     # of the metric depth, summed
 
 
 # ---- conventions
 
 def opengl_from_opencv(c2w):
-    """OpenCV camera-to-world (x right, y down, z forward) -> OpenGL, or back: both are this one flip."""
+    """OpenCV camera-to-world (x right, y down, z forward) -> OpenGL, or back: both are one flip."""
     return c2w * c2w.new_tensor([1.0, -1.0, -1.0, 1.0])
 
 
 def opengl_from_pytorch3d(R, T):
     """CO3D's `R` (..., 3, 3) and `T` (..., 3) -> OpenGL camera-to-world (..., 4, 4).
 
-    PyTorch3D multiplies row vectors, x_cam = x_world @ R + T, and looks along +z with x left and y up.
+    PyTorch3D multiplies row vectors, x_cam = x_world @ R + T, and looks along +z with x left and
+    y up.
     """
     w2c = torch.zeros(*R.shape[:-2], 4, 4, dtype=R.dtype)
     w2c[..., :3, :3] = R.transpose(-1, -2)
@@ -44,7 +46,7 @@ def opengl_from_pytorch3d(R, T):
 
 
 def look_at(position, target, up=(0.0, 0.0, 1.0)):
-    """Camera-to-world (..., 4, 4) of cameras at `position` (..., 3) that look at `target` (..., 3)."""
+    """Camera-to-world (..., 4, 4) of cameras at `position` (..., 3) that face `target` (..., 3)."""
     back = torch.nn.functional.normalize(position - target, dim=-1)
     right = torch.linalg.cross(torch.as_tensor(up, dtype=back.dtype).expand_as(back), back)
     right = torch.nn.functional.normalize(right, dim=-1)
@@ -67,10 +69,11 @@ class SceneGeometry:
 
 
 def focus_point(c2w):
-    """The point (3,) with the least squared distance to all optical axes; nan where no one point is nearest."""
-    # departs: one camera, or parallel ones, end in a singular matrix or rounding noise in the reference.
+    """The point (3,) of least squared distance to all optical axes; nan where no one is nearest."""
+    # departs: in the reference one camera, or parallel ones, end in a singular matrix or rounding
+    # noise.
     axis, position = c2w[:, :3, 2], c2w[:, :3, 3]
-    across = torch.eye(3, dtype=c2w.dtype) - axis[:, :, None] * axis[:, None, :]   # (n, 3, 3) projectors
+    across = torch.eye(3, dtype=c2w.dtype) - axis[:, :, None] * axis[:, None, :]    # (n, 3, 3)
     normal = (across.mT @ across).mean(0)
     if torch.linalg.matrix_rank(normal, hermitian=True, rtol=1e-9) < 3:
         return torch.full_like(position[0], torch.nan)
@@ -82,15 +85,17 @@ def scene_geometry(c2w):
     position = c2w[:, :3, 3]
     center, focus = position.mean(0), focus_point(c2w)
     from_center = (position - center).norm(dim=-1)
-    # quirk: this is the elevation above the focus point only for cameras on a circle around a vertical axis.
+    # quirk: this is the elevation above the focus point only for cameras on a circle around a
+    # vertical axis.
     elevation = torch.rad2deg(torch.atan2((center - focus).norm(), from_center))
-    return SceneGeometry(center, focus, from_center.mean(), (position - focus).norm(dim=-1).mean(), elevation)
+    return SceneGeometry(center, focus, from_center.mean(),
+                         (position - focus).norm(dim=-1).mean(), elevation)
 
 
 # ---- the pose vector
 
 def relative_pose(cond_c2w, target_c2w):
-    """inv(cond_c2w) @ target_c2w: the target camera in the conditioning camera's frame, (..., 4, 4)."""
+    """inv(cond_c2w) @ target_c2w (..., 4, 4): the target camera in the conditioning one's frame."""
     return torch.linalg.inv(cond_c2w) @ target_c2w
 
 
@@ -109,13 +114,14 @@ def spherical(position):
 def conditioning(mode, cond_c2w, target_c2w, fov, scale):
     """The pose vector T (b, T_WIDTH[mode]), in the dtype of the poses.
 
-    cond_c2w, target_c2w: (b, 4, 4). fov: (b,) radians. scale: (b,) length that counts as one, in the unit of the
-    poses, as `scene radius`, `stereomag_scale`, `quantile_scale` or `metric_scale` of the conditioning view give it;
-    `3dof` and `7dof_unscaled` do not look at it.
+    cond_c2w, target_c2w: (b, 4, 4). fov: (b,) radians. scale: (b,) length that counts as one, in
+    the unit of the poses, as `scene radius`, `stereomag_scale`, `quantile_scale` or `metric_scale`
+    of the conditioning view give it; `3dof` and `7dof_unscaled` do not look at it.
     """
     mode = ALIASES.get(mode, mode)
     if mode not in T_WIDTH:
-        raise ValueError(f"conditioning mode {mode!r} is not known, it is one of {', '.join(T_WIDTH)}")
+        raise ValueError(f"conditioning mode {mode!r} is not known, "
+                         f"it is one of {', '.join(T_WIDTH)}")
     if mode == "3dof":
         (polar0, azimuth0, radius0), (polar, azimuth, radius) = (
             spherical(c2w[:, :3, 3]) for c2w in (cond_c2w, target_c2w))
@@ -135,17 +141,17 @@ def conditioning(mode, cond_c2w, target_c2w, fov, scale):
 # ---- the length that counts as one
 
 def stereomag_scale(nearplane):
-    """Near-plane quantiles (b,) of the scenes -> scales (b,); a scene without any depth (nan) has scale 1."""
+    """Near-plane quantiles (b,) of the scenes -> scales (b,); 1 for a scene without depth (nan)."""
     return nearplane.clamp(*STEREOMAG_RANGE).nan_to_num(1.0)
 
 
 def quantile_scale(depth):
-    """Dense depth (b, h, w) of the conditioning views -> their 20% quantiles (b,): the published model's scale."""
+    """Dense depth (b, h, w) of conditioning views -> 20% quantiles (b,): the published scale."""
     return depth[:, ::QUANTILE_STRIDE, ::QUANTILE_STRIDE].flatten(1).quantile(QUANTILE, dim=1)
 
 
 def metric_scale(metric, depth):
-    """What turns metric depth (b, h, w) into the scene's unit, by least squares over pixels with depth: (b,)."""
+    """Factor (b,) from metric depth (b, h, w) to the scene's unit: least squares over depth > 0."""
     known = depth > 0
     product = torch.where(known, metric * depth, 0).flatten(1).sum(1)
     return product / torch.where(known, metric**2, 0).flatten(1).sum(1).clamp(min=SMALLEST_SQUARES)

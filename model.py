@@ -2,7 +2,8 @@
 
 UNet: Stable Diffusion 1's (arXiv:2112.10752). Conditioning: zero123's (arXiv:2303.11328), a latent
 concatenated to the input and one context token. Module names are the checkpoint's, in its order.
-Letters: `b` batch, `c` channels, `h w` latent grid, `n` tokens, `d` head width, `e` embedding width.
+Letters: `b` batch, `c` channels, `h w` latent grid, `n` tokens, `d` head or pose width, `e`
+embedding width.
 """
 
 import math
@@ -14,13 +15,14 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import camera
+import depth
 import vae
 from clip import CLIP
 
-NORM_GROUPS = 32
 RES_EPS, TRANSFORMER_EPS = 1e-5, 1e-6       # quirk: the two kinds of block use different eps
 LARGEST_PERIOD = 10_000                     # of the timestep embedding
 TIMESTEPS, BETA_START, BETA_END = 1000, 0.00085, 0.0120
+FOLD = 2                                    # pixels a side that latent="pixels" folds into channels
 FEED_FORWARD = 4                            # hidden width of a feed-forward, in channels
 
 
@@ -43,14 +45,14 @@ def timestep_embedding(t, width):
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convs with the timestep embedding added between them. x: (b, c, h, w), emb: (b, e)."""
-    def __init__(self, c_in, c_out, c_emb):
+    """Two 3x3 convs, the timestep embedding added between them. x: (b, c, h, w), emb: (b, e)."""
+    def __init__(self, c_in, c_out, c_emb, groups):
         super().__init__()
-        self.in_layers = nn.Sequential(nn.GroupNorm(NORM_GROUPS, c_in, RES_EPS), nn.SiLU(),
+        self.in_layers = nn.Sequential(nn.GroupNorm(groups, c_in, RES_EPS), nn.SiLU(),
                                        nn.Conv2d(c_in, c_out, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(c_emb, c_out))
         # Identity stands where CompVis has dropout, so that the conv keeps its key out_layers.3
-        self.out_layers = nn.Sequential(nn.GroupNorm(NORM_GROUPS, c_out, RES_EPS), nn.SiLU(),
+        self.out_layers = nn.Sequential(nn.GroupNorm(groups, c_out, RES_EPS), nn.SiLU(),
                                         nn.Identity(), zero(nn.Conv2d(c_out, c_out, 3, padding=1)))
         self.skip_connection = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
@@ -105,7 +107,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, attention to the context, feed-forward; each behind a LayerNorm, with a skip."""
+    """Self-attention, attention to the context, feed-forward; each with a LayerNorm and a skip."""
     def __init__(self, c, c_context, heads):
         super().__init__()
         self.attn1 = Attention(c, c, heads)
@@ -121,16 +123,16 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """A transformer block over the grid's positions as tokens. x: (b, c, h, w), context: (b, m, e)."""
-    def __init__(self, c, c_context, heads):
+    """A transformer block over the grid's positions. x: (b, c, h, w), context: (b, m, e)."""
+    def __init__(self, c, c_context, heads, groups):
         super().__init__()
-        self.norm = nn.GroupNorm(NORM_GROUPS, c, TRANSFORMER_EPS)
+        self.norm = nn.GroupNorm(groups, c, TRANSFORMER_EPS)
         self.proj_in = nn.Conv2d(c, c, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(c, c_context, heads)])
         self.proj_out = zero(nn.Conv2d(c, c, 1))
 
     def forward(self, x, context):
-        # 1x1 convolutions are matrix products over (b, hw, c), which a channels-last grid already is.
+        # 1x1 convolutions are matrix products over (b, hw, c), as a channels-last grid already is.
         tokens = self.norm(x).flatten(2).mT                             # (b, hw, c)
         tokens = F.linear(tokens, self.proj_in.weight.flatten(1), self.proj_in.bias)
         for block in self.transformer_blocks:
@@ -161,7 +163,7 @@ class Upsample(nn.Module):
 
 class Stage(nn.Sequential):
     """Layers in a row, each given what it needs: a ResBlock the time, a transformer the context."""
-    recompute = False       # drop activations in the forward pass, compute them again in the backward
+    recompute = False       # drop activations in the forward pass, make them anew in the backward
 
     def forward(self, x, emb, context):
         for layer in self:
@@ -177,18 +179,19 @@ class UNet(nn.Module):
     """Noise prediction. x (b, c_in, h, w), t (b,) timesteps, context (b, m, e) -> (b, c_out, h, w).
 
     `num_heads` attention heads at every width; or heads of `num_head_channels` where that is not 0.
+    norm_groups: of every GroupNorm; groups of one channel, in a narrow model, wipe out the colours.
     h and w must be multiples of 2 ** (levels - 1).
     """
     def __init__(self, in_channels=8, out_channels=4, model_channels=320, channel_mult=(1, 2, 4, 4),
                  num_res_blocks=2, attention_resolutions=(4, 2, 1), num_heads=8, context_dim=768,
-                 num_head_channels=0):
+                 num_head_channels=0, norm_groups=32):
         super().__init__()
         self.model_channels = model_channels
         c, c_emb = model_channels, FEED_FORWARD * model_channels
 
         def transformer(c):
             heads = c // num_head_channels if num_head_channels else num_heads
-            return SpatialTransformer(c, context_dim, heads)
+            return SpatialTransformer(c, context_dim, heads, norm_groups)
 
         def attends(level):
             return 2**level in attention_resolutions
@@ -198,23 +201,24 @@ class UNet(nn.Module):
         skips, last = [c], len(channel_mult) - 1
         for level, mult in enumerate(channel_mult):
             for _ in range(num_res_blocks):
-                block = [ResBlock(c, mult * model_channels, c_emb)]
+                block = [ResBlock(c, mult * model_channels, c_emb, norm_groups)]
                 c = mult * model_channels
                 self.input_blocks.append(Stage(*block, *[transformer(c)] * attends(level)))
                 skips.append(c)
             if level < last:
                 self.input_blocks.append(Stage(Downsample(c)))
                 skips.append(c)
-        self.middle_block = Stage(ResBlock(c, c, c_emb), transformer(c), ResBlock(c, c, c_emb))
+        self.middle_block = Stage(ResBlock(c, c, c_emb, norm_groups), transformer(c),
+                                  ResBlock(c, c, c_emb, norm_groups))
         self.output_blocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(channel_mult))):
             for i in range(num_res_blocks + 1):
-                block = [ResBlock(c + skips.pop(), mult * model_channels, c_emb)]
+                block = [ResBlock(c + skips.pop(), mult * model_channels, c_emb, norm_groups)]
                 c = mult * model_channels
                 block += [transformer(c)] * attends(level)
                 block += [Upsample(c)] * (level > 0 and i == num_res_blocks)
                 self.output_blocks.append(Stage(*block))
-        self.out = nn.Sequential(nn.GroupNorm(NORM_GROUPS, c, RES_EPS), nn.SiLU(),
+        self.out = nn.Sequential(nn.GroupNorm(norm_groups, c, RES_EPS), nn.SiLU(),
                                  zero(nn.Conv2d(c, out_channels, 3, padding=1)))
 
     def forward(self, x, t, context):
@@ -268,14 +272,15 @@ STREAMS = ("timestep", "drop", "posterior", "noise", "sample")
 
 
 def philox(counter, key):
-    """Philox4x32-10 (Salmon et al. 2011): four words of counter and two of key -> four random words.
+    """Philox4x32-10 (Salmon et al. 2011): four words of counter, two of key -> four random words.
 
     Words are int64 tensors holding 0..2**32-1, of shapes that broadcast.
     """
     (c0, c1, c2, c3), (k0, k1) = counter, key
     for _ in range(PHILOX_ROUNDS):
         p0, p1 = c0 * PHILOX_M[0], c2 * PHILOX_M[1]     # 64 bits; the sign bit is masked off below
-        c0, c1, c2, c3 = (p1 >> 32 & WORD) ^ c1 ^ k0, p1 & WORD, (p0 >> 32 & WORD) ^ c3 ^ k1, p0 & WORD
+        high0, high1 = p0 >> 32 & WORD, p1 >> 32 & WORD
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, p1 & WORD, high0 ^ c3 ^ k1, p0 & WORD
         k0, k1 = (k0 + PHILOX_W[0]) & WORD, (k1 + PHILOX_W[1]) & WORD
     return c0, c1, c2, c3
 
@@ -287,7 +292,8 @@ def uniform(seed, stream, numbers, count):
     """
     block = torch.arange(-(-count // 4), device=numbers.device)[None]
     number = numbers[:, None]
-    counter = (block, torch.full_like(block, STREAMS.index(stream)), number & WORD, number >> 32 & WORD)
+    stream = torch.full_like(block, STREAMS.index(stream))
+    counter = block, stream, number & WORD, number >> 32 & WORD
     words = torch.stack(philox(counter, (seed & WORD, seed >> 32 & WORD)), dim=-1)  # (b, blocks, 4)
     # 23 bits and a half: exact in float32, never 0 or 1
     return ((words.flatten(1)[:, :count] >> 9).float() + 0.5) * 2.0**-23
@@ -323,12 +329,14 @@ def draw(seed, numbers, shape):
 # ---- the whole model
 
 class Pixels(nn.Module):
-    """Stands where the autoencoder does when the latent is the image: a posterior without variance."""
+    """Stands where the autoencoder does when there are no weights for it: the image itself, its
+    pixels folded FOLD x FOLD into channels, as a posterior without variance."""
     def encode(self, x):
-        return x, torch.full_like(x, vae.LOGVAR_MIN)
+        z = F.pixel_unshuffle(x, FOLD)                      # (b, 3 FOLD^2, h / FOLD, w / FOLD)
+        return z, torch.full_like(z, vae.LOGVAR_MIN)
 
     def decode(self, z):
-        return z
+        return F.pixel_shuffle(z, FOLD)                     # (b, 3, h, w)
 
 
 class NoEmbedding(nn.Module):
@@ -340,13 +348,15 @@ class NoEmbedding(nn.Module):
 class ZeroNVS(nn.Module):
     """UNet, autoencoder, image embedding and pose projection, under the checkpoint's names.
 
-    latent: "vae" builds the autoencoder and CLIP; "pixels" needs neither. The rest is Config's.
+    scale_factor: of the target's latent; embedding_dim: width of the image embedding; prediction:
+    what the UNet puts out, "eps" the noise, or "z" the clean latent.
     """
-    def __init__(self, unet, first_stage_model, clip, mode, scale_factor, embedding_dim, context_dim):
+    def __init__(self, unet, first_stage_model, clip, mode, scale_factor, embedding_dim,
+                 context_dim, prediction="eps"):
         super().__init__()
         for name, table in schedule_buffers().items():
             self.register_buffer(name, table)
-        self.mode, self.scale_factor = mode, scale_factor
+        self.mode, self.scale_factor, self.prediction = mode, scale_factor, prediction
         self.model = nn.Module()
         self.model.diffusion_model = unet
         self.first_stage_model = first_stage_model.eval().requires_grad_(False)
@@ -374,19 +384,32 @@ class ZeroNVS(nn.Module):
         return self.cond_stage_model.model.encode_image(image)
 
     def context(self, embedding, T):
-        """Image embedding (b, e) and pose vector T (b, d) -> the one context token (b, 1, width)."""
+        """Image embedding (b, e) and pose vector T (b, d) -> the one context token (b, 1, n)."""
         both = torch.cat([embedding, T.to(embedding.dtype)], dim=-1)
         return self.cc_projection(both)[:, None]
 
     @torch.no_grad()
     def condition(self, image_cond, T):
         """Conditioning view (b, 3, h, w) and pose vector (b, d) -> (z_cond, context) for `eps`."""
-        # quirk: the conditioning latent is the posterior's mode, not multiplied by the scale factor.
+        # quirk: the conditioning latent is the posterior's mode, not times the scale factor.
         return self.encode(image_cond)[0], self.context(self.embed(image_cond), T)
+
+    def levels(self, t):
+        """(signal, sigma), each (b, 1, 1, 1), of z_t = signal * z + sigma * noise at t (b,)."""
+        return (table[t.round().long()][:, None, None, None] for table in
+                (self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod))
+
+    def predict(self, z_t, t, z_cond, context):
+        """The UNet's own output (b, c, h, w): the noise, or the clean latent."""
+        return self.model.diffusion_model(torch.cat([z_t, z_cond], dim=1), t, context)
 
     def eps(self, z_t, t, z_cond, context):
         """The noise in z_t (b, c, h, w) at timesteps t (b,), as the network sees it."""
-        return self.model.diffusion_model(torch.cat([z_t, z_cond], dim=1), t, context)
+        out = self.predict(z_t, t, z_cond, context)
+        if self.prediction == "eps":
+            return out
+        signal, sigma = self.levels(t)
+        return (z_t - signal * out) / sigma
 
     @torch.no_grad()
     def decode(self, z):
@@ -394,10 +417,10 @@ class ZeroNVS(nn.Module):
         return self.first_stage_model.decode(z / self.scale_factor)
 
     def forward(self, mean, logvar, z_cond, embedding, T, draws, drop=(0.05, 0.05, 0.05)):
-        """Mean squared error of the predicted noise, per sample (b,), in float32.
+        """Mean squared error of the prediction, per sample (b,), in float32.
 
-        mean, logvar: the target's posterior; z_cond: the conditioning view's mean; embedding (b, e).
-        drop: shares of samples that lose the embedding alone, both, the conditioning latent alone.
+        mean, logvar: the target's posterior; z_cond: the conditioning view's mean; embedding
+        (b, e). drop: shares of samples that lose the embedding, both, the conditioning latent.
         """
         z = self.scale_factor * vae.sample(mean, logvar, draws.posterior_noise)
         only_embedding, both, only_latent = drop
@@ -406,11 +429,11 @@ class ZeroNVS(nn.Module):
         embedding = embedding * (draws.u >= lost)[:, None]
         keeps_latent = (draws.u < only_embedding) | (draws.u >= lost + only_latent)
         z_cond = z_cond * keeps_latent[:, None, None, None]
-        signal, sigma = (table[draws.t][:, None, None, None] for table in
-                         (self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod))
+        signal, sigma = self.levels(draws.t)
         z_t = signal * z + sigma * draws.noise
-        eps = self.eps(z_t, draws.t, z_cond, self.context(embedding, T))
-        return F.mse_loss(eps.float(), draws.noise, reduction="none").mean(dim=(1, 2, 3))
+        out = self.predict(z_t, draws.t, z_cond, self.context(embedding, T))
+        target = draws.noise if self.prediction == "eps" else z
+        return F.mse_loss(out.float(), target, reduction="none").mean(dim=(1, 2, 3))
 
 
 def pose_projection(embedding_dim, pose_dim, context_dim):
@@ -424,22 +447,48 @@ def pose_projection(embedding_dim, pose_dim, context_dim):
 
 def build(config):
     """The ZeroNVS that a Config describes, with random weights."""
-    latents = config.latent == "vae"
-    channels = 4 if latents else 3
+    channels = latent_shape(config)[0]
     unet = UNet(2 * channels, channels, config.model_channels, config.channel_mult,
                 config.num_res_blocks, config.attention_resolutions, config.num_heads,
-                config.context_dim)
+                config.context_dim, norm_groups=config.norm_groups)
     for module in unet.modules():
         if isinstance(module, Stage):
             module.recompute = config.checkpoint_activations
-    if latents:
-        return ZeroNVS(unet, vae.AutoencoderKL(), CLIP(transformer_layers=0), config.mode,
-                       vae.SCALE_FACTOR, 768, config.context_dim)
-    return ZeroNVS(unet, Pixels(), NoEmbedding(), config.mode, 1.0, 0, config.context_dim)
+    if config.latent == "pixels":
+        return ZeroNVS(unet, Pixels(), NoEmbedding(), config.mode, 1.0, 0, config.context_dim,
+                       config.prediction)
+    clip = CLIP(transformer_layers=0)
+    return ZeroNVS(unet, vae.AutoencoderKL(), clip, config.mode, vae.SCALE_FACTOR,
+                   clip.text_projection.shape[1], config.context_dim, config.prediction)
 
 
 def latent_shape(config):
     """(c, h, w) of the latents of a Config."""
-    if config.latent == "vae":
-        return 4, config.image_size // 8, config.image_size // 8
-    return 3, config.image_size, config.image_size
+    channels, shrink = (3 * FOLD**2, FOLD) if config.latent == "pixels" else (4, 8)
+    return channels, config.image_size // shrink, config.image_size // shrink
+
+
+def pose_vector(batch, mode, depth_net=None, blend=True):
+    """The pose vectors T (b, d) float32 of a batch of pairs, as data.py delivers them.
+
+    depth_net: a depth.DPT for views whose depth has holes, on the device of the batch's images.
+    Raises ValueError, naming the pair, where the mode needs depth that nobody knows.
+    """
+    cond_c2w, target_c2w, fov = batch["cond_c2w"], batch["target_c2w"], batch["fov"]
+    scale = batch.get("scale", batch["radius"])
+    if "scale" not in batch and mode == "7dof_stereomag_scale":
+        scale = camera.stereomag_scale(batch["nearplane"])
+    if "scale" not in batch and mode == "7dof_quantile_scale":
+        dense = batch["depth_cond"]
+        holes = (dense <= 0).flatten(1).any(1)
+        if depth_net is not None and (holes.any() or not blend):
+            disparity = depth_net(batch["image_cond"])
+            dense = depth.dense_depth(disparity, dense.to(disparity.device), blend)
+        elif holes.any():
+            raise ValueError(
+                f"{batch['uid'][holes.int().argmax()]}: the depth of the conditioning view has "
+                "holes, and mode 7dof_quantile_scale needs all of it: give "
+                "--depth_weights=dpt_swin2_tiny_256.pt, which fills them, or choose --mode=7dof, "
+                "which takes the scale from the cameras")
+        scale = camera.quantile_scale(dense).to(cond_c2w.device)
+    return camera.conditioning(mode, cond_c2w, target_c2w, fov, scale).float()

@@ -163,7 +163,7 @@ def render_scenes(numbers, args, device):
     """Renders scenes. Returns (scenes, images (s, v, h, w, 3) uint8, depths, c2w, seconds)."""
     started = time.perf_counter()
     scenes = [synth.scene(args.seed, number) for number in numbers]
-    c2w = torch.stack([synth.cameras(scene, args.views) for scene in scenes])
+    c2w = torch.stack([synth.cameras(scene, args.views, args.motion) for scene in scenes])
     fov = torch.tensor([scene.fov for scene in scenes], dtype=torch.float64)
     images, depths = synth.render(scenes, c2w.to(device), fov, args.size)
     images = images.add_(1).mul_(127.5).round_().to(torch.uint8).permute(0, 1, 3, 4, 2).contiguous()
@@ -255,7 +255,8 @@ def check_out(args):
     """Notes the arguments in the output folder, or compares them with those noted: ValueError."""
     out = Path(args.out)
     note = out / "synth.json"
-    names = ("scenes", "held_out", "views", "size", "seed", "image_format", "scenes_per_shard")
+    names = ("scenes", "held_out", "views", "size", "motion", "seed", "image_format",
+             "scenes_per_shard")
     arguments = {"version": SYNTH_VERSION} | {name: getattr(args, name) for name in names}
     shards = sorted(path for layout in LAYOUTS for path in (out / layout).glob("*.tar*"))
     if note.is_file():
@@ -281,6 +282,8 @@ def check_out(args):
 
 def run_synth(args):
     """Renders synthetic scenes into shards of both raw layouts, skipping those that are there."""
+    if not 0 < args.motion <= 1:
+        raise ValueError(f"--motion is {args.motion:g}, it must be more than 0 and at most 1")
     for name, least in (("scenes", 2), ("held_out", 2), ("views", 2), ("size", SMALLEST),
                         ("seed", 0), ("workers", 0), ("scenes_per_shard", 1)):
         value, option = getattr(args, name), "--" + name.replace("_", "-")
@@ -347,10 +350,12 @@ def parser():
                               help="ray-cast synthetic scenes, with exact cameras and depth")
     add = sub.add_argument
     add("--out", default="data/synth", help="folder: shards go into OUT/co3d and OUT/re10k")
-    add("--scenes", type=int, default=1000, help="training scenes, half in each layout")
+    add("--scenes", type=int, default=2000, help="training scenes, half in each layout")
     add("--held-out", type=int, default=100, help="further scenes, kept from training")
     add("--views", type=int, default=8, help="views a scene")
-    add("--size", type=int, default=64, help="pixels a side")
+    add("--size", type=int, default=32, help="pixels a side")
+    add("--motion", type=float, default=0.4,
+        help="share of its path that a camera goes, up to 1: arcs are of 60 to 120 degrees")
     add("--seed", type=int, default=0, help="scenes are a function of it and of their number")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to render")
     add("--image-format", choices=IMAGE_FORMATS, default="png", help="of the colour images")

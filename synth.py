@@ -182,9 +182,10 @@ def along(path, kind, places):
     return eye + sway * np.sin(2 * math.pi * places), gaze
 
 
-def cameras(scene, views):
-    """OpenGL camera-to-world matrices (views, 4, 4) float64, evenly along a scene's path."""
-    eye, gaze = along(scene.path, scene.kind, np.linspace(0, 1, views))
+def cameras(scene, views, motion=1.0):
+    """OpenGL camera-to-world matrices (views, 4, 4) float64, evenly along the middle of a scene's
+    path; `motion` is the share of it, in (0, 1]."""
+    eye, gaze = along(scene.path, scene.kind, 0.5 + motion * np.linspace(-0.5, 0.5, views))
     back = eye - gaze
     back /= np.linalg.norm(back, axis=1, keepdims=True)
     right = np.cross([0, 0, 1], back)
@@ -487,7 +488,7 @@ def render(scenes, c2w, fov, size):
 
     scenes: a list of s Scenes, c2w (s, v, 4, 4) float64 in their units, fov (s,) radians; or one
     Scene, (v, 4, 4) and a float. Works on the device of `c2w`. Depth is the distance along the
-    viewing axis at the pixel's centre (x + 0.5, y + 0.5), in the scene's unit, known everywhere: the
+    viewing axis at the pixel's centre (x + 0.5, y + 0.5), in the scene's unit, known all over: the
     sky is a far wall.
     """
     if isinstance(scenes, Scene):

@@ -1,9 +1,9 @@
-"""What a run is made of: `Config` and `Source`, and `load(argv)` that reads a config file and its overrides.
+"""What a run is made of: `Config`, `Source`, and `load(argv)` that reads a file and its overrides.
 
     python train.py configs/mix.py --lr=3e-5 --batch_size=768
 
-A config file is plain python that ends in `config = Config(...)`. Every number is checked in `__post_init__`,
-so a file, a command line and a resumed run pass the same gate.
+A config file is plain python that ends in `config = Config(...)`. Every number is checked in
+`__post_init__`, so a file, a command line and a resumed run pass the same gate.
 """
 
 import difflib
@@ -19,6 +19,7 @@ MODES = tuple(camera.T_WIDTH)
 FORMATS = ("co3d", "re10k", "acid", "encoded")
 CHOICES = {
     "latent": ("vae", "pixels"),
+    "prediction": ("eps", "z"),
     "mode": MODES,
     "device": ("auto", "cpu", "cuda", "mps"),
     "precision": ("fp32", "bf16"),
@@ -33,7 +34,7 @@ class Source:
     """One dataset of the mixture."""
     name: str
     format: str                      # co3d | re10k | acid | encoded
-    shards: str                      # training shards: a glob or {000..126} pattern, relative to Config.data
+    shards: str                      # training shards: glob or {000..126} pattern, from Config.data
     probability: float               # share of the pairs of a step; the sources' shares sum to 1
     held_out: str = ""               # shards of scenes kept from training, for pictures and scores
 
@@ -41,7 +42,8 @@ class Source:
         if self.format not in FORMATS:
             raise ValueError(f"source {self.name!r}: {unknown('format', self.format, FORMATS)}")
         if not 0 < self.probability <= 1:
-            raise ValueError(f"source {self.name!r}: probability {self.probability} is not in (0, 1]")
+            raise ValueError(f"source {self.name!r}: probability {self.probability} "
+                             "is not in (0, 1]")
 
 
 @dataclass(frozen=True)
@@ -52,18 +54,20 @@ class Config:
     out: str = "out/run"                    # folder of the run: checkpoints, log.jsonl, grids
 
     # the network: the defaults are zero123-xl's
-    latent: str = "vae"                     # vae: 8 x smaller latents of the autoencoder | pixels: the image itself
+    latent: str = "vae"                     # vae: 8 x smaller latents | pixels: the image itself
     image_size: int = 256                   # pixels a side of the square images
+    prediction: str = "eps"                 # the UNet's output: eps, noise | z, the clean latent
     model_channels: int = 320               # width of the first level
     channel_mult: tuple[int, ...] = (1, 2, 4, 4)    # width of each level, in model_channels
     num_res_blocks: int = 2                 # residual blocks a level
-    attention_resolutions: tuple[int, ...] = (4, 2, 1)  # downsampling factors with a transformer block
+    attention_resolutions: tuple[int, ...] = (4, 2, 1)  # downsamplings with a transformer block
     num_heads: int = 8                      # attention heads at every width
+    norm_groups: int = 32                   # groups of every GroupNorm
     context_dim: int = 768                  # width of the one context token
     mode: str = "7dof_quantile_scale"       # conditioning mode, see camera.py
-    quantile_blend: bool = True             # known depths replace the depth network's before the quantile
-    init: str = ""                          # checkpoint to start from; "" starts from random weights
-    depth_weights: str = ""                 # dpt_swin2_tiny_256.pt, for views whose depth has holes; "" has none
+    quantile_blend: bool = True             # known depths replace DPT's before the quantile
+    init: str = ""                          # checkpoint to start from; "" has random weights
+    depth_weights: str = ""                 # dpt_swin2_tiny_256.pt, if depth has holes; "" has none
 
     # the step
     steps: int = 60_000                     # optimizer steps
@@ -81,16 +85,16 @@ class Config:
     grad_clip: float = 0.0                  # largest gradient norm; 0 does not clip
     ema_decay: float = 0.9999               # of the average of the UNet's weights
     ema_per: str = "step"                   # step | micro_step (the reference's)
-    drop_clip: float = 0.05                 # share of samples whose image embedding is dropped, alone
-    drop_both: float = 0.05                 # share of samples whose embedding and latent are dropped
-    drop_latent: float = 0.05               # share of samples whose conditioning latent is dropped, alone
+    drop_clip: float = 0.05                 # share of samples that lose the image embedding, alone
+    drop_both: float = 0.05                 # share of samples that lose embedding and latent
+    drop_latent: float = 0.05               # share of samples that lose the cond latent, alone
     seed: int = 42                          # pairs, noise, timesteps and dropouts follow from it
 
     # the machine
     device: str = "auto"                    # auto: cuda, then mps, then cpu
     precision: str = "bf16"                 # of matrix products and convolutions; weights stay fp32
     compile: bool = False                   # torch.compile the UNet
-    checkpoint_activations: bool = False    # recompute activations in the backward pass: less memory, slower
+    checkpoint_activations: bool = False    # recompute in the backward pass: less memory, slower
     workers: int = 4                        # loader processes a rank
 
     # what is written
@@ -110,13 +114,14 @@ class Config:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(unknown(name, getattr(self, name), choices))
-        for name in ("image_size", "model_channels", "num_res_blocks", "num_heads", "context_dim", "steps",
-                     "batch_size", "micro_batch", "log_every", "save_every", "keep", "keep_every",
-                     "sample_every", "sample_steps"):
+        for name in ("image_size", "model_channels", "num_res_blocks", "num_heads", "context_dim",
+                     "steps", "norm_groups", "batch_size", "micro_batch", "log_every", "save_every",
+                     "keep", "keep_every", "sample_every", "sample_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, it must be at least 1")
-        for name in ("warmup_steps", "cooldown_steps", "workers", "eval_pairs", "lr", "lr_projection",
-                     "weight_decay", "grad_clip", "guidance", "eta", "seed", "eps"):
+        for name in ("warmup_steps", "cooldown_steps", "workers", "eval_pairs", "lr",
+                     "lr_projection", "weight_decay", "grad_clip", "guidance", "eta", "seed",
+                     "eps"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"{name} is {getattr(self, name)}, it must be 0 or more")
         for name in ("ema_decay", "drop_clip", "drop_both", "drop_latent", "warmup_start"):
@@ -131,13 +136,13 @@ class Config:
             shares = " + ".join(f"{s.name} {s.probability:g}" for s in self.sources)
             raise ValueError(f"the probabilities of the sources sum to {total:g}, not 1: {shares}")
         halvings = len(self.channel_mult) - 1
-        stride = 2 ** halvings * (8 if self.latent == "vae" else 1)
+        stride = 2 ** halvings * (8 if self.latent == "vae" else 2)
         if self.image_size % stride:
-            raise ValueError(f"image_size {self.image_size} is not a multiple of {stride}, "
-                             f"which {len(self.channel_mult)} levels of latent={self.latent!r} need")
-        norm_groups = 32
-        if self.model_channels % norm_groups:
-            raise ValueError(f"model_channels {self.model_channels} is not a multiple of {norm_groups} (GroupNorm)")
+            raise ValueError(f"image_size {self.image_size} is not a multiple of {stride}, which "
+                             f"{len(self.channel_mult)} levels of latent={self.latent!r} need")
+        if self.model_channels % self.norm_groups:
+            raise ValueError(f"model_channels {self.model_channels} is not a multiple of "
+                             f"norm_groups {self.norm_groups}")
 
 
 def unknown(name, value, choices):
@@ -159,11 +164,12 @@ def parse(name, text, kind):
             return int(text.replace("_", ""))
         return kind(text)
     except (KeyError, ValueError) as err:
-        raise ValueError(f"--{name}={text}: a value of type {getattr(kind, '__name__', kind)} is needed") from err
+        raise ValueError(f"--{name}={text}: a value of type {getattr(kind, '__name__', kind)} "
+                         "is needed") from err
 
 
 def override(config, arguments):
-    """A copy of `config` with `--name=value` arguments put in. Raises ValueError that names the nearest option."""
+    """A copy of `config` with `--name=value` put in. Raises ValueError with the nearest option."""
     kinds = {field.name: field.type for field in fields(config) if field.name != "sources"}
     changes = {}
     for argument in arguments:
@@ -177,12 +183,14 @@ def override(config, arguments):
 
 
 def load(argv):
-    """The Config of `[file, --name=value, ...]`. Raises ValueError or FileNotFoundError with one line."""
+    """The Config of `[file, --name=value, ...]`. Raises one-line ValueError, FileNotFoundError."""
     if not argv or argv[0].startswith("--"):
-        raise ValueError("a config file comes first, for example: python train.py configs/synth.py --steps=200")
+        raise ValueError("a config file comes first, for example: "
+                         "python train.py configs/synth.py --steps=200")
     path = Path(argv[0])
     if not path.is_file():
-        known = sorted(str(p) for p in Path(__file__).parent.glob("*.py") if p.name != "__init__.py")
+        known = sorted(str(p) for p in Path(__file__).parent.glob("*.py")
+                       if p.name != "__init__.py")
         raise FileNotFoundError(f"no config file {path}; there are {', '.join(known) or 'none'}")
     config = runpy.run_path(str(path)).get("config")
     if not isinstance(config, Config):
@@ -192,5 +200,6 @@ def load(argv):
 
 def from_dict(values):
     """The Config that `asdict` made, as a checkpoint's meta.json stores it."""
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    values = {name: tuple(value) if isinstance(value, list) else value
+              for name, value in values.items()}
     return Config(**{**values, "sources": tuple(Source(**source) for source in values["sources"])})

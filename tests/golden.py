@@ -1,6 +1,7 @@
 """The golden fixtures: weights and inputs drawn by name, cases read, tensors compared.
 
-`tests/golden/README.md` says how everything is drawn: NumPy's PCG64, seeded with the CRC-32 of a string.
+`tests/golden/README.md` says how everything is drawn: NumPy's PCG64, seeded with the CRC-32 of a
+string.
 """
 
 import json
@@ -35,7 +36,7 @@ def weight(name, shape, salt=SALT):
 
 @torch.no_grad()
 def fill(module, prefix="", salt=SALT):
-    """Gives every parameter of a module its golden value, by its name behind `prefix`. Returns the module."""
+    """Gives a module's parameters golden values, by name behind `prefix`. Returns the module."""
     for name, parameter in module.named_parameters():
         parameter.copy_(weight(prefix + name, parameter.shape, salt))
     return module
@@ -55,11 +56,14 @@ def case(name):
 
 
 def assert_close(found, expected, observed=0.0, relative=1e-5):
-    """Largest difference within ten times the fixture's own (`observed`), or `relative` to the largest value."""
+    """Largest difference within ten times the fixture's own (`observed`), or `relative` to the
+    largest value.
+    """
     expected = torch.as_tensor(expected)
     found = torch.as_tensor(found).detach().to(expected.dtype).reshape(expected.shape)
     finite = torch.isfinite(expected)
-    assert torch.equal(torch.isfinite(found), finite), "not finite in other places than the reference"
+    assert torch.equal(torch.isfinite(found), finite), (
+        "not finite in other places than the reference")
     if not finite.any():
         return
     error = (found - expected)[finite].abs().max().item()

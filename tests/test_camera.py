@@ -22,7 +22,8 @@ def golden_scale(mode, variant, dtype):
     known = GOLDEN["in/depth_cond"][..., 0]
     if mode == "7dof_quantile_scale":
         blend = not variant.endswith("noblend")
-        return camera.quantile_scale(depth.dense_depth(GOLDEN["in/depth_model_disparity"], known, blend))
+        dense = depth.dense_depth(GOLDEN["in/depth_model_disparity"], known, blend)
+        return camera.quantile_scale(dense)
     if mode == "7dof_metric_scale":
         return camera.metric_scale(GOLDEN["in/depth_model_metric"][:, 0], known)
     if mode == "7dof_stereomag_scale":
@@ -38,18 +39,21 @@ CASES = sorted({key.split("/")[1] for key in GOLDEN if key.startswith("f64/")})
 def test_pose_vector_equals_the_reference(variant, precision):
     dtype = torch.float64 if precision == "f64" else torch.float32
     mode = max((name for name in camera.T_WIDTH if variant.startswith(name)), key=len)
-    T = camera.conditioning(mode, GOLDEN["in/cond_cam2world"].to(dtype), GOLDEN["in/target_cam2world"].to(dtype),
-                            torch.deg2rad(GOLDEN["in/fov_deg"].to(dtype)), golden_scale(mode, variant, dtype))
+    T = camera.conditioning(mode, GOLDEN["in/cond_cam2world"].to(dtype),
+                            GOLDEN["in/target_cam2world"].to(dtype),
+                            torch.deg2rad(GOLDEN["in/fov_deg"].to(dtype)),
+                            golden_scale(mode, variant, dtype))
     assert T.dtype == dtype and T.shape == (DESCRIPTION["batch_size"], camera.T_WIDTH[mode])
-    uses_float32_depth = mode in ("7dof_quantile_scale", "7dof_metric_scale") and "precomputed" not in variant
+    uses_float32_depth = (mode in ("7dof_quantile_scale", "7dof_metric_scale")
+                          and "precomputed" not in variant)
     exact = precision == "f64" and not uses_float32_depth
     golden.assert_close(T, GOLDEN[f"{precision}/{variant}"], relative=1e-12 if exact else 1e-5)
 
 
 def test_quantile_scales_equal_the_reference():
     for blend in ("blend", "noblend"):
-        dense = depth.dense_depth(GOLDEN["in/depth_model_disparity"], GOLDEN["in/depth_cond"][..., 0],
-                                  blend == "blend")
+        dense = depth.dense_depth(GOLDEN["in/depth_model_disparity"],
+                                  GOLDEN["in/depth_cond"][..., 0], blend == "blend")
         scales = GOLDEN[f"quantile_scale_{blend}/scales"][:, 0]
         found = camera.quantile_scale(dense)
         # Row by row, so that a large scale does not hide an error in a small one.
@@ -58,8 +62,10 @@ def test_quantile_scales_equal_the_reference():
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_scene_geometry_equals_the_reference(world):
-    expected = {key.rsplit("/", 1)[1]: value for key, value in WORLD.items() if key.startswith(f"world/{world}/")}
-    bottom = torch.tensor([0.0, 0, 0, 1], dtype=torch.float64).expand(len(expected["in_world2cam"]), 1, 4)
+    expected = {key.rsplit("/", 1)[1]: value for key, value in WORLD.items()
+                if key.startswith(f"world/{world}/")}
+    bottom = torch.tensor([0.0, 0, 0, 1], dtype=torch.float64)
+    bottom = bottom.expand(len(expected["in_world2cam"]), 1, 4)
     c2w = torch.linalg.inv(torch.cat([expected["in_world2cam"], bottom], dim=1))
     scene = camera.scene_geometry(c2w)
     golden.assert_close(c2w, expected["camtoworld"], relative=1e-12)
@@ -99,29 +105,34 @@ def test_look_at_puts_the_target_on_the_optical_axis():
     position, target = torch.randn(2, 5, 3, generator=generator, dtype=torch.float64)
     c2w = camera.look_at(position, target)
     seen = torch.linalg.solve(c2w, torch.cat([target, torch.ones(5, 1)], dim=1)[..., None])[..., 0]
-    torch.testing.assert_close(seen[:, :2], torch.zeros(5, 2, dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(seen[:, :2], torch.zeros(5, 2, dtype=torch.float64),
+                               rtol=0, atol=1e-12)
     torch.testing.assert_close(seen[:, 2], -(target - position).norm(dim=1))
     torch.testing.assert_close(torch.linalg.det(c2w), torch.ones(5, dtype=torch.float64))
     assert (c2w[:, 2, 1] > 0).all(), "the camera's up points down in the world"
 
 
 def test_scaled_modes_do_not_see_the_unit_of_a_scene():
-    cond, target, fov = GOLDEN["in/cond_cam2world"][:8], GOLDEN["in/target_cam2world"][:8], torch.ones(8)
+    cond, target = GOLDEN["in/cond_cam2world"][:8], GOLDEN["in/target_cam2world"][:8]
+    fov = torch.ones(8)
     scale = torch.linspace(0.5, 2, 8, dtype=torch.float64)
     unit = torch.tensor([1.0, 1, 1, 7], dtype=torch.float64) * torch.ones(4, 1)
     unit[3] = 1
     for mode in ("7dof", "7dof_stereomag_scale", "7dof_quantile_scale", "7dof_metric_scale"):
-        torch.testing.assert_close(camera.conditioning(mode, cond, target, fov, scale),
-                                   camera.conditioning(mode, cond * unit, target * unit, fov, 7 * scale))
+        torch.testing.assert_close(
+            camera.conditioning(mode, cond, target, fov, scale),
+            camera.conditioning(mode, cond * unit, target * unit, fov, 7 * scale))
 
 
 def test_the_published_name_7dof_qs_is_the_quantile_mode():
     cond, target, fov = GOLDEN["in/cond_cam2world"], GOLDEN["in/target_cam2world"], torch.ones(18)
-    assert torch.equal(camera.conditioning("7dof_qs", cond, target, fov, torch.ones(18)),
-                       camera.conditioning("7dof_quantile_scale", cond, target, fov, torch.ones(18)))
+    assert torch.equal(
+        camera.conditioning("7dof_qs", cond, target, fov, torch.ones(18)),
+        camera.conditioning("7dof_quantile_scale", cond, target, fov, torch.ones(18)))
 
 
 def test_an_unknown_mode_is_named_with_the_known_ones():
     with pytest.raises(ValueError, match="8dof.*7dof_quantile_scale"):
-        camera.conditioning("8dof", torch.eye(4)[None], torch.eye(4)[None], torch.ones(1), torch.ones(1))
+        camera.conditioning("8dof", torch.eye(4)[None], torch.eye(4)[None],
+                            torch.ones(1), torch.ones(1))
     assert math.isclose(camera.quantile_scale(torch.ones(1, 8, 8)).item(), 1.0)

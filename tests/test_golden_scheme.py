@@ -13,4 +13,5 @@ def test_weights_and_inputs_are_drawn_as_the_fixtures_say():
         assert zlib.crc32(w.tobytes()) == row["crc32_of_float32_bytes"], row["name"]
     for row in check["inputs"]:
         x = golden.network_input(row["name"], row["shape"], row["tanh"]).numpy()
-        np.testing.assert_allclose(x.ravel()[:5], row["first_values"], rtol=1e-6, err_msg=row["name"])
+        np.testing.assert_allclose(x.ravel()[:5], row["first_values"], rtol=1e-6,
+                                   err_msg=row["name"])

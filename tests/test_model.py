@@ -1,4 +1,4 @@
-"""model.py against the reference's numbers: UNet, schedule, conditioning, training step, randomness."""
+"""model.py against the reference: UNet, schedule, conditioning, training step, randomness."""
 
 import json
 
@@ -36,8 +36,9 @@ def test_unet_output_equals_the_reference(name):
     with torch.no_grad():
         out = unet(x, t, context)
     observed = case["tolerance_observed"]
-    golden.assert_close(out, expected["out"],
-                        observed["max_abs_difference_between_two_reference_runs_on_different_cpu_kernels"])
+    golden.assert_close(
+        out, expected["out"],
+        observed["max_abs_difference_between_two_reference_runs_on_different_cpu_kernels"])
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -68,7 +69,7 @@ def test_one_context_token_gives_what_softmax_attention_gives():
     torch.manual_seed(0)
     attention = model.Attention(32, 24, 4).double()
     x, token = torch.randn(2, 9, 32).double(), torch.randn(2, 1, 24).double()
-    twice = attention(x, token.expand(2, 2, 24))     # the same token twice: full softmax, same answer
+    twice = attention(x, token.expand(2, 2, 24))     # the token twice: full softmax, same answer
     torch.testing.assert_close(attention(x, token).expand_as(twice), twice)
 
 
@@ -103,10 +104,12 @@ def small_model():
     u = case["config"]["unet_config"]["params"]
     v = case["config"]["first_stage_config"]["params"]["ddconfig"]
     unet = model.UNet(u["in_channels"], u["out_channels"], u["model_channels"], u["channel_mult"],
-                      u["num_res_blocks"], u["attention_resolutions"], u["num_heads"], u["context_dim"])
+                      u["num_res_blocks"], u["attention_resolutions"], u["num_heads"],
+                      u["context_dim"])
     autoencoder = vae.AutoencoderKL(v["ch"], v["ch_mult"], v["num_res_blocks"])
     tower = clip.CLIP(**{**case["clip_config"], "transformer_layers": 0})
-    whole = model.ZeroNVS(unet, autoencoder, tower, "7dof_quantile_scale", vae.SCALE_FACTOR, 768, 768)
+    whole = model.ZeroNVS(unet, autoencoder, tower, "7dof_quantile_scale", vae.SCALE_FACTOR,
+                          768, 768)
     return golden.fill(whole)
 
 
@@ -132,7 +135,8 @@ def test_draws_of_a_pair_do_not_depend_on_its_batch():
 
 def test_draws_differ_between_seeds_streams_and_pairs():
     noise = [model.normal(seed, stream, torch.tensor([number]), (4, 8, 8))
-             for seed in (0, 1) for stream in ("noise", "posterior") for number in (3, 4, 3 + 2**32)]
+             for seed in (0, 1) for stream in ("noise", "posterior")
+             for number in (3, 4, 3 + 2**32)]
     for i, a in enumerate(noise):
         for b in noise[:i]:
             assert (a * b).mean().abs() < 0.3 and not torch.equal(a, b)
@@ -149,7 +153,7 @@ def test_draws_have_the_right_distribution():
 
 
 def test_conditions_are_dropped_in_the_reference_s_shares():
-    """u < .05 drops the embedding, < .10 both, < .15 the latent: seen by what reaches the network."""
+    """u < .05 drops the embedding, < .10 both, < .15 the latent: seen by what the network gets."""
     seen = {}
 
     class Spy(torch.nn.Module):
@@ -160,8 +164,8 @@ def test_conditions_are_dropped_in_the_reference_s_shares():
             return {}
 
         def forward(self, x, t, context):
-            seen["latent"], seen["context"] = x[:, 3:], context
-            return torch.zeros_like(x[:, :3])
+            seen["latent"], seen["context"] = x[:, 12:], context
+            return torch.zeros_like(x[:, :12])
 
     class Ones(torch.nn.Module):
         def encode_image(self, x):
@@ -171,8 +175,41 @@ def test_conditions_are_dropped_in_the_reference_s_shares():
     with torch.no_grad():
         whole.cc_projection.weight.copy_(torch.tensor([[1.0, 0, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0]]))
     image, T = torch.ones(5, 3, 8, 8), torch.ones(5, 4)
-    draws = model.draw(0, torch.arange(5), (3, 8, 8))
+    draws = model.draw(0, torch.arange(5), (12, 4, 4))
     draws.u = torch.tensor([0.0, 0.05, 0.10, 0.15, 0.9])
     whole(*whole.encode(image), whole.encode(image)[0], whole.embed(image), T, draws)
     assert seen["latent"].amax((1, 2, 3)).tolist() == [1, 0, 0, 1, 1]
     assert seen["context"][:, 0].tolist() == [[0, 1], [0, 1], [1, 1], [1, 1], [1, 1]]
+
+
+def test_pixels_fold_into_channels_and_back():
+    image = torch.randn(2, 3, 8, 12)
+    z, logvar = model.Pixels().encode(image)
+    assert z.shape == (2, 12, 4, 6) and torch.equal(model.Pixels().decode(z), image)
+    torch.testing.assert_close(vae.sample(z, logvar, torch.randn_like(z)), z, rtol=0, atol=1e-5)
+
+
+def test_predicting_the_latent_or_the_noise_says_the_same():
+    """A network that knows z, read as eps: the noise that was added comes back."""
+    class Knows(torch.nn.Module):
+        def __init__(self, z):
+            super().__init__()
+            self.z = z
+
+        def idle_parameters(self):
+            return {}
+
+        def forward(self, x, t, context):
+            return self.z
+
+    z, noise = torch.randn(2, 4, 12, 4, 4).unbind(0)
+    whole = model.ZeroNVS(Knows(z), model.Pixels(), model.NoEmbedding(), "3dof", 1.0, 0, 8, "z")
+    t = torch.tensor([1, 300, 700, 999])
+    signal, sigma = whole.levels(t)
+    z_t = signal * z + sigma * noise
+    context = whole.context(torch.zeros(4, 0), torch.zeros(4, 4))
+    # at t = 1 sigma is 0.04: rounding of z_t is divided by it
+    torch.testing.assert_close(whole.eps(z_t, t, z, context), noise, rtol=0, atol=1e-4)
+    draws = model.Draws(t, torch.ones(4), torch.zeros_like(z), noise)
+    loss = whole(z, torch.zeros_like(z), z, torch.zeros(4, 0), torch.zeros(4, 4), draws)
+    assert loss.tolist() == [0, 0, 0, 0]
