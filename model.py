@@ -18,6 +18,7 @@ import camera
 import depth
 import vae
 from clip import CLIP
+from noise import DROP, NOISE, POSTERIOR, TIMESTEP, normal, uniform
 
 RES_EPS, TRANSFORMER_EPS = 1e-5, 1e-6       # quirk: the two kinds of block use different eps
 LARGEST_PERIOD = 10_000                     # of the timestep embedding
@@ -264,49 +265,7 @@ def schedule_buffers():
     return {name: table.float() for name, table in tables.items()}
 
 
-# ---- randomness: a function of (seed, stream, pair), not of batch, rank or device
-
-PHILOX_M, PHILOX_W = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
-PHILOX_ROUNDS, WORD = 10, 0xFFFFFFFF
-STREAMS = ("timestep", "drop", "posterior", "noise", "sample")
-
-
-def philox(counter, key):
-    """Philox4x32-10 (Salmon et al. 2011): four words of counter, two of key -> four random words.
-
-    Words are int64 tensors holding 0..2**32-1, of shapes that broadcast.
-    """
-    (c0, c1, c2, c3), (k0, k1) = counter, key
-    for _ in range(PHILOX_ROUNDS):
-        p0, p1 = c0 * PHILOX_M[0], c2 * PHILOX_M[1]     # 64 bits; the sign bit is masked off below
-        high0, high1 = p0 >> 32 & WORD, p1 >> 32 & WORD
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, p1 & WORD, high0 ^ c3 ^ k1, p0 & WORD
-        k0, k1 = (k0 + PHILOX_W[0]) & WORD, (k1 + PHILOX_W[1]) & WORD
-    return c0, c1, c2, c3
-
-
-def uniform(seed, stream, numbers, count):
-    """Uniform float32 (b, count) in (0, 1), row i a function of (seed, stream, numbers[i]) alone.
-
-    seed: int from 0. stream: one of STREAMS. numbers: (b,) int64, the pairs' numbers.
-    """
-    block = torch.arange(-(-count // 4), device=numbers.device)[None]
-    number = numbers[:, None]
-    stream = torch.full_like(block, STREAMS.index(stream))
-    counter = block, stream, number & WORD, number >> 32 & WORD
-    words = torch.stack(philox(counter, (seed & WORD, seed >> 32 & WORD)), dim=-1)  # (b, blocks, 4)
-    # 23 bits and a half: exact in float32, never 0 or 1
-    return ((words.flatten(1)[:, :count] >> 9).float() + 0.5) * 2.0**-23
-
-
-def normal(seed, stream, numbers, shape):
-    """Standard normal float32 (b, *shape) by Box and Muller's transform of `uniform`."""
-    count = math.prod(shape)
-    u, v = uniform(seed, stream, numbers, count + count % 2).chunk(2, dim=1)
-    radius, angle = (-2 * u.log()).sqrt(), 2 * math.pi * v
-    pair = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)
-    return pair[:, :count].unflatten(1, shape)
-
+# ---- what chance decides
 
 @dataclass
 class Draws:
@@ -320,10 +279,10 @@ class Draws:
 
 def draw(seed, numbers, shape):
     """Draws for the pairs `numbers` (b,) of latents of `shape` (c, h, w)."""
-    return Draws(t=(uniform(seed, "timestep", numbers, 1)[:, 0] * TIMESTEPS).long(),
-                 u=uniform(seed, "drop", numbers, 1)[:, 0],
-                 posterior_noise=normal(seed, "posterior", numbers, shape),
-                 noise=normal(seed, "noise", numbers, shape))
+    return Draws(t=(uniform(seed, TIMESTEP, numbers, 1)[:, 0] * TIMESTEPS).long(),
+                 u=uniform(seed, DROP, numbers, 1)[:, 0],
+                 posterior_noise=normal(seed, POSTERIOR, numbers, shape),
+                 noise=normal(seed, NOISE, numbers, shape))
 
 
 # ---- the whole model

@@ -11,6 +11,8 @@ import math
 import numpy as np
 import torch
 
+from noise import SAMPLE, normal
+
 SAMPLERS = ("ddim", "reference", "dpm++", "unipc")
 SPACINGS = ("auto", "leading", "trailing", "logsnr")
 TIMESTEPS = 1000                    # of the schedule that the published models were trained with
@@ -31,21 +33,12 @@ def novel_views(model, image_cond, T, numbers, seed=0, sampler="ddim", steps=50,
     embedding = model.embed(image_cond).expand(len(T), -1)
     context = model.context(embedding, T.to(z_cond.device)).to(dtype)
     shape, device = z_cond.shape[1:], z_cond.device
-    z_T = gaussian(seed, numbers, 0, shape, device)
+    numbers = torch.as_tensor(numbers, device=device)
+    z_T = normal(seed, SAMPLE, numbers, shape)
     z_0 = sample(guided(model.eps, z_cond, context, guidance, interval), z_T, model.alphas_cumprod,
-                 sampler, steps, eta, lambda k: gaussian(seed, numbers, k + 1, shape, device),
+                 sampler, steps, eta, lambda k: normal(seed, SAMPLE + 1 + k, numbers, shape),
                  spacing, watch)
     return model.decode(z_0).clamp(-1, 1)
-
-
-def gaussian(seed, numbers, position, shape, device="cpu"):
-    """Standard normal (b, *shape); row i depends on (seed, numbers[i], position) alone."""
-    rows = {}
-    for number in set(numbers):
-        state = np.random.SeedSequence((seed, number, position)).generate_state(1, np.uint64)
-        generator = torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
-        rows[number] = torch.randn(tuple(shape), generator=generator)
-    return torch.stack([rows[number] for number in numbers]).to(device)
 
 
 def guided(eps, z_cond, context, guidance=3.0, interval=EVERYWHERE):
