@@ -158,29 +158,39 @@ def split(config, world):
     return share // micro_steps, micro_steps
 
 
-def resume(config, net, ema, optimizer):
-    """The step to go on from: loads the newest checkpoint of the run, or `init`, or neither."""
+def begin(config, net):
+    """(Ema, Optimizer, step to begin with) of a run: what its newest checkpoint holds, else `init`.
+
+    `init` is read in both cases: a run's checkpoints leave out the frozen networks.
+    """
     folder = checkpoint.latest(config.out)
-    if folder is None:
-        if config.init:
-            loaded = checkpoint.load_model(net, config.init, finetune=True)
-            for name, tensor in loaded.ema.items():
-                ema.average[name].copy_(tensor)
-            ema.updates = loaded.num_updates
-        return 0
-    run = checkpoint.load_run(folder)
-    saved = configs.from_dict(run.meta["config"])
-    changed = [f"{name} was {old!r}, is {new!r}" for name, new in asdict(config).items()
-               if name not in FREE and (old := asdict(saved)[name]) != new]
-    if changed:
-        raise ValueError(f"{folder} is a run of another configuration ({'; '.join(changed)}): "
-                         "give another --out, or the same configuration")
-    net.load_state_dict(run.model, strict=False)
-    for name, tensor in ema.average.items():
-        tensor.copy_(run.ema[f"model.diffusion_model.{name}"])
-    ema.updates = run.meta["ema_updates"]
-    optimizer.restore(run.optimizer)
-    return run.meta["step"]
+    run = None if folder is None else checkpoint.load_run(folder)
+    if run is not None:
+        saved = asdict(configs.from_dict(run.meta["config"]))
+        changed = [f"{name} was {saved[name]!r}, is {new!r}" for name, new in asdict(config).items()
+                   if name not in FREE and saved[name] != new]
+        if changed:
+            raise ValueError(f"{folder} is a run of another configuration ({'; '.join(changed)}): "
+                             "give another --out, or the same configuration")
+    if config.latent == "vae" and not config.init:
+        raise ValueError("latent='vae' needs --init=FILE, a checkpoint that brings the autoencoder "
+                         "and CLIP, such as zero123-xl.ckpt")
+    # filled before anything refers to the parameters: loading may put others in their place
+    loaded = checkpoint.load_model(net, config.init, finetune=True) if config.init else None
+    ema, optimizer = Ema(net.model.diffusion_model, config.ema_decay), Optimizer(net, config)
+    average, start = {}, 0
+    with torch.no_grad():
+        if run is not None:
+            weights = net.state_dict()
+            for name, tensor in run.model.items():
+                weights[name].copy_(tensor)
+            optimizer.restore(run.optimizer)
+            average, ema.updates, start = run.ema, run.meta["ema_updates"], run.step
+        elif loaded is not None:
+            average, ema.updates = loaded.ema, loaded.num_updates
+        for name, tensor in average.items():
+            ema.average[name.removeprefix("model.diffusion_model.")].copy_(tensor)
+    return ema, optimizer, start
 
 
 def save(config, step, net, ema, optimizer):
@@ -254,14 +264,13 @@ def show(config, step, net, held_out, depth_net, log):
     log.say(f"{path}: conditioning view | truth | sample, of held-out scenes")
 
 
-def score(config, net, held_out, depth_net, log):
+def score(config, net, held_out, depth_net):
     """Scores the model on the held-out pairs: metrics.json, and the last lines on the screen."""
     scores = evaluate.evaluate(net, held_out, config, depth_net)
     means = {name: row.mean().item() for name, row in scores.items()}
     metrics = {"psnr": means, "pairs": len(held_out)}
     (Path(config.out) / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    for line in evaluate.report(scores):
-        log.say(line)
+    print("\n".join(evaluate.report(scores)))
 
 
 def main(argv):
@@ -282,9 +291,7 @@ def main(argv):
 
     net = model.build(config).to(device).train()
     depth_net = evaluate.load_depth(config, device)
-    ema = Ema(net.model.diffusion_model, config.ema_decay)
-    optimizer = Optimizer(net, config)
-    start = resume(config, net, ema, optimizer)
+    ema, optimizer, start = begin(config, net)
     unet_size = sum(p.numel() for p in net.model.parameters())
     log = Log(config, ranks, start)
     origin = f"from step {start}" if start else config.init or "random weights"
@@ -294,8 +301,7 @@ def main(argv):
         net.model.diffusion_model.compile()
     wrapped = net
     if ranks.world > 1:
-        wrapped = DistributedDataParallel(net, broadcast_buffers=False,
-                                          gradient_as_bucket_view=True)
+        wrapped = DistributedDataParallel(net, gradient_as_bucket_view=True)
 
     batches = data.Batches(start, config.steps, config.batch_size, micro_batch, ranks.rank,
                            ranks.world)
@@ -342,11 +348,10 @@ def main(argv):
                 log.say(f"stopped by signal after step {done}, saved; "
                         "the same command goes on from there")
                 break
-    else:
-        if is_main and config.eval_pairs:
-            with averaged(net, ema):
-                score(config, net, held_out, depth_net, log)
     log.bar.close()
+    if is_main and config.eval_pairs and not asked_to_stop:
+        with averaged(net, ema):
+            score(config, net, held_out, depth_net)
     if ranks.world > 1:
         dist.destroy_process_group()
 

@@ -186,6 +186,22 @@ def test_two_ranks_and_micro_steps_train_as_one_process_does(shards, whole_run, 
     np.testing.assert_allclose(losses(out), losses(whole_run[0]), rtol=1e-5)
 
 
+def test_a_run_starts_from_another_runs_weights_and_averages(shards, whole_run, tmp_path):
+    out = tmp_path / "tuned"
+    done = run(tiny(shards, out, init=whole_run[0], steps=1, save_every=1, eval_pairs=0, lr=1e-9,
+                    lr_projection=1e-9, weight_decay=0))
+    assert done.returncode == 0, done.stderr
+    before, after = weights(whole_run[0], 6), weights(out, 1)
+    assert all(torch.allclose(before[name], after[name], atol=1e-8) for name in before)
+    meta = json.loads((out / "step_00000001" / "meta.json").read_text())
+    assert meta["ema_updates"] == 7     # six of the run before, which finetuning takes over
+
+
+def test_latents_without_an_autoencoder_are_refused(shards, tmp_path):
+    done = run(tiny(shards, tmp_path / "vae", latent="vae"))
+    assert done.returncode == 2 and "needs --init=FILE" in done.stderr
+
+
 def test_training_lowers_the_loss(shards, tmp_path):
     out = tmp_path / "long"
     done = run(tiny(shards, out, steps=80, batch_size=16, micro_batch=16, lr=2e-3, eval_pairs=0,
@@ -207,12 +223,12 @@ def test_another_configuration_in_the_same_folder_is_refused_with_what_differs(s
     ({"batch_size": 7, "micro_batch": 3}, "--micro_batch=1 does"),
     ({"device": "cuda"}, "this machine has"),
     ({"image_size": 32}, "32"),
-    ({"init": "/nowhere.ckpt", "out": "OTHER"}, "/nowhere.ckpt"),
+    ({"init": "/nowhere.ckpt"}, "/nowhere.ckpt"),
 ])
 def test_bad_input_is_one_clear_line_and_exit_code_2(shards, tmp_path, change, message):
     if change.get("device") == "cuda" and torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
-    done = run(tiny(shards, tmp_path / "bad", **{**change, "out": str(tmp_path / "bad")}))
+    done = run(tiny(shards, tmp_path / "bad", **change))
     assert done.returncode == 2, done.stderr
     assert message in done.stderr and "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("train.py: ")
