@@ -17,7 +17,7 @@ from camera import look_at, opengl_from_opencv, relative_pose
 # name: (default of --by, what it does, with that default)
 MOTIONS = {
     "orbit": (360.0, "circle around the scene, by 360 degrees"),
-    "swing": (30.0, "circle to and fro, by 30 degrees to each side"),
+    "swing": (20.0, "circle to and fro, by 20 degrees to each side"),
     "spiral": (0.25, "two turns in front of the scene, out to 0.25 and back"),
     "dolly": (0.4, "forwards by 0.4"),
     "truck": (0.4, "to the right by 0.4"),
