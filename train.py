@@ -8,6 +8,7 @@ Pairs, noise, timesteps and dropped conditions are functions of (seed, number of
 nothing but weights and step needs saving, and the number of ranks or micro-steps changes nothing.
 """
 
+import itertools
 import json
 import math
 import os
@@ -158,6 +159,15 @@ def split(config, world):
     return share // micro_steps, micro_steps
 
 
+def check_sources(pairs, config):
+    """Reads one pair of every source, so that what cannot be trained on is refused at start."""
+    for source in range(len(pairs.readers)):
+        k = next(k for k in itertools.count() if pairs.draw(k)[0] == source)
+        batch = torch.utils.data.default_collate([pairs[k]])
+        if not config.depth_weights:
+            model.pose_vector(batch, config.mode, None, config.quantile_blend)
+
+
 def begin(config, net):
     """(Ema, Optimizer, step to begin with) of a run: what its newest checkpoint holds, else `init`.
 
@@ -286,6 +296,7 @@ def main(argv):
     readers = [data.SourceReader(s, config.data, config.image_size) for s in config.sources]
     pairs = data.Pairs(readers, [s.probability for s in config.sources], config.seed,
                        config.image_size, config.mode)
+    check_sources(pairs, config)
     held_out = evaluate.held_out_pairs(config, max(config.eval_pairs, GRID_PAIRS))
     Path(config.out).mkdir(parents=True, exist_ok=True)
 
