@@ -42,7 +42,7 @@ def timestep_embedding(t, width):
     index = torch.arange(half, dtype=torch.float32, device=t.device)
     frequency = torch.exp(-math.log(LARGEST_PERIOD) * index / half)
     angle = t.float()[:, None] * frequency
-    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+    return F.pad(torch.cat([angle.cos(), angle.sin()], dim=-1), (0, width % 2))
 
 
 class ResBlock(nn.Module):

@@ -1,6 +1,20 @@
-"""Lets tests import the project's files and golden.py, wherever pytest is started from."""
+"""Lets tests import the project's files and golden.py, wherever pytest is started from; --errors
+prints how near every test of a golden case or an oracle came to its bound."""
 
 import sys
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--errors", action="store_true", help="table of measured differences")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    import golden
+
+    if config.getoption("--errors"):
+        terminalreporter.section("largest differences: absolute, largest value, share of the bound")
+        for test, (share, error, largest) in sorted(golden.measured.items()):
+            terminalreporter.write_line(f"{error:9.2g} {largest:9.2g} {share:8.1%}  {test}")

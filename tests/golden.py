@@ -5,6 +5,7 @@ string.
 """
 
 import json
+import os
 import zlib
 from pathlib import Path
 
@@ -55,17 +56,23 @@ def case(name):
     return description, load_file(tensors) if tensors.exists() else {}
 
 
+# Worst comparison of every test function, as share of what was allowed: (share, error, largest value)
+measured = {}
+
+
 def assert_close(found, expected, observed=0.0, relative=1e-5):
     """Largest difference within ten times the fixture's own (`observed`), or `relative` to the
-    largest value.
-    """
+    largest value, whichever is more."""
     expected = torch.as_tensor(expected)
     found = torch.as_tensor(found).detach().to(expected.dtype).reshape(expected.shape)
     finite = torch.isfinite(expected)
-    assert torch.equal(torch.isfinite(found), finite), (
-        "not finite in other places than the reference")
+    assert torch.equal(torch.isfinite(found), finite), "finite in other places than the reference"
     if not finite.any():
         return
     error = (found - expected)[finite].abs().max().item()
-    bound = max(10 * observed, relative * expected[finite].abs().max().item())
+    largest = expected[finite].abs().max().item()
+    bound = max(10 * observed, relative * largest)
+    test = os.environ.get("PYTEST_CURRENT_TEST", "").split("[")[0].split(" ")[0]
+    row = error / bound if bound else 0.0, error, largest
+    measured[test] = max(measured.get(test, row), row)
     assert error <= bound, f"largest difference {error:.3g}, allowed {bound:.3g}"

@@ -92,9 +92,29 @@ def test_schedule_tables_equal_the_reference():
     for name, table in tables.items():
         assert table.dtype == torch.float32
         golden.assert_close(table, expected[name], relative=1e-7)
-    embedding = model.timestep_embedding(torch.tensor(case["timestep_embedding_t"]), 320)
-    key = next(k for k in expected if "timestep_embedding" in k and expected[k].shape[-1] == 320)
-    golden.assert_close(embedding, expected[key], relative=1e-6)
+    for key, width in (("timestep_embedding_320", 320), ("timestep_embedding_33_odd", 33)):
+        t = torch.tensor(case["timestep_embedding_t"])
+        golden.assert_close(model.timestep_embedding(t, width), expected[key], relative=1e-6)
+
+
+def test_noising_and_its_inverse_equal_the_reference():
+    case, expected = golden.case("schedule")
+    x0, noise = (golden.network_input(f"schedule/{name}", (4, 4, 6, 6)) for name in ("x0", "noise"))
+    t = torch.tensor(case["t"])
+    whole = model.ZeroNVS(model.UNet(2, 1, 32, (1,), 1, (), 1, 8), model.Pixels(),
+                          model.NoEmbedding(), "3dof", 1.0, 0, 8)
+    signal, sigma = whole.levels(t)
+    z_t = signal * x0 + sigma * noise
+    golden.assert_close(z_t, expected["q_sample"])
+    table = {name: value[t][:, None, None, None] for name, value in whole.named_buffers()}
+    golden.assert_close(table["sqrt_recip_alphas_cumprod"] * z_t
+                        - table["sqrt_recipm1_alphas_cumprod"] * noise,
+                        expected["predict_start_from_noise"])
+    golden.assert_close(table["posterior_mean_coef1"] * x0 + table["posterior_mean_coef2"] * z_t,
+                        expected["q_posterior/mean"])
+    golden.assert_close(table["posterior_variance"], expected["q_posterior/variance"])
+    golden.assert_close(table["posterior_log_variance_clipped"],
+                        expected["q_posterior/log_variance_clipped"])
 
 
 # ---- training step: the whole small model

@@ -127,6 +127,28 @@ def test_solvers_equal_those_of_diffusers(sampler, spacing, steps):
     assert_close(samplers.sample(follow, z_T, abar, sampler, steps, spacing=spacing), z_t)
 
 
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_ddim_equals_that_of_diffusers(spacing, eta):
+    diffusers = pytest.importorskip("diffusers", reason="diffusers, the oracle, is not installed")
+    eps, z_cond, context, z_T, noise, abar = analytic("ddim_S10_eta1")
+    follow = samplers.guided(eps, z_cond, context, 3.0)
+    oracle = diffusers.DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085,
+                                     beta_end=0.012, clip_sample=False, set_alpha_to_one=True,
+                                     timestep_spacing=spacing,
+                                     steps_offset=int(spacing == "leading"))
+    oracle.set_timesteps(8)
+    t, levels = samplers.grid(abar, 8, spacing)
+    assert t == oracle.timesteps.tolist()
+    # its step goes to t - 125, ours to the next timestep of the list: one and the same here, but
+    # for the last of the leading ones, where both end at a clean latent
+    z_t = z_T
+    for k, step in enumerate(oracle.timesteps):
+        z_t = oracle.step(follow(z_t, int(step)), step, z_t, eta=eta,
+                          variance_noise=noise(k)).prev_sample
+    assert_close(samplers.sample(follow, z_T, abar, "ddim", 8, eta, noise, spacing), z_t)
+
+
 # Halving the step divides the error by 2 to the method's order, here from 8 steps to 128. UniPC's
 # corrector makes it better than its predictor's order 2 by up to one.
 ORDERS = {"ddim": (0.8, 1.3), "dpm++": (1.8, 2.4), "unipc": (1.8, 3.3)}
