@@ -200,12 +200,14 @@ def load(given):
             return in_fresh_process(function, path, channels, *arguments)
 
         rows = [row("load: size of the file", size, "GB")]
-        if forget(path):
-            bytes_cold = measure(read_bytes)
+        ours, theirs = [], []
+        while forget(path) and len(ours) < given.repeat:        # in turns: a disk has its moods
+            theirs.append(measure(read_bytes))
             forget(path)
-            cold, _, _ = measure(load_ours)
-            rows.append(row("load: time, from the disk", cold, "s", "reading the bytes",
-                            bytes_cold))
+            ours.append(measure(load_ours)[0])
+        if ours:
+            rows.append(row("load: time, from the disk", min(ours), "s", "reading the bytes",
+                            min(theirs)))
         measure(read_bytes)         # now they are in the system's cache
         warm, peak, kept = min(measure(load_ours) for _ in range(given.repeat))
         bytes_warm = min(measure(read_bytes) for _ in range(given.repeat))
