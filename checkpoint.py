@@ -49,7 +49,8 @@ UNUSED = {      # how names begin that other tools leave in files, and why no mo
 LEFTOVERS = tuple("cond_stage_model.model." + name for name in (
     "positional_embedding", "text_projection", "logit_scale", "token_embedding.weight",
     "ln_final.weight", "ln_final.bias"))
-PARTS = ("first_stage_model.", "cond_stage_model.", "cc_projection.")
+FROZEN = ("first_stage_model.", "cond_stage_model.")
+PARTS = (*FROZEN, "cc_projection.")
 
 
 def ema_name(name):
@@ -60,8 +61,9 @@ def ema_name(name):
 def read(path):
     """Tensors by name, a lazy Mapping: of a file, a run, one `step_...` of it, a diffusers folder.
 
-    Averaged weights have the reference's names, `model_ema.*`. Raises FileNotFoundError, or
-    ValueError with one line for what is no checkpoint, or a damaged one.
+    Averaged weights have the reference's names, `model_ema.*`. A run's frozen networks are those of
+    the file that it started from. Raises FileNotFoundError, or ValueError with one line for what is
+    no checkpoint, or a damaged one.
     """
     path = Path(path)
     if path.is_file():
@@ -78,7 +80,7 @@ def read(path):
     if problem:
         raise ValueError(f"{path} is damaged: {problem}")
     run = load_run(folder)
-    entries = dict(run.model.entries)
+    entries = frozen(run) | run.model.entries
     entries.update((ema_name(name), entry) for name, entry in run.ema.entries.items())
     decay = torch.tensor(run.meta.get("config", {}).get("ema_decay", EMA_DECAY))
     updates = torch.tensor(run.meta.get("ema_updates", 0), dtype=torch.int32)
@@ -86,6 +88,15 @@ def read(path):
         entries[EMA + "decay"] = Made(decay.dtype, (), lambda: decay)
         entries[EMA + "num_updates"] = Made(updates.dtype, (), lambda: updates)
     return Tensors(folder, entries, run.meta, run.optimizer.entries)
+
+
+def frozen(run):
+    """Entries of the networks that a run neither trains nor saves, from its `init` if it exists."""
+    init = Path(run.meta.get("config", {}).get("init", ""))
+    if any(name.startswith(FROZEN) for name in run.model) or not init.name or not init.exists():
+        return {}
+    found = read(init).entries
+    return {name: entry for name, entry in found.items() if name.startswith(FROZEN)}
 
 
 # ------------------------------------------------------------------------------ into a model
@@ -203,6 +214,9 @@ def misfit(missing, unexpected, misshapen):
         more = f" and {len(found) - shown} more" if len(found) > shown else ""
         if found:
             parts.append(f"{len(found)} {kind} ({', '.join(found[:shown])}{more})")
+    if missing and all(name.startswith(FROZEN) for name in missing):
+        parts.append("a run takes its frozen networks from the file that its init names, which "
+                     "must still be there")
     if missing and all(name.startswith(EMA) for name in missing):
         parts.append("it has no averaged weights (EMA), load the raw ones")
     if misshapen and set(misshapen) <= {POSE, INPUT_CONV, ema_name(INPUT_CONV)}:
@@ -342,11 +356,11 @@ PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat
 GROUPS = (      # part of a checkpoint, how its names begin, its use
     ("UNet", (UNET,), "used"),
     ("UNet's average (EMA)", (EMA,), "used instead, where asked for"),
-    ("autoencoder", PARTS[:1], "used"),
+    ("autoencoder", FROZEN[:1], "used"),
     ("CLIP's text side", LEFTOVERS, "unused, kept for other tools"),
     ("noise schedule", SCHEDULE, "used"),
     ("other", tuple(UNUSED), "unused"),
-    ("CLIP's image side", PARTS[1:2], "used"),
+    ("CLIP's image side", FROZEN[1:], "used"),
     ("pose projection", PARTS[2:], "used"),
     ("unknown", ("",), "refused by load_model"))
 

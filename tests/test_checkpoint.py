@@ -333,6 +333,25 @@ def test_a_saved_step_reads_back(tmp_path):
     assert set(load_file(folder / "model.safetensors")) == set(states(0)[0])
 
 
+def test_a_run_has_the_frozen_networks_of_its_start(tmp_path):
+    state = checkpoint_of(small())
+    start = saved(tmp_path / "start.ckpt", state)
+    trained = {name: value + 1 for name, value in state.items()
+               if name.startswith((UNET, "cc_projection."))}
+    meta = {"config": {"init": str(start)}}
+    folder = checkpoint.save(tmp_path / "out", 3, trained, {}, {}, meta)
+    expected = trained | {name: value for name, value in state.items() if "_stage_model." in name}
+    assert_same(checkpoint.read(tmp_path / "out"), expected)
+    module = small()
+    checkpoint.load_model(module, folder)
+    assert_same(module.state_dict(), expected)
+    checkpoint.convert(folder, tmp_path / "whole.safetensors")
+    assert_same(load_file(tmp_path / "whole.safetensors"), expected)
+    start.unlink()
+    assert_same(checkpoint.read(folder), trained)
+    assert "frozen networks from the file that its init names" in refusal(small(), folder)
+
+
 def test_newest_steps_and_every_nth_are_kept(tmp_path):
     for step in range(10, 80, 10):
         save_step(tmp_path, step, keep=2, keep_every=30)
