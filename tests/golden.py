@@ -56,7 +56,7 @@ def case(name):
     return description, load_file(tensors) if tensors.exists() else {}
 
 
-# Worst comparison of every test function, as share of what was allowed: (share, error, largest value)
+# Worst comparison of every test function: (share of what was allowed, error, largest value)
 measured = {}
 
 

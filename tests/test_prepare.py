@@ -21,6 +21,7 @@ import synth
 
 SIZE = 48
 VIEWS = 4
+MOTION = 0.4        # the default of prepare.py synth
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -319,7 +320,7 @@ def test_the_reference_rules_give_back_the_cameras_images_and_depths(made, layou
         kind, number = name.split("/")
         scene = synth.scene(0, int(number))
         assert kind == scene.kind and (kind == "arc") == (layout == "co3d")
-        c2w = synth.cameras(scene, 3)
+        c2w = synth.cameras(scene, 3, MOTION)
         images, depths = synth.render(scene, c2w, scene.fov, 16)
         assert sorted(frames) == [1, 2, 3]
         for i, (image, depth, pose, fov) in frames.items():
@@ -329,6 +330,12 @@ def test_the_reference_rules_give_back_the_cameras_images_and_depths(made, layou
             assert image.dtype == np.uint8 and abs(image - expected).max() < 0.51
             # half floats have 11 bits
             assert np.allclose(depth, depths[i - 1], rtol=2**-11 * 1.01, atol=0)
+
+
+def test_motion_is_the_middle_part_of_the_path():
+    scene = synth.scene(0, 3)
+    whole, half = synth.cameras(scene, 9), synth.cameras(scene, 5, 0.5)
+    assert torch.allclose(whole[2:7], half, rtol=0, atol=1e-12)
 
 
 def test_training_and_held_out_scenes_differ_and_do_not_depend_on_their_count(made, tmp_path):
@@ -432,6 +439,7 @@ def test_tars_carry_no_time_and_no_owner(made):
     ("--held-out", "-1", "--held-out -1: it must be at least 2"),
     ("--views", "1", "--views 1: it must be at least 2"),
     ("--size", "0", "--size 0: it must be at least 8"),
+    ("--motion", "1.5", "--motion is 1.5, it must be more than 0 and at most 1"),
     ("--seed", "-3", "--seed -3: it must be at least 0"),
     ("--workers", "-1", "--workers -1: it must be at least 0"),
     ("--device", "cuda", "--device cuda: torch finds no CUDA device here"),

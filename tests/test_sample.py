@@ -207,9 +207,11 @@ def test_fresh_noise_makes_views_of_the_same_camera_differ(run, tmp_path):
     still = ["--pan", "--by", "0", "--views", "2", "--steps", "1"]
     for out, options in (("same", still), ("fresh", [*still, "--no-same-noise"])):
         sampled(run, tmp_path / out, *options)
-    first, second = ([np.asarray(Image.open(tmp_path / out / f"views/00{i}.png")) for i in (0, 1)]
-                     for out in ("same", "fresh"))
-    assert np.array_equal(*first) and not np.array_equal(*second)
+    same, fresh = (
+        abs(np.subtract(*(np.asarray(Image.open(tmp_path / out / f"views/00{i}.png"), dtype=int)
+                          for i in (0, 1)))).max() for out in ("same", "fresh"))
+    # rows of a batch differ by float32 rounding, which may turn a byte to the next
+    assert same <= 1 and fresh > 50
 
 
 def test_a_second_run_leaves_nothing_of_the_first_and_all_that_is_not_its_own(run, tmp_path):

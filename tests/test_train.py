@@ -186,6 +186,15 @@ def test_two_ranks_and_micro_steps_train_as_one_process_does(shards, whole_run, 
     np.testing.assert_allclose(losses(out), losses(whole_run[0]), rtol=1e-5)
 
 
+@pytest.mark.parametrize("ema_per, updates", [("step", 2), ("micro_step", 4)])
+def test_the_average_moves_once_a_step_or_once_a_micro_step(shards, tmp_path, ema_per, updates):
+    out = tmp_path / "averaged"
+    done = run(tiny(shards, out, steps=2, micro_batch=4, ema_per=ema_per, eval_pairs=0))
+    assert done.returncode == 0, done.stderr
+    meta = json.loads((out / "step_00000002" / "meta.json").read_text())
+    assert meta["ema_updates"] == updates
+
+
 def test_a_run_starts_from_another_runs_weights_and_averages(shards, whole_run, tmp_path):
     out = tmp_path / "tuned"
     done = run(tiny(shards, out, init=whole_run[0], steps=1, save_every=1, eval_pairs=0, lr=1e-9,
