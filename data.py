@@ -712,8 +712,9 @@ class Batches(Sampler):
 
 
 def start_worker(worker):
-    """In a new loader process: Ctrl-C is the parent's affair, which then ends its workers."""
+    """In a new loader process: a signal to stop is for the parent, which then ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class Loader(DataLoader):

@@ -1,10 +1,13 @@
 """train.py: the reference's steps, equal runs on any number of ranks, exact resume, bad input."""
 
 import json
+import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -176,6 +179,26 @@ def test_a_run_that_was_interrupted_goes_on_bit_for_bit(shards, whole_run, tmp_p
     assert losses(out) == losses(whole_run[0])
     first, second = weights(whole_run[0], 6), weights(out, 6)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="process groups are POSIX's")
+def test_a_signal_to_the_whole_group_saves_and_the_run_goes_on(shards, tmp_path):
+    out = tmp_path / "stopped"
+    arguments = tiny(shards, out, steps=10_000, workers=1, eval_pairs=0, save_every=10_000)
+    process = subprocess.Popen([sys.executable, "train.py", *arguments], cwd=ROOT,
+                               start_new_session=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL, text=True)
+    deadline = time.monotonic() + 120
+    while not (out / "log.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "saved; the same command goes on" in said
+    (folder,) = out.glob("step_*")
+    done = int(folder.name.removeprefix("step_"))
+    assert 0 < done == len(losses(out)) < 10_000
+    again = run(tiny(shards, out, steps=done + 1, workers=1, eval_pairs=0))
+    assert again.returncode == 0 and len(losses(out)) == done + 1
 
 
 def test_two_ranks_and_micro_steps_train_as_one_process_does(shards, whole_run, tmp_path):
