@@ -434,6 +434,9 @@ def pose_vector(batch, mode, depth_net=None, blend=True):
     Raises ValueError, naming the pair, where the mode needs depth that nobody knows.
     """
     cond_c2w, target_c2w, fov = batch["cond_c2w"], batch["target_c2w"], batch["fov"]
+    if mode == "7dof_metric_scale" and "scale" not in batch:
+        raise ValueError("mode 7dof_metric_scale needs a metric depth network, and there is none "
+                         "here: choose --mode=7dof_quantile_scale or --mode=7dof")
     scale = batch.get("scale", batch["radius"])
     if "scale" not in batch and mode == "7dof_stereomag_scale":
         scale = camera.stereomag_scale(batch["nearplane"])

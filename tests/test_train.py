@@ -251,6 +251,7 @@ def test_another_configuration_in_the_same_folder_is_refused_with_what_differs(s
 
 @pytest.mark.parametrize("change, message", [
     ({"mode": "8dof"}, "mode '8dof' is not known"),
+    ({"mode": "7dof_metric_scale"}, "needs a metric depth network"),
     ({"data": "/nowhere"}, "/nowhere"),
     ({"batch_size": 7, "micro_batch": 3}, "--micro_batch=1 does"),
     ({"device": "cuda"}, "this machine has"),
