@@ -7,12 +7,15 @@ follows from (seed, k) alone, whatever the ranks and workers.
 Letters: `n` views of a scene, `s` side of the square images in pixels.
 """
 
+import atexit
+import functools
 import glob
 import hashlib
 import io
 import json
 import logging
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -711,10 +714,11 @@ class Batches(Sampler):
                 yield list(range(at, min(at + self.micro_batch, first + self.share)))
 
 
-def start_worker(worker):
-    """In a new loader process: a signal to stop is for the parent, which then ends its workers."""
+def start_worker(ending, worker):
+    """In a new loader process: a signal to stop is for the parent, which saves first and then ends
+    its workers. `ending` is set when the parent itself ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: ending.is_set() and os._exit(0))
 
 
 class Loader(DataLoader):
@@ -724,8 +728,11 @@ class Loader(DataLoader):
     """
 
     def __init__(self, pairs, batches, workers, device, max_damaged):
+        ending = multiprocessing.get_context("spawn").Event()      # works under fork too
+        atexit.register(ending.set)     # runs before multiprocessing ends and awaits its children
         super().__init__(pairs, batch_sampler=batches, num_workers=workers,
-                         persistent_workers=workers > 0, worker_init_fn=start_worker,
+                         persistent_workers=workers > 0,
+                         worker_init_fn=functools.partial(start_worker, ending),
                          pin_memory=torch.device(device).type == "cuda")
         self.report = {reader.name: Counter() for reader in pairs.readers}
         self.max_damaged, self.draws, self.logged = max_damaged, 0, {}

@@ -9,6 +9,8 @@ import pickle
 import re
 import shutil
 import struct
+import subprocess
+import sys
 import tarfile
 import zlib
 from collections import Counter
@@ -823,6 +825,31 @@ def test_a_pair_outlives_pickling_and_a_spawned_worker(pairs):
     assert batch["uid"] == [pairs[k]["uid"] for k in range(8, 12)]
     expected = torch.stack([pairs[k]["image_cond"] for k in range(8, 12)])
     assert torch.equal(batch["image_cond"], expected)
+
+
+HALF_READ = """
+import sys
+sys.path.insert(0, {code!r})
+import data, configs
+if __name__ == "__main__":
+    source = configs.Source("made", "co3d", "*.tar", 1.0)
+    pairs = data.Pairs([data.SourceReader(source, {folder!r}, {side})], [1.0], 0, {side}, "3dof")
+    loader = data.loader(pairs, data.Batches(0, 1000, 4, 4), workers=2)
+    loader.multiprocessing_context = {context!r}
+    batches = iter(loader)
+    print(next(batches)["number"].tolist())
+"""
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_a_program_ends_although_its_loader_is_half_read(tmp_path, context):
+    # workers ignore SIGTERM, with which multiprocessing would end them before it awaits them
+    write_source(tmp_path, "made", scenes=2)
+    script = tmp_path / "half_read.py"
+    code = os.path.dirname(data.__file__)
+    script.write_text(HALF_READ.format(code=code, folder=str(tmp_path), side=SIDE, context=context))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "[0, 1, 2, 3]\n"), done.stderr
 
 
 def within_4_sigma(counts, shares, total):
