@@ -104,6 +104,9 @@ class Config:
     keep_every: int = 5000                  # and every checkpoint whose step is a multiple of this
     sample_every: int = 1000                # steps between image grids
     eval_pairs: int = 128                   # held-out pairs that are scored at the end
+    validate_every: int = 1000              # steps between validations; 0 has none
+    validate_pairs: int = 64                # held-out pairs of a validation, always the same ones
+    validate_steps: int = 8                 # network evaluations a sample of it, at most
     sampler: str = "ddim"                   # ddim | reference | dpm++ | unipc
     sample_steps: int = 50                  # network evaluations a sample
     guidance: float = 3.0                   # classifier-free guidance scale; 1 has none
@@ -116,11 +119,12 @@ class Config:
                 raise ValueError(unknown(name, getattr(self, name), choices))
         for name in ("image_size", "model_channels", "num_res_blocks", "num_heads", "context_dim",
                      "steps", "norm_groups", "batch_size", "micro_batch", "log_every", "save_every",
-                     "keep", "keep_every", "sample_every", "sample_steps"):
+                     "keep", "keep_every", "sample_every", "sample_steps", "validate_pairs",
+                     "validate_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, it must be at least 1")
-        for name in ("warmup_steps", "cooldown_steps", "workers", "eval_pairs", "lr",
-                     "lr_projection", "weight_decay", "grad_clip", "guidance", "eta", "seed",
+        for name in ("warmup_steps", "cooldown_steps", "workers", "eval_pairs", "validate_every",
+                     "lr", "lr_projection", "weight_decay", "grad_clip", "guidance", "eta", "seed",
                      "eps"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"{name} is {getattr(self, name)}, it must be 0 or more")
