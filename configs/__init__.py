@@ -95,6 +95,7 @@ class Config:
     precision: str = "bf16"                 # of matrix products and convolutions; weights stay fp32
     compile: bool = False                   # torch.compile the UNet
     checkpoint_activations: bool = False    # recompute in the backward pass: less memory, slower
+    divide_optimizer: bool = False          # ranks share moments and average (ZeRO-1): less memory
     workers: int = 4                        # loader processes a rank
 
     # what is written
