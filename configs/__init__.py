@@ -34,11 +34,18 @@ class Source:
     """One dataset of the mixture."""
     name: str
     format: str                      # co3d | re10k | acid | encoded
-    shards: str                      # training shards: glob or {000..126} pattern, from Config.data
+    shards: str                      # training shards: glob or {000..126} pattern, from Config.data,
+                                     # http(s)://, pipe:COMMAND or -; see shards.py
     probability: float               # share of the pairs of a step; the sources' shares sum to 1
     held_out: str = ""               # shards of scenes kept from training, for pictures and scores
+    window: int = 8                  # shards open at a time, of `pipe:` shards alone
+    pairs_per_shard: int = 2000      # pairs drawn from each of these before another takes its place
 
     def __post_init__(self):
+        for name in ("window", "pairs_per_shard"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"source {self.name!r}: {name} {getattr(self, name)} is not "
+                                 "positive")
         if self.format not in FORMATS:
             raise ValueError(f"source {self.name!r}: {unknown('format', self.format, FORMATS)}")
         if not 0 < self.probability <= 1:
