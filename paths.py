@@ -181,19 +181,24 @@ def read(path, fov):
 def check_rigid(c2w, path):
     """Raises ValueError for the first of the matrices (n, 4, 4) that is no rotation and shift."""
     for number, pose in enumerate(c2w):
-        turn = pose[:3, :3]
-        error = (turn @ turn.T - torch.eye(3, dtype=turn.dtype)).abs().max().item()
-        if not pose.isfinite().all():
-            problem = "holds numbers that are not finite"
-        elif (pose[3] - pose.new_tensor([0.0, 0.0, 0.0, 1.0])).abs().max() > RIGID:
-            problem = "has a last row other than 0 0 0 1"
-        elif not error <= RIGID:
-            problem = f"is not rigid (its rotation times its transpose is off by {error:.2g})"
-        elif torch.linalg.det(turn) < 0:
-            problem = "mirrors (the determinant of its rotation is negative)"
-        else:
-            continue
-        raise ValueError(f"{path}: camera {number} {problem}")
+        problem = pose_problem(pose)
+        if problem:
+            raise ValueError(f"{path}: camera {number} {problem}")
+
+
+def pose_problem(pose):
+    """What keeps a matrix (4, 4) from being a rotation and shift, or ""."""
+    turn = pose[:3, :3]
+    error = (turn @ turn.T - torch.eye(3, dtype=turn.dtype)).abs().max().item()
+    if not pose.isfinite().all():
+        return "holds numbers that are not finite"
+    if (pose[3] - pose.new_tensor([0.0, 0.0, 0.0, 1.0])).abs().max() > RIGID:
+        return "has a last row other than 0 0 0 1"
+    if not error <= RIGID:
+        return f"is not rigid (its rotation times its transpose is off by {error:.2g})"
+    if torch.linalg.det(turn) < 0:
+        return "mirrors (the determinant of its rotation is negative)"
+    return ""
 
 
 def matrices(rows):
@@ -224,17 +229,12 @@ def from_json(text, fov):
 
 def from_text(text, fov):
     """(c2w (n, 4, 4), fov (n,)) of RealEstate10K's camera text, or of COLMAP's images.txt."""
-    lines = [line.split() for line in text.splitlines() if not line.startswith("#")]
-    # RealEstate10K: a link; lines of time, fx, fy, cx, cy (of widths, heights), 0, 0, 3x4 w2c
-    numbers = 19
-    if any(len(line) == numbers for line in lines):
-        rows = [list(map(float, line)) for line in lines if len(line) > 1]
-        short = [min(line) for line in rows if len(line) != numbers]
-        if short:
-            raise ValueError(f"a line has {len(short)} numbers, {numbers} are needed")
+    rows = re10k_rows(text)
+    if rows:
         w2c = matrices([[row[7:11], row[11:15], row[15:19]] for row in rows])
         fovs = [2 * math.atan(0.5 / max(row[1], row[2])) for row in rows]
         return opengl_from_opencv(torch.linalg.inv(w2c)), torch.tensor(fovs, dtype=torch.float64)
+    lines = [line.split() for line in text.splitlines() if not line.startswith("#")]
     # COLMAP: two lines an image, the second (its points, perhaps none) is not needed
     images = sorted((line for line in lines[::2] if line), key=lambda line: line[9])
     w2c = torch.eye(4, dtype=torch.float64).repeat(len(images), 1, 1)
@@ -242,6 +242,24 @@ def from_text(text, fov):
         row[:3, :3] = from_quaternion(*map(float, line[1:5]))
         row[:3, 3] = torch.tensor([float(x) for x in line[5:8]])
     return opengl_from_opencv(torch.linalg.inv(w2c)), torch.full((len(images),), fov).double()
+
+
+def re10k_rows(text):
+    """The cameras of RealEstate10K's text: a list of 19 numbers each, empty for another text.
+
+    They are the time in microseconds; fx and cx as shares of the width, fy and cy of the height, in
+    the order fx, fy, cx, cy; 0, 0; the 3x4 world-to-camera matrix, OpenCV, row by row. The first
+    line is a link. Raises ValueError.
+    """
+    numbers = 19
+    lines = [line.split() for line in text.splitlines() if not line.startswith("#")]
+    if not any(len(line) == numbers for line in lines):
+        return []
+    rows = [list(map(float, line)) for line in lines if len(line) > 1]
+    short = [len(line) for line in rows if len(line) != numbers]
+    if short:
+        raise ValueError(f"a line has {short[0]} numbers, {numbers} are needed")
+    return rows
 
 
 def from_quaternion(w, x, y, z):
