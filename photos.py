@@ -12,9 +12,9 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 import camera
-import data
 import depth
 import pictures
+import scenes
 
 FOV = 52.55                     # degrees; what ZeroNVS's own inference takes a photo to have
 SCALE = 0.7                     # ZeroNVS's own inference
@@ -37,7 +37,7 @@ class Photo:
 @dataclass
 class HeldOut(Photo):
     """A view of a scene that was kept from training, whose other views are known."""
-    reader: data.SourceReader
+    reader: scenes.RawScenes
     number: int                 # of the scene
     view: int
     scene_scale: float          # the length in the scene's unit that the model takes as one
@@ -154,10 +154,10 @@ def held_out(config, number):
     Raises ValueError or FileNotFoundError where the run has no such scene.
     """
     sources = [source for source in config.sources
-               if source.held_out and source.format in data.CAMERAS]
+               if source.held_out and source.format != "encoded"]
     if not sources:
         raise ValueError("the run has no held-out scenes with images: give an IMAGE")
-    reader = data.SourceReader(sources[0], config.data, config.image_size, held_out=True)
+    reader = scenes.open_source(sources[0], config.data, config.image_size, held_out=True)
     if not 0 <= number < len(reader):
         raise ValueError(f"--scene {number}: there are scenes 0 to {len(reader) - 1}")
     scene = reader.scene(number)
@@ -166,7 +166,7 @@ def held_out(config, number):
     scene_scale = scale_in_scene(config.mode, reader, number, known)
     looked_at = middle(known)[middle(known) > 0]
     scale = scene_scale / looked_at.median().item() if len(looked_at) else SCALE
-    picture = pictures.image(data.images(reader.image(number, view)))
+    picture = pictures.image(scenes.images(reader.image(number, view)))
     return HeldOut(picture, scene.fov, elevation_of(scene.c2w, view), scale, reader, number, view,
                    scene_scale)
 
@@ -177,7 +177,7 @@ def scale_in_scene(mode, reader, number, known):
         return reader.scene(number).radius
     if mode == "7dof_stereomag_scale":
         return camera.stereomag_scale(torch.tensor(reader.nearplane(number))).item()
-    if mode in data.DEPTH_MODES and (known > 0).any():
+    if mode in scenes.DEPTH_MODES and (known > 0).any():
         return known[known > 0].quantile(camera.QUANTILE).item()
     return 1.0
 

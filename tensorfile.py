@@ -513,7 +513,8 @@ def write_safetensors(path, tensors, metadata=None):
     text += b" " * (-len(text) % 8)
     crc = 0
     with unfinished(path) as partial, open(partial, "wb", buffering=0) as file:
-        for part in (struct.pack("<Q", len(text)) + text, *order):
+        filled = [name for name in order if nbytes(entries[name])]
+        for part in (struct.pack("<Q", len(text)) + text, *filled):
             if isinstance(part, str):
                 flat = tensors[part].detach().cpu().contiguous().reshape(-1)
                 part = flat.view(torch.uint8).numpy()

@@ -1,0 +1,399 @@
+"""The scenes of a source: images, depths and cameras of raw shards, latents of encoded ones.
+
+Letters: `n` views of a scene, `s` side of the square images in pixels, `c h w` of a latent.
+"""
+
+import hashlib
+import io
+import os
+import threading
+from bisect import bisect_right
+from collections import Counter, OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from index import DEPTH, IMAGE, EncodedIndex, RawIndex
+from shards import Damaged, LocalFile, cache_folder, expand, fetch, find_shards, is_stream
+
+MAX_SIDE = 1 << 14                  # pixels of an image's long side
+INDEX_THREADS = 8
+NEARPLANE_VIEW, NEARPLANE_SCENE = 0.05, 0.10    # quantiles over a view's depths, over the views
+DEPTH_MODES = ("7dof_quantile_scale", "7dof_metric_scale")      # need the depth of the cond view
+NEARPLANE_MODE = "7dof_stereomag_scale"                         # needs the depth of all views
+LATENT_SHRINK = 8                   # pixels a side of an image to one of its latent
+COPIES_KEPT = 2                     # copies of streams on disk, in windows
+
+
+@dataclass
+class Scene:
+    """A scene's cameras. Stored depths are to be multiplied by depth_scale."""
+    name: str
+    c2w: torch.Tensor           # float64 (n, 4, 4), OpenGL
+    fov: float                  # radians
+    depth_scale: float
+    radius: float               # mean distance of the cameras to their mean
+
+
+# ---- images
+
+def images(pixels):
+    """uint8 -> float32 in [-1, 1], any shape and device: exactly float64(byte) / 255 * 2 - 1."""
+    return BYTE_TO_UNIT.to(pixels.device)[pixels.int()]
+
+
+BYTE_TO_UNIT = torch.from_numpy((np.arange(256) / 255 * 2 - 1).astype(np.float32))
+
+
+def decode(data, side, formats, where):
+    """The Pillow image in `data`, whose short side must be `side`. Raises Damaged."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=formats)
+        if min(image.size) == side and max(image.size) <= MAX_SIDE:
+            image.load()
+            return image
+    except Exception as err:    # on damaged bytes Pillow raises anything, SyntaxError included
+        detail = f"{type(err).__name__}: {err}".split(" <_io")[0]
+        raise Damaged(where, "image cannot be decoded", detail) from err
+    raise Damaged(where, "wrong image size", "{}x{}, the short side must be {}".format(
+        *image.size, side))
+
+
+def centre(pixels, side):
+    """The central (side, side) of (h, w, ...): (extent - side) // 2 is cut off first."""
+    top, left = ((extent - side) // 2 for extent in pixels.shape[:2])
+    return pixels[top:top + side, left:left + side]
+
+
+def decode_image(data, side, where="image"):
+    """PNG, JPEG or WebP bytes -> uint8 array (s, s, 3), alpha laid over white. Raises Damaged."""
+    image = decode(data, side, ("PNG", "JPEG", "WEBP"), where)
+    # departs: the reference keeps the alpha channel and cannot read grey images
+    if image.mode.startswith("I"):      # 16-bit grey
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if "A" in image.mode or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    return centre(np.asarray(image), side)
+
+
+def decode_depth(data, side, scale, where="depth"):
+    """16-bit PNG of float16 bits -> float32 array (s, s), times `scale`. Raises Damaged.
+
+    0 is unknown: pixels that are 0, negative or not finite.
+    """
+    image = decode(data, side, ("PNG",), where)
+    if not image.mode.startswith("I"):
+        raise Damaged(where, "depth is not a 16-bit grey PNG", f"mode {image.mode}")
+    bits = centre(np.asarray(image), side).astype(np.uint16)
+    depth = bits.view(np.float16).astype(np.float32) * np.float32(scale)
+    # departs: infinite depth passes in the reference
+    return np.where(np.isfinite(depth) & (depth > 0), depth, np.float32(0))
+
+
+# ---- the scenes of a source
+
+def open_source(source, folder, image_size, held_out=False):
+    """The scenes of a configs.Source: RawScenes, EncodedScenes or, of commands, StreamedScenes.
+
+    Raises FileNotFoundError, and ValueError when no scene is usable.
+    """
+    pattern = source.held_out if held_out else source.shards
+    if not pattern:
+        raise ValueError(f"source {source.name!r} has no {'held_out' if held_out else 'shards'}")
+    if is_stream(pattern):
+        return StreamedScenes(source, pattern, image_size)
+    return of_files(source.name, source.format, find_shards(folder, pattern), image_size)
+
+
+def of_files(name, format, files, image_size):
+    """RawScenes or EncodedScenes, by format, of LocalFiles and WebFiles."""
+    if format == "encoded":
+        return EncodedScenes(name, EncodedIndex, files, image_size)
+    return RawScenes(name, partial(RawIndex, layout=format), files, image_size)
+
+
+class Scenes:
+    """The scenes of one source, numbered through all its shards.
+
+    report    Counter of what was left out, by reason; `problems` has a line for each
+    counts    int64 (scenes): their views
+    """
+
+    def __init__(self, name, index, files, image_size):
+        self.name, self.image_size = name, image_size
+        with ThreadPoolExecutor(INDEX_THREADS) as pool:
+            self.shards = list(tqdm(pool.map(index, files), f"index {name}", len(files),
+                                    unit=" shards", delay=1, leave=False))
+        self.report, self.problems = Counter(), []
+        for where, reason, count in (line for shard in self.shards for line in shard.problems):
+            self.report[reason] += count
+            self.problems.append(f"{where}: {reason}" + (f" ({count} times)" if count > 1 else ""))
+        self.starts = list(accumulate((len(shard.scenes) for shard in self.shards), initial=0))
+        self.counts = np.concatenate([np.diff(shard.starts) for shard in self.shards])
+        if not len(self):
+            raise ValueError(f"source {name!r}: no usable scene in {len(files)} shards: "
+                             f"{some(self.problems) or 'they are empty'}")
+
+    def __len__(self):
+        return self.starts[-1]
+
+    def summary(self):
+        """One line: what there is and what was left out."""
+        left_out = ", ".join(f"{reason} ({count})" for reason, count in sorted(self.report.items()))
+        return (f"{self.name}: {len(self.shards)} shards, {len(self)} scenes, {self.counts.sum()} "
+                "views" + (f"; left out: {left_out}" if left_out else ""))
+
+    def draw(self, words, k, share, seed):
+        """(scene, cond view, target view) from random 64-bit words; k, share, seed: unused here."""
+        scene = words[1] * len(self) >> 64                      # uniform, to len / 2^64
+        n = int(self.counts[scene])
+        return scene, *distinct(words[2] * n * (n - 1) >> 64, n)
+
+    def locate(self, scene):
+        """(shard, number of the scene in it, row of its first view)."""
+        i = bisect_right(self.starts, scene) - 1
+        inside = scene - self.starts[i]
+        return self.shards[i], inside, int(self.shards[i].starts[inside])
+
+    def uid(self, scene, cond, target):
+        """`shard.tar:category/scene:cond->target`, views in the order of their frames."""
+        shard, inside, _ = self.locate(scene)
+        return f"{shard.name}:{shard.scenes[inside]}:{cond}->{target}"
+
+    def empty(self, count, mode):
+        """Arrays for a batch of pairs, of what raw and encoded scenes both have."""
+        cameras = np.zeros((2, count, 4, 4))
+        cameras[..., 3, 3] = 1
+        return {"cond_c2w": cameras[0], "target_c2w": cameras[1],
+                **{name: np.full(count, np.nan) for name in ("fov", "radius", "nearplane")}}
+
+    def fill_cameras(self, batch, i, shard, inside, cond_row, target_row):
+        batch["cond_c2w"][i, :3] = shard.c2w[cond_row]
+        batch["target_c2w"][i, :3] = shard.c2w[target_row]
+        batch["radius"][i] = shard.radius[inside]
+
+
+class RawScenes(Scenes):
+    """Scenes of images. `has_depth`: whether every view has a depth image."""
+    kind = "images"
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.has_depth = all((shard.blocks[:, DEPTH] > 0).all() for shard in self.shards)
+        self.nearplanes = {}
+
+    def scene(self, scene):
+        """The Scene of a number."""
+        shard, inside, start = self.locate(scene)
+        c2w = np.zeros((int(self.counts[scene]), 4, 4))
+        c2w[:, :3], c2w[:, 3, 3] = shard.c2w[start:start + len(c2w)], 1
+        return Scene(shard.scenes[inside], torch.from_numpy(c2w), float(shard.fov[inside]),
+                     float(shard.depth_scale[inside]), float(shard.radius[inside]))
+
+    def pixels(self, scene, view):
+        """uint8 array (s, s, 3): the image of a view. Raises Damaged."""
+        shard, _, start = self.locate(scene)
+        data, where = shard.member(start + view, IMAGE)
+        return decode_image(data, self.image_size, where)
+
+    def image(self, scene, view):
+        """The same as a uint8 tensor (3, s, s)."""
+        return torch.from_numpy(self.pixels(scene, view).transpose(2, 0, 1).copy())
+
+    def depth(self, scene, view):
+        """float32 array (s, s): the depth of a view in the scene's unit, 0 unknown. Damaged."""
+        shard, inside, start = self.locate(scene)
+        if not shard.blocks[start + view, DEPTH]:
+            return np.zeros((self.image_size, self.image_size), np.float32)
+        data, where = shard.member(start + view, DEPTH)
+        return decode_depth(data, self.image_size, shard.depth_scale[inside], where)
+
+    def nearplane(self, scene):
+        """The 10% quantile over views of the 5% quantile of their depths, or nan. Damaged."""
+        if scene not in self.nearplanes:
+            depths = [self.depth(scene, view) for view in range(self.counts[scene])]
+            near = [np.quantile(d[d > 0], NEARPLANE_VIEW) for d in depths if d.any()]
+            self.nearplanes[scene] = float(np.quantile(near, NEARPLANE_SCENE)) if near else np.nan
+        return self.nearplanes[scene]
+
+    def empty(self, count, mode):
+        # channels last, as PNGs are stored and convolutions like it
+        s, batch = self.image_size, super().empty(count, mode)
+        for name in ("image_cond", "image_target"):
+            batch[name] = np.empty((count, s, s, 3), np.uint8).transpose(0, 3, 1, 2)
+        if mode in DEPTH_MODES:
+            batch["depth_cond"] = np.empty((count, s, s), np.float32)
+        return batch
+
+    def fill(self, batch, i, mode, scene, cond, target):
+        """Puts the pair of two views in place i of a batch; returns its uid. Raises Damaged."""
+        shard, inside, start = self.locate(scene)
+        for name, view in (("image_cond", cond), ("image_target", target)):
+            batch[name][i] = self.pixels(scene, view).transpose(2, 0, 1)
+        self.fill_cameras(batch, i, shard, inside, start + cond, start + target)
+        batch["fov"][i] = shard.fov[inside]
+        if mode in DEPTH_MODES:
+            batch["depth_cond"][i] = self.depth(scene, cond)
+        if mode == NEARPLANE_MODE:
+            batch["nearplane"][i] = self.nearplane(scene)
+        return self.uid(scene, cond, target)
+
+
+class EncodedScenes(Scenes):
+    """Scenes of latents and embeddings."""
+    kind = "encoded views"
+
+    def __init__(self, name, index, files, image_size):
+        super().__init__(name, index, files, image_size)
+        kinds = np.unique(np.concatenate([shard.latent for shard in self.shards]), axis=0)
+        self.latent = tuple(kinds[0].tolist())
+        if len(kinds) > 1:
+            raise ValueError(f"source {name!r}: its shards were encoded in different sizes, "
+                             f"{some([str(tuple(kind)) for kind in kinds.tolist()])}")
+        if self.latent[1] * LATENT_SHRINK != image_size:
+            raise ValueError(f"source {name!r}: its shards hold latents of {self.latent[1]} x "
+                             f"{self.latent[2]}, images of {image_size} pixels have "
+                             f"{image_size // LATENT_SHRINK} x {image_size // LATENT_SHRINK}")
+
+    def empty(self, count, mode):
+        c, h, w, d = self.latent
+        batch = super().empty(count, mode)
+        batch["moments_target"] = np.empty((count, c, h, w), np.float16)
+        batch["mean_cond"] = np.empty((count, c // 2, h, w), np.float16)
+        batch["clip_cond"] = np.empty((count, d), np.float16)
+        if mode == "7dof_quantile_scale":
+            batch["scale"] = np.empty(count)
+        return batch
+
+    def fill(self, batch, i, mode, scene, cond, target):
+        """Puts the pair of two views in place i of a batch; returns its uid. Raises Damaged."""
+        shard, inside, start = self.locate(scene)
+        uid = self.uid(scene, cond, target)
+        moments, clip = int(shard.moments_at[inside]), int(shard.clip_at[inside])
+        step = batch["moments_target"][i].nbytes
+        for name, at in (("moments_target", moments + target * step),
+                         ("mean_cond", moments + cond * step),      # the mean lies before logvar
+                         ("clip_cond", clip + cond * batch["clip_cond"][i].nbytes)):
+            place = batch[name][i]
+            place.reshape(-1)[:] = np.frombuffer(shard.read(at, place.nbytes, uid), np.float16)
+        self.fill_cameras(batch, i, shard, inside, start + cond, start + target)
+        batch["fov"][i], batch["nearplane"][i] = shard.fov[start + cond], shard.nearplane[inside]
+        if "scale" in batch:
+            batch["scale"][i] = shard.scale[start + cond]
+            if not batch["scale"][i] > 0:
+                raise Damaged(uid, "the scale of the conditioning view is not known")
+        return uid
+
+
+class StreamedScenes:
+    """Scenes of shards that commands print, of which a few are open at a time.
+
+    The shards are visited in rounds, each in an order of its own. Pair k draws from the `window`
+    visits that are open at k, and every visit gives about `pairs_per_shard` pairs: a pair is still
+    a function of (seed, k), and a run that goes on copies the shards of its window and no others.
+    """
+
+    def __init__(self, source, pattern, image_size):
+        self.name, self.format, self.image_size = source.name, source.format, image_size
+        self.commands = [name.removeprefix("pipe:").strip() for name in expand(pattern)]
+        self.window = min(source.window, len(self.commands))
+        self.pairs_per_shard = source.pairs_per_shard
+        digest = hashlib.sha256(f"{self.format} {pattern}".encode()).hexdigest()[:16]
+        self.folder = cache_folder() / "streams" / digest
+        self.opened, self.rounds, self.ahead = OrderedDict(), {}, None
+        self.report, self.problems = Counter(), []
+        try:
+            self.example = self.shard(0)
+        except Damaged as err:
+            raise ValueError(f"source {self.name!r}: {err}") from err
+        self.kind = self.example.kind
+
+    def __getstate__(self):
+        return {**self.__dict__, "opened": OrderedDict()}
+
+    def summary(self):
+        return f"{self.name}: {len(self.commands)} streams, {self.window} open at a time"
+
+    def order(self, visit, seed):
+        """The number of the shard of a visit."""
+        turn, place = divmod(visit, len(self.commands))
+        if turn not in self.rounds:
+            keys = [hashlib.blake2b(f"{seed} {turn} {i}".encode()).digest()
+                    for i in range(len(self.commands))]
+            self.rounds[turn] = sorted(range(len(keys)), key=keys.__getitem__)
+        return self.rounds[turn][place]
+
+    def draw(self, words, k, share, seed):
+        """(shard, the shard that opens next, two words) for pair k of a run in which `share` of the
+        pairs are this source's."""
+        visit = int(k * share / self.pairs_per_shard)
+        return (self.order(visit + (words[3] * self.window >> 64), seed),
+                self.order(visit + self.window, seed), *words[1:3])
+
+    def fetch(self, number):
+        """The path of the copy of a shard. Raises OSError."""
+        return fetch(self.commands[number], self.folder, COPIES_KEPT * self.window + 1)
+
+    def shard(self, number):
+        """The scenes of one shard, copied and indexed at need. Raises Damaged."""
+        if number not in self.opened:
+            try:
+                self.opened[number] = of_files(self.name, self.format,
+                                               [LocalFile(self.fetch(number))], self.image_size)
+            except (OSError, ValueError) as err:
+                raise Damaged(f"`{self.commands[number]}`", "the stream cannot be read",
+                              str(err)) from err
+        self.opened.move_to_end(number)
+        if len(self.opened) > COPIES_KEPT * self.window:
+            self.opened.popitem(last=False)
+        return self.opened[number]
+
+    def prefetch(self, number):
+        """Copies a shard in the background; what fails is reported when it is its turn."""
+        def work():
+            try:
+                self.fetch(number)
+            except OSError:
+                pass
+        if number != self.ahead:
+            self.ahead = number
+            threading.Thread(target=work, daemon=True).start()
+
+    def empty(self, count, mode):
+        return self.example.empty(count, mode)
+
+    def fill(self, batch, i, mode, number, ahead, *words):
+        """Puts a pair in place i of a batch; returns its uid. Raises Damaged."""
+        self.prefetch(ahead)
+        try:
+            return self.fill_from(self.shard(number), batch, i, mode, words)
+        except Damaged:
+            shard = self.opened.pop(number, None)
+            if shard is None or os.path.exists(shard.shards[0].file.path):
+                raise
+        # a faster process has deleted the copy
+        return self.fill_from(self.shard(number), batch, i, mode, words)
+
+    def fill_from(self, scenes, batch, i, mode, words):
+        return scenes.fill(batch, i, mode, *scenes.draw((0, *words), 0, 1.0, 0))
+
+
+def distinct(number, n):
+    """0..n(n-1)-1 -> an ordered pair of different views of n."""
+    cond, target = divmod(number, n - 1)
+    return cond, target + (target >= cond)
+
+
+def some(lines, shown=5):
+    """The first of many lines, joined."""
+    more = f"; and {len(lines) - shown} more" if len(lines) > shown else ""
+    return "; ".join(lines[:shown]) + more

@@ -1,0 +1,384 @@
+"""Tar shards: where they lie (a file, a web address, a command's output) and what is in them.
+
+One pass over a tar's headers finds every member; from then on a member is read by offset and size.
+A shard that comes from a command cannot be read so: it is copied to the cache folder first, once
+for all processes of this machine, and deleted when others take its place.
+"""
+
+import atexit
+import glob
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections import OrderedDict
+from pathlib import Path
+
+BLOCK = 512                         # tar: headers and data begin at multiples of it
+MAX_HEADER = 1 << 20                # bytes of a long name or a PAX header
+MAX_SHARDS = 1_000_000              # that one {000..126} pattern may name
+MAX_OPEN = 64                       # files that a process keeps open
+LOCAL_WINDOW, WEB_WINDOW = 1 << 15, 1 << 22     # bytes read at once in a pass over the headers
+WEB_TRIES, WEB_TIMEOUT = 4, 30      # requests for one piece; seconds that each may take
+WEB_TRANSIENT = {408, 425, 429, 500, 502, 503, 504}     # HTTP statuses worth another try
+COPY_BEAT, COPY_STALE = 2, 30       # seconds: between signs of life of a copy, until it is dead
+INDEX_SUFFIX = ".index"             # of the files that scenes.py keeps beside a shard
+PAX_RECORD = re.compile(rb"(\d{1,7}) ([^=]+)=")
+
+
+class TarError(ValueError):
+    """An archive that is damaged, or none at all: file, byte offset and what is wrong there."""
+
+    def __init__(self, path, offset, problem):
+        super().__init__(path, offset, problem)
+        self.path, self.offset, self.problem = path, offset, problem
+
+    def __str__(self):
+        return f"{os.path.basename(self.path)}: {self.problem}, at byte {self.offset}"
+
+
+class Damaged(ValueError):
+    """A scene or member that cannot be used: where, a reason that can be counted, and details."""
+
+    def __init__(self, where, reason, detail=""):
+        super().__init__(where, reason, detail)
+        self.where, self.reason, self.detail = where, reason, detail
+
+    def __str__(self):
+        return f"{self.where}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+
+
+# ---- names
+
+def expand(pattern):
+    """`a{000..012}.tar` -> its names in order; a pattern without braces is itself. ValueError."""
+    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if not match:
+        return [pattern]
+    low, high, width = int(match[1]), int(match[2]), len(match[1])
+    if not 0 <= high - low < MAX_SHARDS:
+        raise ValueError(f"shards {pattern!r}: {match[0]} is empty or more than {MAX_SHARDS}")
+    before, after = pattern[:match.start()], pattern[match.end():]
+    return [name for i in range(low, high + 1) for name in expand(f"{before}{i:0{width}}{after}")]
+
+
+def is_stream(pattern):
+    """Whether shards come from commands, `pipe:gsutil cat gs://bucket/{000..126}.tar`."""
+    return pattern.startswith("pipe:")
+
+
+def find_shards(folder, pattern):
+    """Files of the shards that a pattern names: LocalFile and WebFile.
+
+    pattern: `a-{000..126}.tar`, a glob (`**` is any depth), both relative to `folder`; an
+    `http://` or `https://` address; `-`, one tar on standard input. Several are joined by blanks
+    around a `;`. Raises FileNotFoundError, ValueError.
+    """
+    files = {}
+    for part in pattern.split(" ; "):
+        for name in expand(part.strip()):
+            for file in find(folder, name):
+                files.setdefault(file.path, file)
+    return list(files.values())
+
+
+def find(folder, name):
+    """The files of one expanded name."""
+    if re.match("https?://", name):
+        return [WebFile(name)]
+    if name == "-":
+        return [LocalFile(standard_input())]
+    if re.match(r"\w\w+:", name):       # two letters: C:\ is a file
+        raise ValueError(f"shards {name!r}: only files, http://, https://, pipe: and - can be read")
+    pattern = str(Path(folder) / name)
+    found = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
+    found = [path for path in found if os.path.isfile(path) and INDEX_SUFFIX not in path]
+    if not found:
+        raise FileNotFoundError(f"no shards at {pattern}: `python prepare.py synth` makes some, "
+                                "--data=FOLDER says where they are")
+    return [LocalFile(path) for path in found]
+
+
+def cache_folder():
+    """Where indexes of read-only folders and copies of streams are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zeronvs"
+
+
+# ---- files
+
+class LocalFile:
+    """A file: `read(offset, size)`, its `size`, and a `stamp` that changes when it does."""
+    window = LOCAL_WINDOW
+
+    def __init__(self, path):
+        stat = os.stat(path)
+        self.path, self.name = str(path), os.path.basename(path)
+        self.size, self.stamp = stat.st_size, [stat.st_size, stat.st_mtime_ns]
+
+    def read(self, offset, size):
+        """At most `size` bytes from `offset`; less only where the file ends. Raises OSError."""
+        return opened(self.path, offset, size)
+
+
+OPEN = OrderedDict()            # (process, path): file; a forked worker has its own
+OPEN_LOCK = threading.Lock()
+
+
+def opened(path, offset, size):
+    """Reads a piece of a file that stays open, up to MAX_OPEN of them."""
+    key = os.getpid(), path
+    with OPEN_LOCK:
+        file = OPEN.pop(key, None) or open(path, "rb", buffering=0)
+        OPEN[key] = file        # the newest last; the oldest is far older than any read under way
+        if len(OPEN) > MAX_OPEN:
+            OPEN.popitem(last=False)[1].close()
+        if not hasattr(os, "pread"):        # Windows: seek and read are two steps
+            file.seek(offset)
+            return file.read(size)
+    return os.pread(file.fileno(), size, offset)
+
+
+class WebFile:
+    """A file on a web server that serves byte ranges; as LocalFile."""
+    window = WEB_WINDOW
+
+    def __init__(self, url):
+        self.path, self.name = url, url.split("?")[0].rsplit("/", 1)[-1]
+        try:
+            headers, _ = self.request(0, 1)
+        except urllib.error.HTTPError as err:
+            raise FileNotFoundError(f"no shard at {url}: {err}") from err
+        except OSError as err:
+            raise FileNotFoundError(f"no shard at {url}: {err}") from err
+        total = headers.get("Content-Range", "").rpartition("/")[2]
+        if not total.isdigit():
+            raise ValueError(f"{url}: the server does not serve byte ranges; "
+                             f"as `pipe:curl -sf {url}` it can be read")
+        self.size = int(total)
+        self.stamp = [self.size, headers.get("ETag") or headers.get("Last-Modified") or ""]
+
+    def read(self, offset, size):
+        """At most `size` bytes from `offset`; less only where the file ends. Raises OSError."""
+        size = min(size, self.size - offset)
+        if size <= 0:
+            return b""
+        headers, data = self.request(offset, size)
+        if not headers.get("Content-Range", "").startswith(f"bytes {offset}-"):
+            raise OSError(f"{self.path}: not the bytes that were asked for")
+        return data
+
+    def request(self, offset, size):
+        """(headers, bytes) of a range, tried again after transient failures."""
+        asked = urllib.request.Request(
+            self.path, headers={"Range": f"bytes={offset}-{offset + size - 1}"})
+        for trial in range(1, WEB_TRIES + 1):
+            try:
+                with urllib.request.urlopen(asked, timeout=WEB_TIMEOUT) as reply:
+                    data = reply.read(size)
+                if len(data) == size:
+                    return reply.headers, data
+                failure = OSError(f"{self.path}: the connection ended early")
+            except urllib.error.HTTPError as err:
+                if err.code not in WEB_TRANSIENT:
+                    raise
+                failure = err
+            except OSError as err:
+                failure = err
+            if trial < WEB_TRIES:
+                time.sleep(0.5 * 2**trial)
+        raise failure
+
+
+class Window:
+    """Small reads in ascending order through one buffer, which skips what nobody wants."""
+
+    def __init__(self, file):
+        self.file, self.start, self.data = file, 0, b""
+
+    def read(self, offset, size):
+        at = offset - self.start
+        if at < 0 or at + size > len(self.data):
+            self.start, at = offset, 0
+            self.data = self.file.read(offset, max(size, self.file.window))
+        return self.data[at:at + size]
+
+
+# ---- copies of what cannot be read by offset
+
+def standard_input():
+    """The path of a copy of standard input, for as long as this process runs. ValueError."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("shards '-': standard input reaches one process only, not all ranks; "
+                         "save it as a file first")
+    path = cache_folder() / "streams" / f"stdin-{uuid.uuid4().hex}.tar"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "xb") as file:
+        while chunk := sys.stdin.buffer.read(WEB_WINDOW):
+            file.write(chunk)
+    here = os.getpid()
+    atexit.register(lambda: os.getpid() == here and path.unlink(missing_ok=True))
+    return path
+
+
+def fetch(command, folder, keep):
+    """The path of a copy, in `folder`, of what a shell command prints.
+
+    The first process that asks makes it, the others wait; the copies used longest ago are deleted,
+    but for `keep`. Raises OSError when the command fails.
+    """
+    path = folder / (hashlib.sha256(command.encode()).hexdigest()[:32] + ".tar")
+    unfinished = path.with_suffix(".part")
+    folder.mkdir(parents=True, exist_ok=True)
+    while not path.exists():
+        try:
+            with open(unfinished, "xb") as file:
+                copy(command, file, unfinished)
+            os.replace(unfinished, path)
+            delete_oldest(folder, keep)
+        except FileExistsError:             # another process is at it, or was when it was killed
+            if stale(unfinished):
+                unfinished.unlink(missing_ok=True)
+            else:
+                time.sleep(COPY_BEAT / 10)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
+    os.utime(path)
+    return path
+
+
+def copy(command, file, path):
+    """Runs a command into a file, and touches the file while the command lives."""
+    with subprocess.Popen(command, shell=True, stdin=subprocess.DEVNULL, stdout=file) as process:
+        while True:
+            try:
+                status = process.wait(COPY_BEAT)
+                break
+            except subprocess.TimeoutExpired:
+                os.utime(path)
+            except BaseException:
+                process.kill()
+                raise
+    if status:
+        raise OSError(f"`{command}` failed with status {status}")
+
+
+def stale(path):
+    """Whether nobody has touched a copy for long; a file that is gone is not."""
+    try:
+        return time.time() - path.stat().st_mtime > COPY_STALE
+    except FileNotFoundError:
+        return False
+
+
+def delete_oldest(folder, keep):
+    """Deletes all but the `keep` newest copies, and their indexes."""
+    copies = []
+    for path in folder.glob("*.tar"):
+        try:
+            copies.append((path.stat().st_mtime, path))
+        except FileNotFoundError:           # another process deletes too
+            pass
+    for _, path in sorted(copies)[:-keep]:
+        for file in (path, *folder.glob(path.name + "*" + INDEX_SUFFIX)):
+            file.unlink(missing_ok=True)
+
+
+# ---- tar
+
+def tar_members(window):
+    """Yields (name, offset, size) of a tar's regular files, from one pass over its headers.
+
+    window: the Window of a shard. Knows ustar, GNU long names and PAX. Raises TarError at the first
+    damage, a missing end-of-archive block included: what was yielded before is whole.
+    """
+    file, at = window.file, 0
+    name = size = None      # announced by an extended header for the member that follows
+    while True:
+        header = window.read(at, BLOCK)
+        try:
+            if len(header) < BLOCK:
+                raise ValueError("the file is cut: no end-of-archive block" if at else "no tar")
+            if header.count(0) == BLOCK:
+                if name is not None or size is not None:
+                    raise ValueError("an extended header without its member")
+                return
+            own_name, own_size, kind = tar_header(header)
+            extended = kind in b"xXLKg"
+            body = own_size if size is None or extended else size
+            if kind in b"123456":           # links, devices, folders: no data, whatever they claim
+                body = 0
+            if at + BLOCK + body > file.size:
+                raise ValueError(f"the file is cut: a member of {body} bytes is not whole")
+            if extended and body > MAX_HEADER:
+                raise ValueError(f"an extended header of {body} bytes")
+            if extended:                    # of several the first wins, as in Python's tarfile
+                new_name, new_size = extended_header(kind, window.read(at + BLOCK, body))
+                name = new_name if name is None else name
+                size = new_size if size is None else size
+            else:
+                folder = kind == b"\0" and own_name.endswith("/")
+                if kind in (b"0", b"\0", b"7") and not folder:
+                    yield own_name if name is None else name, at + BLOCK, body
+                name = size = None
+        except ValueError as err:
+            raise TarError(file.path, at, str(err)) from err
+        at += BLOCK + -(-body // BLOCK) * BLOCK
+
+
+def tar_header(header):
+    """(name, size, type) of a 512-byte header. Raises ValueError."""
+    claimed, counted = tar_number(header[148:156]), header[:148] + b" " * 8 + header[156:]
+    total = sum(counted)        # some old writers summed signed bytes
+    if claimed != total and claimed != total - 256 * sum(byte > 127 for byte in counted):
+        raise ValueError(f"bad header: checksum {claimed}, its bytes give {total}")
+    name, kind = tar_text(header[:100]), header[156:157]
+    if kind == b"S":
+        raise ValueError("a sparse member")
+    if header[257:263] == b"ustar\0" and header[345]:       # GNU archives keep times there
+        name = f"{tar_text(header[345:500])}/{name}"
+    return name, tar_number(header[124:136]), kind
+
+
+def tar_text(field):
+    """Text up to the first NUL; bytes that are not UTF-8 become surrogates."""
+    return field.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
+
+
+def tar_number(field):
+    """Octal digits, or base-256. Raises ValueError."""
+    if field[0] == 0x80:
+        return int.from_bytes(field[1:], "big")
+    digits = field.split(b"\0", 1)[0].strip(b" ")
+    if not re.fullmatch(rb"[0-7]*", digits):
+        raise ValueError(f"bad header: {digits!r} is no octal number")
+    return int(digits or b"0", 8)
+
+
+def extended_header(kind, data):
+    """(name or None, size or None) for the next member, from a PAX or GNU header. ValueError."""
+    if kind in b"Kg":       # a link's target; PAX defaults for the whole archive: dates, comments
+        return None, None
+    if kind == b"L":
+        return tar_text(data), None
+    records, at = {}, 0
+    while at < len(data) and data[at]:          # "length keyword=value\n"
+        match = PAX_RECORD.match(data, at)
+        end = at + int(match[1]) if match else 0
+        if not match or not match.end() < end <= len(data) or data[end - 1] != ord("\n"):
+            raise ValueError("a broken PAX record")
+        records[match[2]] = data[match.end():end - 1]
+        at = end
+    size = records.get(b"size", b"0")
+    if any(key.startswith(b"GNU.sparse") for key in records):
+        raise ValueError("a sparse member")
+    if not re.fullmatch(rb"\d{1,19}", size):
+        raise ValueError(f"PAX size {size[:20]!r} is no number")
+    name = records[b"path"].decode("utf-8", "surrogateescape") if b"path" in records else None
+    return name and name.rstrip("/"), int(size) if b"size" in records else None

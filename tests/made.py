@@ -1,0 +1,78 @@
+"""Small shards for tests, and readers of them."""
+
+import io
+import json
+import math
+import tarfile
+import zlib
+
+import numpy as np
+from PIL import Image
+
+import scenes
+from configs import Source
+
+SIDE = 8                        # pixels of the images made here
+
+
+def encoded(pixels, **options):
+    """An image file of an array or Pillow image; PNG unless format= says otherwise."""
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    file = io.BytesIO()
+    image.save(file, options.pop("format", "PNG"), **options)
+    return file.getvalue()
+
+
+def depth_png(depth):
+    return encoded(np.asarray(depth, np.float16).view(np.uint16))
+
+
+def co3d_metadata(view=0, **changes):
+    angle = 0.3 * view
+    R = [[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0], [0, 0, 1]]
+    return {"R": R, "T": [0.1 * view, 0.2, 3.0 + view], "focal_length": [2.0, 2.5],
+            "principal_point": [0.0, 0.0], "scale_adjustment": 0.5, **changes}
+
+
+def re10k_metadata(view=0, **changes):
+    extrinsics = np.eye(4)
+    extrinsics[:3, 3] = view, 0.5, 2 * view
+    intrinsics = np.linalg.inv([[300.0, 0, 128], [0, 300, 128], [0, 0, 1]])
+    return {"extrinsics": extrinsics.tolist(), "intrinsics": intrinsics.tolist(), **changes}
+
+
+def scene_members(scene, views=3, side=SIDE, metadata=co3d_metadata):
+    """{member name: bytes} of a sound scene; every image is of another colour."""
+    members = {}
+    for view in range(views):
+        digest = zlib.crc32(f"{scene} {view}".encode()).to_bytes(4, "big")
+        colour = np.frombuffer(digest[:3], np.uint8)
+        frame = f"{scene}/frame{view + 1:06}"
+        members[frame + ".png"] = encoded(np.broadcast_to(colour, (side, side, 3)).copy())
+        members[frame + "_depth.png"] = depth_png(np.full((side, side), 1.0 + view))
+        members[frame + "_metadata.json"] = json.dumps(metadata(view)).encode()
+    return members
+
+
+def write_tar(path, members, format=tarfile.USTAR_FORMAT):
+    opened = {"fileobj": path} if isinstance(path, io.BytesIO) else {"name": path}
+    with tarfile.open(mode="w", format=format, **opened) as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def write_source(folder, name, scenes, shards=1, **options):
+    """Shards NAME-000000.tar ... of `scenes` scenes each; returns their SourceReader."""
+    for shard in range(shards):
+        members = {}
+        for scene in range(scenes):
+            members |= scene_members(f"{name}/scene_{shard}_{scene}", **options)
+        write_tar(folder / f"{name}-{shard:06}.tar", members)
+    return read_source(folder, f"{name}-*.tar", name=name)
+
+
+def read_source(folder, pattern, name="here", format="co3d", side=SIDE):
+    return scenes.open_source(Source(name, format, pattern, 1.0), folder, side)

@@ -1,0 +1,230 @@
+"""shards.py against Python's tarfile, a web server and commands."""
+
+import io
+import itertools
+import os
+import pickle
+import re
+import tarfile
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from made import read_source, scene_members, write_tar
+
+import shards
+
+FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+BOUNDED = settings(max_examples=80, deadline=None, derandomize=True, database=None,
+                   suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+# ---- names
+
+def test_patterns_name_their_shards_in_order(tmp_path):
+    for name in ("a-08.tar", "a-09.tar", "a-10.tar", "b.tar"):
+        write_tar(tmp_path / name, scene_members("a/b"))
+    names = [file.name for file in shards.find_shards(tmp_path, "a-{08..10}.tar")]
+    assert names == ["a-08.tar", "a-09.tar", "a-10.tar"]
+    read_source(tmp_path, "*")          # writes indexes, which are no shards
+    assert len(shards.find_shards(tmp_path, "*")) == 4
+    assert shards.expand("{0..1}/{9..10}") == ["0/9", "0/10", "1/9", "1/10"]
+
+
+@pytest.mark.parametrize("pattern, error, message", [
+    ("a-*.tar", FileNotFoundError, r"no shards at .*a-\*.tar: `python prepare.py synth`"),
+    ("b-{0..3}.tar", FileNotFoundError, "no shards at .*b-1.tar"),
+    ("gone/x.tar", FileNotFoundError, "no shards at .*gone"),
+    ("b-{3..0}.tar", ValueError, r"\{3..0\} is empty or more than 1000000"),
+    ("b-{0..99999999999}.tar", ValueError, "is empty or more than 1000000"),
+    ("http://127.0.0.1:9/a.tar", FileNotFoundError, "no shard at http://127.0.0.1:9/a.tar: "),
+    ("gs://bucket/a.tar", ValueError, "only files, http://, https://, pipe: and - can be read"),
+])
+def test_shards_that_cannot_be_found_are_one_clear_line(tmp_path, pattern, error, message):
+    write_tar(tmp_path / "b-0.tar", scene_members("a/b"))
+    with pytest.raises(error, match=message) as caught:
+        read_source(tmp_path, pattern)
+    assert "\n" not in str(caught.value)
+
+
+# ---- tar
+
+PARTS = st.text(st.characters(codec="utf-8", exclude_characters="\0/"), min_size=1, max_size=40)
+NAMES = st.lists(PARTS.filter(lambda part: part not in (".", "..")), min_size=1, max_size=8)
+OTHER_TYPES = [tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CONTTYPE]
+TYPES = st.sampled_from([tarfile.REGTYPE] * 4 + OTHER_TYPES)
+MEMBERS = st.lists(st.tuples(NAMES.map("/".join), st.binary(max_size=1100), TYPES), max_size=6)
+
+
+def tar_bytes(members, format):
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=format) as tar:
+        for name, content, kind in members:
+            info = tarfile.TarInfo(name)
+            info.type = kind
+            info.linkname = name[::-1] if kind in (tarfile.SYMTYPE, tarfile.LNKTYPE) else ""
+            info.size = len(content) if info.isreg() else 0
+            try:
+                tar.addfile(info, io.BytesIO(content))
+            except ValueError:          # too long a name for ustar
+                pass
+    return file.getvalue()
+
+
+def found_members(tmp_path, content):
+    path = tmp_path / "x.tar"
+    path.write_bytes(content)
+    return list(shards.tar_members(shards.Window(shards.LocalFile(path))))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@BOUNDED
+@given(members=MEMBERS)
+def test_members_are_those_of_pythons_tarfile(tmp_path, format, members):
+    content = tar_bytes(members, FORMATS[format])
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        expected = [(info.name, info.offset_data, info.size) for info in tar if info.isreg()]
+    assert found_members(tmp_path, content) == expected
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_long_names_are_read_in_every_format(tmp_path, format):
+    lengths = [99, 100, 101, 155, 200] + [256, 1000, 70_000] * (format != "ustar")
+    names = ["/".join(["d" * 50] * (n // 51)) + "/" + "f" * (n % 51 + 1) for n in lengths]
+    content = tar_bytes([(name, b"1", tarfile.REGTYPE) for name in names], FORMATS[format])
+    assert [name for name, *_ in found_members(tmp_path, content)] == names
+
+
+def with_checksum(header):
+    total = 256 + sum(header[:148]) + sum(header[156:512])
+    return header[:148] + b"%06o\0 " % total + header[156:]
+
+
+def test_sizes_in_base_256_are_read(tmp_path):
+    content = tar_bytes([("a", b"12345", tarfile.REGTYPE)], tarfile.GNU_FORMAT)
+    content = with_checksum(content[:124] + b"\x80" + (5).to_bytes(11, "big") + content[136:])
+    assert found_members(tmp_path, content) == [("a", 512, 5)]
+
+
+def test_a_pax_size_is_the_members_size(tmp_path):
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("a")
+        info.size, info.pax_headers = 600, {"size": "600"}
+        tar.addfile(info, io.BytesIO(b"x" * 600))
+    content = content.getvalue()
+    member = with_checksum(content[1024:1024 + 124] + b"0" * 11 + b"\0" + content[1024 + 136:])
+    assert found_members(tmp_path, content[:1024] + member) == [("a", 1536, 600)]
+
+
+def test_a_checksum_of_signed_bytes_is_accepted(tmp_path):
+    content = tar_bytes([("é", b"1", tarfile.REGTYPE)], tarfile.GNU_FORMAT)
+    total = sum(byte - 256 * (byte > 127) for byte in content[:148] + b" " * 8 + content[156:512])
+    content = content[:148] + b"%06o\0 " % total + content[156:]
+    assert found_members(tmp_path, content) == [("é", 512, 1)]
+
+
+def block(name, kind, content=b"", size=None):
+    """A ustar header of any type, and its padded content; `size` is claimed, if given."""
+    header = tar_bytes([(name, content, tarfile.REGTYPE)], tarfile.USTAR_FORMAT)[:512]
+    size = len(content) if size is None else size
+    header = header[:124] + b"%011o\0" % size + header[136:156] + kind + header[157:]
+    return with_checksum(header) + content + bytes(-len(content) % 512)
+
+
+@pytest.mark.parametrize("blocks", [
+    [block("folder/", b"\0"), block("a", b"\0", b"old")],
+    [block("link", b"1", size=700), block("a", b"0", b"1")],
+    [block("unknown", b"Z", b"x" * 600), block("a", b"0", b"1")],
+    [block("x", b"x", b"10 path=p\n"), block("l", b"L", b"long\0"), block("a", b"0", b"1")],
+    [block("l", b"L", b"long\0"), block("x", b"x", b"10 path=p\n"), block("a", b"0", b"1")],
+    [block("k", b"K", b"to\0"), block("l", b"L", b"long\0"), block("s", b"2"), block("a", b"0")],
+    [block("g", b"g", b"14 comment=no\n"), block("a", b"0", b"1"), bytes(512), block("b", b"0")],
+])
+def test_rare_headers_are_read_as_pythons_tarfile_reads_them(tmp_path, blocks):
+    content = b"".join(blocks) + bytes(1024)
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        expected = [(info.name, info.offset_data, info.size) for info in tar if info.isreg()]
+    assert found_members(tmp_path, content) == expected and len(expected) == 1
+
+
+def test_an_extended_header_at_the_end_is_rejected(tmp_path):
+    for last in (block("l", b"L", b"long\0"), block("x", b"x", b"11 size=12\n")):
+        with pytest.raises(shards.TarError, match="header without its member, at byte 2048"):
+            found_members(tmp_path, block("a", b"0", b"1") + last + bytes(1024))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_cut_archive_is_rejected_and_its_whole_members_are_kept(tmp_path, format):
+    long = ("d" * 60 + "/" + "n" * 60) if format == "ustar" else "n" * 150
+    members = [("a", b"x" * 700, tarfile.REGTYPE), (long, b"y" * 300, tarfile.REGTYPE),
+               ("c", b"", tarfile.REGTYPE)]
+    content = tar_bytes(members, FORMATS[format])
+    whole = found_members(tmp_path, content)
+    end = content.rindex(b"ustar") - 257 + 512      # the last member, c, is empty
+    path = tmp_path / "x.tar"
+    for cut in range(0, end + 512, 37):
+        path.write_bytes(content[:cut])
+        kept = []
+        with pytest.raises(shards.TarError) as caught:
+            for member in shards.tar_members(shards.Window(shards.LocalFile(path))):
+                kept.append(member)
+        assert kept == [member for member in whole if member[1] + member[2] <= cut]
+        # The header that is missing may be expected within 511 bytes of padding behind the cut.
+        assert caught.value.offset < cut + 512 and caught.value.offset % 512 == 0
+        assert f"x.tar: {caught.value.problem}, at byte {caught.value.offset}" == str(caught.value)
+
+
+def test_every_changed_header_byte_is_noticed_where_it_is(tmp_path):
+    content = tar_bytes([("a", b"x" * 600, tarfile.REGTYPE), ("b", b"y", tarfile.REGTYPE)],
+                        tarfile.USTAR_FORMAT)
+    for at in range(1536, 2048, 3):
+        broken = content[:at] + bytes([content[at] ^ 0x55]) + content[at + 1:]
+        try:
+            found_members(tmp_path, broken)
+        except shards.TarError as err:
+            assert err.offset == 1536 and "bad header" in str(err)
+        else:
+            assert 1536 + 148 <= at < 1536 + 156    # only the checksum's own padding may change
+
+
+@pytest.mark.parametrize("records", [
+    b"12 path=a", b"99 path=abc\n", b"x path=a\n", b"5 =a\n", b"8 path\n", b"11 size=-1\n",
+    b"12 size=1_0\n", b"22 GNU.sparse.major=1\n"])
+def test_broken_and_sparse_pax_headers_are_rejected(tmp_path, records):
+    with pytest.raises(shards.TarError, match="PAX|sparse"):
+        found_members(tmp_path, block("x", b"x", records) + block("a", b"0", b"1") + bytes(1024))
+
+
+def test_a_huge_extended_header_is_refused_unread(tmp_path):
+    path = tmp_path / "x.tar"
+    with open(path, "wb") as file:
+        file.write(block("x", b"L", size=1 << 32))
+        file.truncate(1 << 33)          # sparse: no disk is used
+    with pytest.raises(shards.TarError, match="an extended header of 4294967296 bytes"):
+        list(shards.tar_members(shards.Window(shards.LocalFile(path))))
+
+
+@BOUNDED
+@given(st.data())
+def test_a_mutated_archive_raises_nothing_but_tar_errors(tmp_path, draw):
+    format = draw.draw(st.sampled_from(sorted(FORMATS)))
+    members = [("a", b"x" * 600), ("b" * 140, b"y"), ("c", b"")]
+    content = tar_bytes([(*member, tarfile.REGTYPE) for member in members], FORMATS[format])
+    content = bytearray(content[:6144])
+    for _ in range(draw.draw(st.integers(1, 6))):
+        at = draw.draw(st.integers(0, len(content) - 1))
+        content[at] = draw.draw(st.integers(0, 255))
+        if draw.draw(st.booleans()):    # a valid checksum lets the damage in
+            block = at // 512 * 512
+            content[block:block + 512] = with_checksum(bytes(content[block:block + 512]))
+    try:
+        for name, offset, size in found_members(tmp_path, bytes(content)):
+            assert 0 <= size and offset + size <= len(content)
+    except shards.TarError:
+        pass
+
+
+def test_errors_survive_a_trip_between_processes():
+    for error in (shards.TarError("a.tar", 512, "bad"), shards.Damaged("a", "b", "c")):
+        assert str(pickle.loads(pickle.dumps(error))) == str(error)
