@@ -9,6 +9,7 @@ import zlib
 import numpy as np
 from PIL import Image
 
+import data
 import scenes
 from configs import Source
 
@@ -76,3 +77,7 @@ def write_source(folder, name, scenes, shards=1, **options):
 
 def read_source(folder, pattern, name="here", format="co3d", side=SIDE):
     return scenes.open_source(Source(name, format, pattern, 1.0), folder, side)
+
+
+def all_pairs(reader, mode="7dof", seed=0, **options):
+    return data.Pairs([reader], [1.0], seed, reader.image_size, mode, **options)

@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from made import (SIDE, co3d_metadata, depth_png, encoded, re10k_metadata, read_source,
+from made import (SIDE, all_pairs, co3d_metadata, depth_png, encoded, re10k_metadata, read_source,
                   scene_members, write_source, write_tar)
 
 import camera
@@ -48,10 +48,6 @@ def pair_of(reader, scene, cond, target, mode):
 
 def indexed(path):
     return index.RawIndex(shards.LocalFile(path), "co3d")
-
-
-def all_pairs(reader, mode="7dof", seed=0, **options):
-    return data.Pairs([reader], [1.0], seed, reader.image_size, mode, **options)
 
 
 @pytest.fixture

@@ -1,18 +1,32 @@
 """shards.py against Python's tarfile, a web server and commands."""
 
+import functools
+import hashlib
+import http.server
 import io
 import itertools
 import os
 import pickle
 import re
+import shlex
+import subprocess
+import sys
 import tarfile
+import threading
+import zlib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from made import read_source, scene_members, write_tar
+from made import SIDE, all_pairs, read_source, scene_members, write_source, write_tar
 
+import scenes
 import shards
+from configs import Source
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 BOUNDED = settings(max_examples=80, deadline=None, derandomize=True, database=None,
@@ -54,6 +68,16 @@ NAMES = st.lists(PARTS.filter(lambda part: part not in (".", "..")), min_size=1,
 OTHER_TYPES = [tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CONTTYPE]
 TYPES = st.sampled_from([tarfile.REGTYPE] * 4 + OTHER_TYPES)
 MEMBERS = st.lists(st.tuples(NAMES.map("/".join), st.binary(max_size=1100), TYPES), max_size=6)
+
+
+def same_pairs(one, other):
+    """Whether two sources give the same first 20 pairs."""
+    one, other = all_pairs(one), all_pairs(other)
+    for k in range(20):
+        a, b = one[k], other[k]
+        if a["uid"] != b["uid"] or not torch.equal(a["image_target"], b["image_target"]):
+            return False
+    return True
 
 
 def tar_bytes(members, format):
@@ -228,3 +252,188 @@ def test_a_mutated_archive_raises_nothing_but_tar_errors(tmp_path, draw):
 def test_errors_survive_a_trip_between_processes():
     for error in (shards.TarError("a.tar", 512, "bad"), shards.Damaged("a", "b", "c")):
         assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+# ---- shards on the web
+
+class Ranges(http.server.SimpleHTTPRequestHandler):
+    """A file server with byte ranges that can fail on purpose."""
+    fails, requests, ranged = 0, [], True
+
+    def do_GET(self):
+        kind = type(self)
+        kind.requests.append(self.headers["Range"])
+        if kind.fails:
+            kind.fails -= 1
+            return self.send_error(503)
+        path = self.translate_path(self.path)
+        if not os.path.isfile(path):
+            return self.send_error(404)
+        content = Path(path).read_bytes()
+        first, last = 0, len(content) - 1
+        if kind.ranged:
+            first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+        piece = content[first:last + 1]
+        self.send_response(206 if kind.ranged else 200)
+        if kind.ranged:
+            self.send_header("Content-Range",
+                             f"bytes {first}-{first + len(piece) - 1}/{len(content)}")
+        self.send_header("ETag", str(zlib.crc32(content)))
+        self.send_header("Content-Length", str(len(piece)))
+        self.end_headers()
+        self.wfile.write(piece)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def web(tmp_path, monkeypatch):
+    """(folder that is served, its address, the handler's class)."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "web"
+    folder.mkdir()
+    handler = type("Handler", (Ranges,), {"requests": []})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0),
+                                         functools.partial(handler, directory=folder)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield folder, f"http://127.0.0.1:{server.server_port}", handler
+        server.shutdown()
+
+
+def test_shards_on_the_web_give_the_pairs_of_the_same_files(web):
+    folder, address, handler = web
+    write_source(folder, "a", 3, shards=2)
+    remote = read_source("/nowhere", address + "/a-{000000..000001}.tar")
+    local = read_source(folder, "a-{000000..000001}.tar")
+    assert same_pairs(remote, local)
+    # the index is kept: a second reader asks for the size of each shard and for nothing else
+    handler.requests.clear()
+    again = read_source("/nowhere", address + "/a-{000000..000001}.tar")
+    assert handler.requests == ["bytes=0-0"] * 2 and len(again) == 6
+    # one pair reads its two images, to the byte
+    handler.requests.clear()
+    all_pairs(again, "7dof")[0]
+    spans = [list(map(int, span.removeprefix("bytes=").split("-"))) for span in handler.requests]
+    sizes = {int(size) for index in local.shards for size in index.sizes[:, 0]}
+    assert len(spans) == 2 and all(last - first + 1 in sizes for first, last in spans)
+
+
+def test_a_changed_shard_on_the_web_is_indexed_anew(web):
+    folder, address, handler = web
+    for name in ("a/b", "a/c"):
+        write_tar(folder / "x.tar", scene_members(name))
+        assert read_source("/nowhere", address + "/x.tar").shards[0].scenes == [name]
+
+
+def test_transient_failures_of_a_server_are_tried_again(web, monkeypatch):
+    folder, address, handler = web
+    monkeypatch.setattr(shards.time, "sleep", lambda seconds: None)
+    write_tar(folder / "x.tar", scene_members("a/b"))
+    handler.fails = shards.WEB_TRIES - 1
+    reader = read_source("/nowhere", address + "/x.tar")
+    handler.fails = shards.WEB_TRIES
+    with pytest.raises(shards.Damaged, match="x.tar: a/b.*cannot be read .*503"):
+        reader.image(0, 0)
+    assert reader.image(0, 0).shape == (3, SIDE, SIDE)
+
+
+def test_a_server_without_ranges_is_refused_with_the_way_out(web):
+    folder, address, handler = web
+    write_tar(folder / "x.tar", scene_members("a/b"))
+    handler.ranged = False
+    with pytest.raises(ValueError, match=f"does not serve byte ranges; as `pipe:curl -sf {address}"):
+        read_source("/nowhere", address + "/x.tar")
+
+
+# ---- shards from commands
+
+@pytest.fixture
+def stream(tmp_path, monkeypatch):
+    """Four shards of two scenes each, and the pattern of commands that print them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_source(tmp_path, "a", 2, shards=4)
+    log = shlex.quote(str(tmp_path / "log"))
+    return f"pipe:echo x >> {log}; cat {shlex.quote(str(tmp_path))}/a-{{000000..000003}}.tar"
+
+
+def open_stream(pattern, window=2, pairs_per_shard=10):
+    source = Source("here", "co3d", pattern, 1.0, window=window, pairs_per_shard=pairs_per_shard)
+    return scenes.open_source(source, "/nowhere", SIDE)
+
+
+def test_a_streams_pairs_are_a_function_of_their_number(stream):
+    pairs = all_pairs(open_stream(stream))
+    whole = [pairs[k]["uid"] for k in range(120)]
+    again = all_pairs(open_stream(stream))          # goes on in the middle, and is in no hurry
+    assert [again[k]["uid"] for k in reversed(range(60, 120))] == whole[60:][::-1]
+    by_shard = Counter(uid.split("scene_")[1][0] for uid in whole)
+    assert len(by_shard) == 4 and min(by_shard.values()) >= 15      # 30 expected of each
+    # a window of two: ten pairs never come from more than three shards
+    assert all(len({uid.split("scene_")[1][0] for uid in whole[k:k + 10]}) <= 3
+               for k in range(0, 120, 10))
+
+
+def test_streams_are_copied_once_for_all_and_few_are_kept(stream, tmp_path):
+    pairs = all_pairs(open_stream(stream))
+    with ThreadPoolExecutor(4) as pool:             # as many readers at the same place
+        readers = list(pool.map(lambda i: all_pairs(open_stream(stream)), range(4)))
+    for k in range(15):
+        assert len({reader[k]["uid"] for reader in [pairs, *readers]}) == 1
+    copied = len((tmp_path / "log").read_text().split())
+    assert copied <= 4
+    for k in range(0, 400, 10):
+        pairs[k]
+    copies = list((tmp_path / "cache").rglob("*.tar"))
+    assert len(copies) <= scenes.COPIES_KEPT * 2 + 1 and not list(tmp_path.rglob("*.part"))
+
+
+def test_a_copy_that_was_deleted_is_made_again(stream, tmp_path):
+    pairs = all_pairs(open_stream(stream))
+    before = pairs[0]["uid"]
+    for copy in (tmp_path / "cache").rglob("*.tar"):
+        copy.unlink()
+    shards.OPEN.clear()
+    assert pairs[0]["uid"] == before and pairs[0]["damage"] == ""
+
+
+def test_a_stream_that_fails_is_replaced_and_named(stream, tmp_path):
+    pairs = all_pairs(open_stream(stream))
+    (tmp_path / "a-000002.tar").unlink()
+    items = [pairs[k] for k in range(60)]
+    damage = {line.split("\t")[1] for item in items for line in item["damage"].splitlines()}
+    assert damage == {"the stream cannot be read"}
+    assert not any("scene_2" in item["uid"] for item in items)
+    with pytest.raises(ValueError, match="'here': `exit 3`: the stream cannot be read .*status 3"):
+        open_stream("pipe:exit 3")
+
+
+def test_a_copy_whose_maker_was_killed_is_made_by_another(stream, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "COPY_STALE", 0.5)
+    folder = tmp_path / "copies"
+    folder.mkdir()
+    command = "echo whole"
+    name = hashlib.sha256(command.encode()).hexdigest()[:32]
+    (folder / f"{name}.part").write_bytes(b"half")
+    assert shards.fetch(command, folder, 4).read_bytes() == b"whole\n"
+
+
+def test_a_stream_has_no_fixed_pass(stream):
+    with pytest.raises(ValueError, match="'here' is a stream, which has no fixed pass"):
+        all_pairs(open_stream(stream), ordered=True)
+
+
+def test_standard_input_is_read_as_one_tar(tmp_path):
+    path = write_tar(tmp_path / "a.tar", scene_members("a/b"))
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); import scenes, configs\n"
+            "source = configs.Source('here', 'co3d', '-', 1.0)\n"
+            "print(scenes.open_source(source, '', 8).shards[0].scenes)")
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", code, os.path.dirname(shards.__file__)]
+    with open(path, "rb") as file:
+        done = subprocess.run(command, stdin=file, env=environment, capture_output=True, text=True)
+    assert done.stdout == "['a/b']\n", done.stderr
+    assert not list((tmp_path / "cache").rglob("*.tar"))
+    done = subprocess.run(command, env={**environment, "WORLD_SIZE": "2"}, capture_output=True,
+                          text=True, stdin=subprocess.DEVNULL)
+    assert "standard input reaches one process only" in done.stderr
