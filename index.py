@@ -8,6 +8,7 @@ Letters: `n` views of a scene, `c h w` channels, height and width of a latent, `
 
 import hashlib
 import json
+import math
 import os
 import re
 import uuid
@@ -328,7 +329,7 @@ def encoded_scene(window, offset, size):
         for name, shape in shapes.items():
             dtype, stored, start, end = spans[name]
             if (stored != shape or dtype not in FLOATS or not 0 <= start
-                    or end - start != np.prod(shape) * FLOATS[dtype]().itemsize
+                    or end - start != math.prod(shape) * FLOATS[dtype]().itemsize
                     or 8 + length + end > size):
                 raise ValueError(f"{name} is {dtype}{list(stored)}, not of {n} views")
         if n < 2:

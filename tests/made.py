@@ -7,6 +7,7 @@ import tarfile
 import zlib
 
 import numpy as np
+import torch
 from PIL import Image
 
 import data
@@ -81,3 +82,15 @@ def read_source(folder, pattern, name="here", format="co3d", side=SIDE):
 
 def all_pairs(reader, mode="7dof", seed=0, **options):
     return data.Pairs([reader], [1.0], seed, reader.image_size, mode, **options)
+
+
+def encoded_scene(seed, views=4, latent=(8, 4, 4), width=6):
+    """Arrays of an encoded scene, as encode.member takes them, random but for the cameras."""
+    random = torch.Generator().manual_seed(seed)
+    c2w = torch.eye(4, dtype=torch.float64).repeat(views, 1, 1)
+    c2w[:, :3, 3] = torch.randn(views, 3, generator=random, dtype=torch.float64)
+    return {"moments": torch.randn(views, *latent, generator=random).half(),
+            "clip": torch.randn(views, width, generator=random).half(), "c2w": c2w,
+            "fov": torch.full((views,), 0.9, dtype=torch.float64),
+            "scale": torch.rand(views, generator=random, dtype=torch.float64) + 0.5,
+            "radius": 1.25 + seed, "nearplane": 0.75}
