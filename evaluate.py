@@ -1,34 +1,57 @@
-"""How good a model is on scenes it never saw: PSNR of its views, beside two simple baselines.
+"""How good a model is on scenes it never saw, beside baselines, and whether it follows the camera.
 
-    python evaluate.py out/synth --eval_pairs=512
+    python evaluate.py out/synth --pairs 512
+    torchrun --nproc_per_node 8 evaluate.py out/mix --pairs 4096 --lpips alexnet.pth alex.pth
+    python evaluate.py zeronvs.ckpt --config configs/mix.py --data=data
 
+Writes metrics.json, pairs.jsonl (every pair's figures) and cases.png (best, median and worst) into
+the run's folder eval/. A pair's figures depend on the seed and its number alone, and batches are
+the same for any number of processes, so the result is too. Figures are explained in metrics.py.
 Letters: `b` batch, `c` channels, `h w` pixels.
 """
 
+import argparse
 import json
+import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from PIL import Image
+from tqdm import tqdm
 
+import camera
 import checkpoint
+import clip
 import configs
 import data
 import depth
+import metrics
 import model
+import pictures
+import sample
+from metrics import psnr
 from samplers import novel_views
 
-PEAK = 2.0                  # images live in [-1, 1]
 GRID_GAP = 2                # pixels between the images of a grid
 GRID_SIDE = 128             # pixels a side that small images are enlarged to, at least
+CASES = 4                   # rows of the sheet for the best, for the median, and for the worst
+DISTANCES = (1, 2, 3)       # edges between buckets of camera distance, in radii of the scene
+BANDS = 4                   # equal parts of the timesteps, each with its own validation loss
+SURE = 3                    # standard errors that make a difference clear
+MODEL, WARP = "this model", "warp by depth"
+# Fields of the run that an evaluation may change; the network's own are those it was trained with.
+FIELDS = {"data", "device", "micro_batch", "sampler", "sample_steps", "guidance", "eta",
+          "depth_weights", "quantile_blend"}
+TITLES = {"psnr": ("PSNR dB", 2), "ssim": ("SSIM", 3), "lpips_alex": ("LPIPS alex", 3),
+          "lpips_vgg": ("LPIPS vgg", 3), "clip": ("CLIP", 3),
+          "reprojection": ("reprojection dB", 2), "camera_margin": ("camera margin dB", 2),
+          "camera_found": ("camera found", 3)}
 
 
-def psnr(image, truth):
-    """Peak signal-to-noise ratio in dB of (b, c, h, w) images in [-1, 1], each on its own: (b,)."""
-    mse = (image - truth).square().mean(dim=(1, 2, 3))
-    return 10 * torch.log10(PEAK**2 / mse.clamp(min=torch.finfo(mse.dtype).tiny))
-
+# ---- views and their baselines
 
 def baselines(image_cond):
     """{name: guess (b, c, h, w)} of the target view by rules that know nothing of the camera."""
@@ -38,9 +61,7 @@ def baselines(image_cond):
 
 def held_out_pairs(config, count):
     """`count` fixed pairs of held-out views, spread evenly over the scenes: a Dataset."""
-    sources = [source for source in config.sources if source.held_out]
-    if not sources:
-        raise ValueError("no source has held_out shards, so there is nothing to score or to show")
+    sources = held_out_sources(config)
     readers = [data.SourceReader(s, config.data, config.image_size, held_out=True) for s in sources]
     total = sum(s.probability for s in sources)
     pairs = data.Pairs(readers, [s.probability / total for s in sources], config.seed,
@@ -48,6 +69,14 @@ def held_out_pairs(config, count):
     if count > len(pairs):
         raise ValueError(f"{count} held-out pairs are asked for, but there are {len(pairs)}")
     return torch.utils.data.Subset(pairs, range(count))
+
+
+def held_out_sources(config):
+    """The sources of a Config that have held-out shards. Raises ValueError where none has."""
+    sources = [source for source in config.sources if source.held_out]
+    if not sources:
+        raise ValueError("no source has held_out shards, so there is nothing to score or to show")
+    return sources
 
 
 @torch.no_grad()
@@ -61,14 +90,20 @@ def views_of(net, batch, config, depth_net=None):
     return views, image_cond, data.images(batch["image_target"].to(device))
 
 
+def batches(pairs, config, rank=0, world=1):
+    """Yields the batches of `pairs` that are this rank's, as lists of their places."""
+    for i, start in enumerate(range(0, len(pairs), config.micro_batch)):
+        if i % world == rank:
+            yield list(range(start, min(start + config.micro_batch, len(pairs))))
+
+
 def evaluate(net, pairs, config, depth_net=None):
     """{method: (b,) PSNR of every pair} of the model and the baselines over `pairs`."""
     scores = {}
-    for start in range(0, len(pairs), config.micro_batch):
-        numbers = range(start, min(start + config.micro_batch, len(pairs)))
-        batch = torch.utils.data.default_collate([pairs[k] for k in numbers])
+    for places in batches(pairs, config):
+        batch = torch.utils.data.default_collate([pairs[k] for k in places])
         views, image_cond, truth = views_of(net, batch, config, depth_net)
-        for name, guess in {"this model": views, **baselines(image_cond)}.items():
+        for name, guess in {MODEL: views, **baselines(image_cond)}.items():
             scores.setdefault(name, []).append(psnr(guess, truth).cpu())
     return {name: torch.cat(rows) for name, rows in scores.items()}
 
@@ -78,18 +113,235 @@ def report(scores):
     width = max(map(len, scores))
     mean = {name: row.mean().item() for name, row in scores.items()}
     error = {name: row.std().item() / len(row)**0.5 for name, row in scores.items()}
-    pairs = len(scores["this model"])
+    pairs = len(scores[MODEL])
     lines = [f"held-out PSNR over {pairs} pairs of scenes never seen in training"]
     lines += [f"  {name:{width}}  {mean[name]:6.2f} dB +- {error[name]:.2f}"
               for name in sorted(mean, key=mean.get, reverse=True)]
-    best = max((name for name in mean if name != "this model"), key=mean.get)
-    lead = scores["this model"] - scores[best]
-    margin, spread = lead.mean().item(), lead.std().item() / len(lead)**0.5
-    clear = 3 * spread      # three standard errors of the paired difference
-    verb = "beats" if margin > clear else "loses to" if margin < -clear else "equals, within noise,"
-    lines.append(f"the model {verb} the best baseline ({best}): {margin:+.2f} dB +- {spread:.2f}")
+    best = max((name for name in mean if name != MODEL), key=mean.get)
+    lead = scores[MODEL] - scores[best]
+    lines.append(verdict(best, lead.mean().item(), lead.std().item() / len(lead)**0.5))
     return lines
 
+
+def verdict(best, margin, error):
+    """The line that compares the model with the best baseline, by the paired difference in dB."""
+    clear = SURE * error
+    verb = "beats" if margin > clear else "loses to" if margin < -clear else "equals, within noise,"
+    return f"the model {verb} the best baseline ({best}): {margin:+.2f} dB +- {error:.2f}"
+
+
+# ---- validation inside training
+
+@torch.no_grad()
+def validation_loss(net, pairs, config, depth_net=None):
+    """{band of timesteps: mean loss over `pairs`}, in the order of the timesteps.
+
+    A pair has one timestep in every band, and the same noise in all of them; both are functions of
+    (seed, number), and no condition is dropped: figures of different runs can be compared.
+    """
+    device, shape = net.betas.device, model.latent_shape(config)
+    width, losses = model.TIMESTEPS // BANDS, [[] for _ in range(BANDS)]
+    for places in batches(pairs, config):
+        batch = torch.utils.data.default_collate([pairs[k] for k in places])
+        batch["image_cond"] = image_cond = data.images(batch["image_cond"].to(device))
+        T = model.pose_vector(batch, config.mode, depth_net, config.quantile_blend).to(device)
+        mean, logvar = net.encode(data.images(batch["image_target"].to(device)))
+        z_cond, embedding = net.encode(image_cond)[0], net.embed(image_cond)
+        draws = model.draw(config.seed, batch["number"].to(device), shape)
+        for band in range(BANDS):
+            inside = replace(draws, t=band * width + draws.t // BANDS)
+            losses[band].append(net(mean, logvar, z_cond, embedding, T, inside, (0, 0, 0)).cpu())
+    return {f"{band * width}-{(band + 1) * width - 1}": torch.cat(rows).mean().item()
+            for band, rows in enumerate(losses)}
+
+
+def validate(net, pairs, config, depth_net=None):
+    """What a validation inside training logs: {name: number}, over the first validate_pairs pairs.
+
+    PSNR and SSIM of samples in at most validate_steps steps of DPM-Solver++, beside the best
+    baseline's PSNR; the loss, and that of every band of timesteps.
+    """
+    pairs = torch.utils.data.Subset(pairs, range(min(len(pairs), config.validate_pairs)))
+    few = replace(config, sampler="dpm++",
+                  sample_steps=min(config.sample_steps, config.validate_steps))
+    scores = {}
+    for places in batches(pairs, config):
+        batch = torch.utils.data.default_collate([pairs[k] for k in places])
+        views, image_cond, truth = views_of(net, batch, few, depth_net)
+        found = {"val_psnr": psnr(views, truth), "val_ssim": metrics.ssim(views, truth)}
+        for name, guess in baselines(image_cond).items():
+            found[name] = psnr(guess, truth)
+        for name, row in found.items():
+            scores.setdefault(name, []).append(row.cpu())
+    mean = {name: torch.cat(rows).mean().item() for name, rows in scores.items()}
+    losses = validation_loss(net, pairs, config, depth_net)
+    return {"val_psnr": mean["val_psnr"], "val_ssim": mean["val_ssim"],
+            "val_baseline_psnr": max(mean[name] for name in mean if not name.startswith("val_")),
+            "val_loss": sum(losses.values()) / len(losses),
+            **{f"val_loss_{band}": loss for band, loss in losses.items()}}
+
+
+# ---- every figure of every pair
+
+def judges_of(net, config, args):
+    """({figure: function of (view, truth)}, notes about those that are left out)."""
+    device, notes = net.betas.device, []
+    judges = {"psnr": psnr, "ssim": metrics.ssim}
+    for files in args.lpips:
+        lpips = metrics.load_lpips(*files).to(device)
+        judges[f"lpips_{lpips.net}"] = lpips
+    if not args.lpips:
+        notes.append("LPIPS is left out: --lpips alexnet-owt-7be5be79.pth alex.pth (or VGG-16's "
+                     "two files) gives its weights")
+    embed = net.embed if config.latent == "vae" else None
+    if args.clip:
+        embed = clip.load(args.clip).to(device).eval().encode_image
+    if embed:
+        judges["clip"] = lambda view, truth: torch.cosine_similarity(embed(view), embed(truth))
+    else:
+        notes.append("CLIP similarity is left out: --clip ViT-L-14.pt gives its weights")
+    return judges, notes
+
+
+def case(pairs, place):
+    """(pair, {what is known of it}): names of its source and scene, and both views' true depth."""
+    dataset, number = pairs.dataset, pairs.indices[place]
+    item = dataset[number]
+    # what was damaged has been replaced by a later draw of the same number
+    source, scene, *views = dataset.draw(number, attempt=len(item["damage"].splitlines()))
+    reader = dataset.readers[source]
+    cond, target = (torch.from_numpy(reader.depth(scene, view)) for view in views)
+    return item, {"source": reader.name, "scene": item["uid"].rpartition(":")[0],
+                  "depth_cond": cond, "depth_target": target}
+
+
+def guesses_of(net, cases, config, depth_net):
+    """Of a batch of cases: ({method: (b, 3, h, w)}, truth, Followed, conditioning views, seen)."""
+    batch = torch.utils.data.default_collate([item for item, _ in cases])
+    views, image_cond, truth = views_of(net, batch, config, depth_net)
+    cond, target = (torch.stack([known[name] for _, known in cases]).to(views.device)
+                    for name in ("depth_cond", "depth_target"))
+    pose = camera.relative_pose(batch["cond_c2w"], batch["target_c2w"]).to(views)
+    followed = metrics.Followed(image_cond, cond, target, pose, batch["fov"].to(views))
+    # the baseline knows the depth of the conditioning view alone
+    warped, seen = metrics.warp(image_cond, cond, pose, batch["fov"], torch.zeros_like(cond))
+    guesses = {MODEL: views, **baselines(image_cond),
+               WARP: torch.where(seen[:, None], warped, image_cond)}
+    return guesses, truth, followed, image_cond, seen
+
+
+@torch.no_grad()
+def measure(net, pairs, config, judges, depth_net=None, rank=0, world=1):
+    """A row for every pair of this rank: number, uid, source, scene, distance of the cameras in
+    radii of the scene, and {method: {figure: value}}; figures that do not exist are left out."""
+    rows = []
+    for places in tqdm(list(batches(pairs, config, rank, world)), "evaluate", unit="batch",
+                       disable=rank > 0, leave=False):
+        cases = [case(pairs, place) for place in places]
+        guesses, truth, followed, *_ = guesses_of(net, cases, config, depth_net)
+        figures = {}
+        for method, guess in guesses.items():
+            found = {name: judge(guess, truth) for name, judge in judges.items()}
+            found.update(followed(guess))
+            figures[method] = {name: row.tolist() for name, row in found.items()}
+        for i, (item, known) in enumerate(cases):
+            moved = (item["target_c2w"] - item["cond_c2w"])[:3, 3].norm()
+            methods = [m for m in figures if m != WARP or known["depth_cond"].any()]
+            rows.append({
+                "number": item["number"].item(), "uid": item["uid"], "source": known["source"],
+                "scene": known["scene"], "distance": (moved / item["radius"]).item(),
+                "scores": {m: {name: row[i] for name, row in figures[m].items()
+                               if row[i] == row[i]} for m in methods}})
+    return rows
+
+
+# ---- tables
+
+def mean_and_error(values, scenes):
+    """(mean, standard error, count). Pairs of one scene are not independent of each other, so the
+    error is that of means over scenes; with one pair a scene it is the usual one."""
+    values = torch.tensor(values, dtype=torch.float64)
+    mean, sums = values.mean().item() if len(values) else float("nan"), {}
+    for value, scene in zip(values.tolist(), scenes):
+        sums[scene] = sums.get(scene, 0.0) + value - mean
+    groups = len(sums)
+    if groups < 2:
+        return mean, float("nan"), len(values)
+    spread = sum(total**2 for total in sums.values()) * groups / (groups - 1)
+    return mean, spread**0.5 / len(values), len(values)
+
+
+def figure(rows, method, name):
+    """(mean, standard error, count) of one figure of a method over the rows that have it."""
+    having = [row for row in rows if name in row["scores"].get(method, {})]
+    return mean_and_error([row["scores"][method][name] for row in having],
+                          [row["scene"] for row in having])
+
+
+def difference(rows, method, other, name="psnr", others=None):
+    """(mean, standard error, count) of the paired difference of two methods; `others`: rows of the
+    same pairs that the other method's figure is taken from."""
+    scenes, values = [], []
+    for row, against in zip(rows, others or rows, strict=True):
+        if name in row["scores"].get(method, {}) and name in against["scores"].get(other, {}):
+            values.append(row["scores"][method][name] - against["scores"][other][name])
+            scenes.append(row["scene"])
+    return mean_and_error(values, scenes)
+
+
+def bucket(distance):
+    """The name of the bucket that a camera distance, in radii of the scene, falls into."""
+    edges = [0, *DISTANCES]
+    i = sum(distance >= edge for edge in DISTANCES)
+    return f"{edges[i]} to {edges[i + 1]} radii" if i < len(DISTANCES) else f"{edges[i]} radii up"
+
+
+def summary(rows):
+    """{"methods": {method: {figure: {mean, se, n}}}, "sources": of the model, "distances"}."""
+    names = [name for name in TITLES if any(name in row["scores"][MODEL] for row in rows)]
+
+    def cells(some, method):
+        found = {name: figure(some, method, name) for name in names}
+        return {name: {"mean": mean, "se": error, "n": count}
+                for name, (mean, error, count) in found.items() if count}
+
+    def by(key):
+        groups = {}
+        for row in rows:
+            groups.setdefault(key(row), []).append(row)
+        return {group: cells(groups[group], MODEL) for group in sorted(groups)}
+
+    methods = list(dict.fromkeys(method for row in rows for method in row["scores"]))
+    return {"methods": {method: cells(rows, method) for method in methods},
+            "sources": by(lambda row: row["source"]),
+            "distances": by(lambda row: bucket(row["distance"]))}
+
+
+def table(title, cells):
+    """Lines of text of {row: {figure: {mean, se, n}}}."""
+    names = [name for name in TITLES if any(name in row for row in cells.values())]
+    width = max(map(len, [title, *cells]))
+    lines = ["  ".join([f"{title:{width}}", "pairs", *(f"{TITLES[n][0]:>16}" for n in names)])]
+    for label, row in cells.items():
+        texts = [f"{row[n]['mean']:.{TITLES[n][1]}f} +- {row[n]['se']:.{TITLES[n][1]}f}"
+                 if n in row else "-" for n in names]
+        lines.append("  ".join([f"{label:{width}}", f"{max(r['n'] for r in row.values()):5}",
+                                *(f"{text:>16}" for text in texts)]))
+    return lines
+
+
+def screen(found, rows):
+    """All tables and the verdict, as lines."""
+    lines = []
+    for title, key in (("method", "methods"), ("source", "sources"),
+                       ("camera distance", "distances")):
+        lines += [*table(title, found[key]), ""]
+    blind = [m for m in found["methods"] if m not in (MODEL, WARP)]
+    best = max(blind, key=lambda m: found["methods"][m]["psnr"]["mean"])
+    return [*lines, verdict(best, *difference(rows, MODEL, best)[:2])]
+
+
+# ---- pictures
 
 def grid(columns):
     """Rows of images side by side, one column a list entry (b, 3, h, w) in [-1, 1]: a PIL image."""
@@ -104,6 +356,35 @@ def grid(columns):
     pixels = ((rows + 1) * 127.5).round().byte().permute(1, 2, 0)       # (h, w, 3)
     return Image.fromarray(pixels.cpu().numpy())
 
+
+def chosen(rows, count=CASES):
+    """[(label, place in rows)] of the best, the median and the worst pairs, by the model's PSNR."""
+    order = sorted(range(len(rows)), key=lambda i: -rows[i]["scores"][MODEL]["psnr"])
+    count = min(count, -(-len(order) // 3))
+    middle = (len(order) - count) // 2
+    return [(label, place) for label, places in
+            (("best", order[:count]), ("median", order[middle:middle + count]),
+             ("worst", order[len(order) - count:])) for place in places]
+
+
+def cases_sheet(net, pairs, config, rows, depth_net=None):
+    """The sheet of the best, median and worst pairs, a row each: conditioning view, truth, the
+    model's view, and the conditioning view warped by its depth, where there is one."""
+    lines = []
+    for label, place in chosen(rows):
+        guesses, truth, _, image_cond, seen = guesses_of(net, [case(pairs, place)], config,
+                                                         depth_net)
+        score = rows[place]["scores"][MODEL]["psnr"]
+        line = [(f"{label}: pair {rows[place]['number']}", image_cond[0]), ("truth", truth[0]),
+                (f"model {score:.1f} dB", guesses[MODEL][0])]
+        if WARP in rows[place]["scores"]:
+            known = torch.where(seen, guesses[WARP][0], torch.ones_like(truth[0]))
+            line.append((f"warp, {seen.float().mean():.0%} known", known))
+        lines.append([(text, pictures.image(x)) for text, x in line])
+    return pictures.sheet(lines)
+
+
+# ---- the command
 
 def device_of(config):
     """The torch.device that a Config asks for. Raises ValueError where this machine has none."""
@@ -124,24 +405,110 @@ def load_depth(config, device):
     return depth.load(config.depth_weights).to(device).eval()
 
 
-def main(argv):
-    folder = checkpoint.latest(argv[0]) if argv else None
-    if folder is None:
-        raise FileNotFoundError(f"no checkpoint in {argv[0] if argv else '(no folder was given)'}; "
-                                "python evaluate.py out/synth reads the newest one of a run")
-    meta = json.loads((Path(folder) / "meta.json").read_text())
-    config = configs.override(configs.from_dict(meta["config"]), argv[1:])
+def parser():
+    """The command line; fields of the run's Config may follow as --name=value."""
+    p = sample.Parser("evaluate.py", allow_abbrev=False, description=__doc__.splitlines()[0],
+                      epilog="Fields of the run may follow as --name=value: "
+                             + ", ".join(sorted(FIELDS)))
+    p.add_argument("checkpoint", metavar="PATH",
+                   help="a run's folder (its newest step), one step, or a published checkpoint")
+    p.add_argument("--pairs", type=sample.numbers_of(int, 2), metavar="N",
+                   help="held-out pairs, spread over the scenes (the run's eval_pairs)")
+    p.add_argument("--seed", type=sample.numbers_of(int, 0), metavar="N",
+                   help="which pairs, and the noise of their views (the run's)")
+    p.add_argument("--config", default="", metavar="FILE",
+                   help="take the data from this configuration instead of the checkpoint's own")
+    p.add_argument("--lpips", nargs=2, action="append", default=[], metavar=("BACKBONE", "LINEAR"),
+                   help="torchvision's AlexNet or VGG-16, and the lpips package's weights/v0.1/"
+                        "alex.pth or vgg.pth; may be repeated")
+    p.add_argument("--clip", nargs="+", default=[], metavar="FILE",
+                   help="CLIP's ViT-L-14.pt, for the similarity of its embeddings")
+    p.add_argument("--out", default="", metavar="FOLDER",
+                   help="where to write (eval/ in the run's folder)")
+    return p
+
+
+def config_of(args, overrides):
+    """The Config of an evaluation. Raises ValueError, FileNotFoundError."""
+    if not Path(args.checkpoint).exists():
+        raise FileNotFoundError(f"no checkpoint {args.checkpoint}; `python train.py "
+                                "configs/synth.py` makes out/synth")
+    config = sample.config_of(checkpoint.read(args.checkpoint))
+    if args.config:
+        other = configs.load([args.config])
+        config = replace(config, sources=other.sources, data=other.data,
+                         depth_weights=other.depth_weights)
+    for argument in overrides:
+        name = argument.removeprefix("--").partition("=")[0]
+        if name in configs.Config.__dataclass_fields__ and name not in FIELDS:
+            raise ValueError(f"--{name} belongs to the training of the run and cannot be changed "
+                             f"here; what can is {', '.join(sorted(FIELDS))}")
+    config = configs.override(config, overrides)
+    return replace(config, eval_pairs=config.eval_pairs if args.pairs is None else args.pairs,
+                   seed=config.seed if args.seed is None else args.seed)
+
+
+def gathered(rows, world):
+    """The rows of all ranks, by number."""
+    if world > 1:
+        everything = [None] * world
+        dist.all_gather_object(everything, rows)
+        rows = [row for part in everything for row in part]
+    return sorted(rows, key=lambda row: row["number"])
+
+
+def write(out, rows, found, about):
+    """Writes metrics.json and pairs.jsonl into the folder `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "metrics.json").write_text(json.dumps({**about, **found}, indent=1) + "\n")
+    (out / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def run(argv):
+    """The command. Raises ValueError or OSError with one line."""
+    args, overrides = parser().parse_known_args(argv)
+    config = config_of(args, overrides)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = device_of(config)
-    net = model.build(config).to(device).eval()
-    checkpoint.load_model(net, folder, ema=True)
-    pairs = held_out_pairs(config, config.eval_pairs)
-    scores = evaluate(net, pairs, config, load_depth(config, device))
-    print("\n".join([f"{folder}:"] + report(scores)))
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    pairs = held_out_pairs(config, config.eval_pairs)       # before anything large is read
+    net = sample.load(args.checkpoint, device, "fp32")[0]
+    depth_net = load_depth(config, device)
+    judges, notes = judges_of(net, config, args)
+    if world > 1:
+        dist.init_process_group("gloo")     # only rows of numbers travel
+    rows = gathered(measure(net, pairs, config, judges, depth_net, rank, world), world)
+    if world > 1:
+        dist.destroy_process_group()
+    if rank > 0:
+        return
+    if not any("reprojection" in row["scores"][MODEL] for row in rows):
+        notes.append("no depth is known, so neither the warp nor the camera figures are there")
+    path = Path(args.checkpoint)
+    folder = path.parent if path.name.startswith("step_") or path.is_file() else path
+    out, found = Path(args.out) if args.out else folder / "eval", summary(rows)
+    about = {"checkpoint": str(checkpoint.read(path).path), "pairs": len(rows), "seed": config.seed,
+             "scenes": len({row["scene"] for row in rows}), "mode": config.mode,
+             "sampler": config.sampler, "sample_steps": config.sample_steps,
+             "guidance": config.guidance, "eta": config.eta, "notes": notes}
+    write(out, rows, found, about)
+    cases_sheet(net, pairs, config, rows, depth_net).save(out / "cases.png")
+    print(f"{about['checkpoint']}: {len(rows)} pairs of {about['scenes']} scenes never seen in "
+          f"training, seed {config.seed}, {config.sample_steps} steps of {config.sampler}\n")
+    print("\n".join([*screen(found, rows), *notes]))
+    print(f"in {out}: metrics.json, pairs.jsonl, cases.png")
+
+
+def main(argv):
+    try:
+        run(argv)
+    except (ValueError, OSError) as err:
+        reason = f"{err.filename}: {err.strerror}" if getattr(err, "strerror", None) else err
+        print(f"evaluate.py: {reason}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, FileNotFoundError) as err:
-        print(f"evaluate.py: {err}", file=sys.stderr)
-        sys.exit(2)
+    main(sys.argv[1:])
