@@ -1,148 +1,55 @@
 """Makes shards: tar files of scenes, in the layouts that data.py reads.
 
-    python prepare.py synth             # synthetic scenes, in both raw layouts, into data/synth
+    python prepare.py synth                             # synthetic scenes, into data/synth
+    python prepare.py co3d CO3D                         # CO3D v2 as downloaded, into data/co3d
+    python prepare.py re10k --cameras RealEstate10K/train --frames FRAMES       # and acid
+    python prepare.py colmap CAPTURE ...                # COLMAP models with their images
+    python prepare.py nerfstudio CAPTURE ...            # folders with a transforms.json
 
-A raw scene is, for every view, `category/scene/frame000001.png`, `..._depth.png` (16-bit PNG whose
-words are float16 bits, 0 where unknown) and `..._metadata.json`. Shards are written under another
-name and renamed, so a shard that exists is whole, and the same arguments give the same bytes:
-running a command again goes on where it stopped. Letters: `s` scenes, `v` views, `h w` pixels.
+Shards are written under another name and renamed, so a shard that exists is whole, and the same
+arguments give the same bytes: running a command again goes on where it stopped. Letters: `s`
+scenes, `v` views, `h w` pixels.
 """
 
 import argparse
-import io
+import functools
+import hashlib
 import json
 import math
-import multiprocessing
 import os
-import signal
-import struct
 import sys
-import tarfile
 import time
-import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
+import captures
+import resample
 import synth
+from shard_writer import IMAGE_FORMATS, check_out, make, raw_scene, write_text
 
 LAYOUTS = ("co3d", "re10k")
 SYNTH_VERSION = 2               # goes up when the same arguments give other pictures
+CAPTURES_VERSION = 1
 HELD_OUT = 2**30                # number of the first held-out scene; training scenes count from 0
 SMALLEST = 8                    # pixels a side
 VIEWS_AT_ONCE = 128             # views a render call on a GPU takes
 MOST_ON_GPU = 8                 # processes that share a GPU, unless told: each takes 2 GB of it
-POLL = 0.1                      # seconds between looks at the processes
-PARTIAL = ".partial"            # suffix of a shard that is being written
-# from OpenGL camera axes (right, up, back) to pytorch3d's (left, up, forward)
-PYTORCH3D = np.diag([-1.0, 1.0, -1.0])
-LOSSY = {"jpg": dict(format="JPEG", quality=95), "webp": dict(format="WEBP", quality=92)}
-IMAGE_FORMATS = ("png", *LOSSY)
+FEWEST_VIEWS = 2                # of a scene: a pair
+# bytes of a photo's pixel, and of a depth map's: what shards are planned by
+BYTES_A_PIXEL, DEPTH_BYTES_A_PIXEL = {"png": 1.9, "jpg": 0.55, "webp": 0.3}, 0.6
+SPLITS = ("train", "held-out")
 
 
-# ---------------------------------------------------------------------------------------- shards
-
-def write_shard(path, scenes):
-    """Writes scenes, each a list of (member name, bytes), as a tar at `path`; returns its size.
-
-    `scenes` may be a generator. The tar's bytes depend on the members alone: ustar, no times, no
-    owners. The file appears under its name when it is complete.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + PARTIAL)
-    with open(partial, "wb") as file:
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for scene in scenes:
-                for name, content in scene:
-                    member = tarfile.TarInfo(name)      # time, owner and group are 0
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    return path.stat().st_size
-
-
-def png_bytes(samples):
-    """The PNG file of samples (h, w, 3) uint8 or (h, w) uint16.
-
-    Every row is stored as its difference to the one above, and packed by one call of zlib: half the
-    time of a coder that chooses among filters, for a few per cent more bytes.
-    """
-    depth, color = (8, 2) if samples.ndim == 3 else (16, 0)         # bits, RGB or grey
-    height, width = samples.shape[:2]
-    rows = samples.astype(">u2").view(np.uint8) if depth == 16 else samples
-    rows = rows.reshape(height, -1)
-    lines = np.full((height, rows.shape[1] + 1), 2, np.uint8)       # a leading 2: "up"
-    lines[0, 1:] = rows[0]
-    np.subtract(rows[1:], rows[:-1], out=lines[1:, 1:])
-    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
-    file = b"\x89PNG\r\n\x1a\n"
-    for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(lines, 1)), (b"IEND", b"")):
-        file += struct.pack(">I", len(data)) + kind + data
-        file += struct.pack(">I", zlib.crc32(kind + data))
-    return file
-
-
-def image_bytes(image, image_format):
-    """The file of an RGB image (h, w, 3) uint8; `image_format` is one of IMAGE_FORMATS."""
-    if image_format == "png":
-        return png_bytes(image)
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, **LOSSY[image_format])
-    return file.getvalue()
-
-
-def depth_bytes(depth):
-    """The 16-bit PNG of a depth (h, w): float16 bits; what is unknown or does not fit is 0."""
-    with np.errstate(over="ignore"):
-        half = depth.astype(np.float16)
-    half[~np.isfinite(half) | (half < 0)] = 0
-    return png_bytes(half.view(np.uint16))
-
-
-def co3d_metadata(c2w, fov, scale_adjustment):
-    """Metadata of a square view in the co3d layout: OpenGL c2w (4, 4) float64, fov in radians.
-
-    pytorch3d multiplies rows, x_cam = x_world R + T; focal lengths are in half image sides.
-    """
-    w2c = np.linalg.inv(c2w)
-    focal = 1 / math.tan(fov / 2)
-    return {"R": (PYTORCH3D @ w2c[:3, :3]).T.tolist(), "T": (PYTORCH3D @ w2c[:3, 3]).tolist(),
-            "focal_length": [focal, focal], "principal_point": [0.0, 0.0],
-            "scale_adjustment": scale_adjustment}
-
-
-def re10k_metadata(c2w, fov, size):
-    """Metadata of a square view, `size` pixels, in the re10k layout: OpenGL c2w, fov in radians."""
-    slope = 2 * math.tan(fov / 2) / size            # of the ray, a pixel
-    corner = -math.tan(fov / 2)
-    return {"extrinsics": c2w.tolist(),
-            "intrinsics": [[slope, 0.0, corner], [0.0, slope, corner], [0.0, 0.0, 1.0]]}
-
-
-def raw_scene(layout, name, images, depths, c2w, fov, image_format="png", scale_adjustment=1.0):
-    """The members of a raw scene `name` (category/scene): a list of (member name, bytes).
-
-    images (v, h, h, 3) uint8, depths (v, h, h) with 0 for unknown, OpenGL c2w (v, 4, 4) float64 in
-    the same unit, fov in radians, numpy arrays all. Readers multiply the stored depth by
-    `scale_adjustment`, which only co3d has.
-    """
-    members = []
-    for i, (image, depth, pose) in enumerate(zip(images, depths, c2w)):
-        frame = f"{name}/frame{i + 1:06d}"
-        if layout == "co3d":
-            metadata, depth = co3d_metadata(pose, fov, scale_adjustment), depth / scale_adjustment
-        else:
-            metadata = re10k_metadata(pose, fov, image.shape[1])
-        members += [(f"{frame}.{image_format}", image_bytes(image, image_format)),
-                    (f"{frame}_depth.png", depth_bytes(depth)),
-                    (f"{frame}_metadata.json", json.dumps(metadata).encode())]
-    return members
+def check_least(args, **least):
+    """Raises ValueError for the first option that is less than it may be."""
+    for name, limit in least.items():
+        if getattr(args, name) < limit:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be at "
+                             f"least {limit}")
 
 
 # ----------------------------------------------------------------------------------------- synth
@@ -150,7 +57,7 @@ def raw_scene(layout, name, images, depths, c2w, fov, image_format="png", scale_
 def synth_plan(args):
     """The shards of a run: a list of (path, split, layout, scene numbers)."""
     plan = []
-    for split, first, count in (("train", 0, args.scenes), ("held-out", HELD_OUT, args.held_out)):
+    for split, first, count in zip(SPLITS, (0, HELD_OUT), (args.scenes, args.held_out)):
         for offset, layout in enumerate(LAYOUTS):
             numbers = range(first + offset, first + count, len(LAYOUTS))
             for i in range(0, len(numbers), args.scenes_per_shard):
@@ -181,7 +88,7 @@ def synth_scene(scene, images, depths, c2w, args):
                      scale_adjustment)
 
 
-def synth_scenes(numbers, args, device, report):
+def synth_scenes(args, device, path, numbers, report):
     """Yields the members of every scene in order; calls report(views, seconds of rendering)."""
     batch = 1 if device.type == "cpu" else max(1, VIEWS_AT_ONCE // args.views)
     for i in range(0, len(numbers), batch):
@@ -191,124 +98,27 @@ def synth_scenes(numbers, args, device, report):
         report(len(scenes) * args.views, seconds)
 
 
-def make_shards(todo, args, device, report):
-    """Makes shards one after the other, on one core. `todo` may be a generator."""
-    torch.set_num_threads(1)
-    for path, _, _, numbers in todo:
-        write_shard(path, synth_scenes(numbers, args, device, report))
-
-
-def worker(todo, args, device, taken, views, seconds, errors):
-    """One of several processes: makes the shards that no other has taken; dies with its parent."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    def shards():
-        while True:
-            with taken.get_lock():
-                k, taken.value = taken.value, taken.value + 1
-            if k >= len(todo):
-                return
-            yield todo[k]
-
-    def report(more_views, more_seconds):
-        with views.get_lock():
-            views.value, seconds.value = views.value + more_views, seconds.value + more_seconds
-        if not multiprocessing.parent_process().is_alive():
-            os._exit(1)
-
-    try:
-        make_shards(shards(), args, device, report)
-    except (ValueError, OSError) as err:
-        errors.put(str(err))
-
-
-def make_shards_together(todo, args, device, workers, report):
-    """Makes shards in several processes, each on one core. OSError where one of them fails.
-
-    Processes, not threads: most calls into torch are so short that threads would queue up for them.
-    """
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    context.set_forkserver_preload(["synth"])
-    taken, views = context.Value("q", 0), context.Value("q", 0)
-    seconds, errors = context.Value("d", 0.0), context.SimpleQueue()
-    shared = (todo, args, device, taken, views, seconds, errors)
-    processes = [context.Process(target=worker, args=shared, daemon=True) for _ in range(workers)]
-    for process in processes:
-        process.start()
-    reported, running = (0, 0.0), True
-    while running:
-        time.sleep(POLL)
-        running = any(process.is_alive() for process in processes)
-        now = views.value, seconds.value
-        report(now[0] - reported[0], now[1] - reported[1])
-        reported = now
-        if not errors.empty():
-            raise OSError(errors.get())
-        codes = [process.exitcode for process in processes if process.exitcode]
-        if codes:
-            raise OSError(f"a process that renders ended with code {codes[0]}: the same command "
-                          "goes on from here, perhaps with fewer --workers")
-
-
-def check_out(args):
-    """Notes the arguments in the output folder, or compares them with those noted: ValueError."""
-    out = Path(args.out)
-    note = out / "synth.json"
-    names = ("scenes", "held_out", "views", "size", "motion", "seed", "image_format",
-             "scenes_per_shard")
-    arguments = {"version": SYNTH_VERSION} | {name: getattr(args, name) for name in names}
-    shards = sorted(path for layout in LAYOUTS for path in (out / layout).glob("*.tar*"))
-    if note.is_file():
-        try:
-            found = json.loads(note.read_text())
-        except ValueError as err:
-            raise ValueError(f"{note} is no JSON; choose another --out") from err
-        differing = [f"{name.replace('_', '-')} {found.get(name)} there, {value} now"
-                     for name, value in arguments.items() if found.get(name) != value]
-        if differing and not args.overwrite:
-            raise ValueError(f"{out} was made with other arguments ({'; '.join(differing)}): "
-                             "choose another --out, or --overwrite")
-        if args.overwrite:
-            for path in shards:
-                path.unlink()
-    elif shards:
-        raise ValueError(f"{out} holds shards that this command did not make: choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    partial = note.with_name(note.name + PARTIAL)
-    partial.write_text(json.dumps(arguments, indent=1) + "\n")
-    os.replace(partial, note)
-
-
 def run_synth(args):
     """Renders synthetic scenes into shards of both raw layouts, skipping those that are there."""
     if not 0 < args.motion <= 1:
         raise ValueError(f"--motion is {args.motion:g}, it must be more than 0 and at most 1")
-    for name, least in (("scenes", 2), ("held_out", 2), ("views", 2), ("size", SMALLEST),
-                        ("seed", 0), ("workers", 0), ("scenes_per_shard", 1)):
-        value, option = getattr(args, name), "--" + name.replace("_", "-")
-        if value < least:
-            raise ValueError(f"{option} {value}: it must be at least {least}")
+    check_least(args, scenes=2, held_out=2, views=2, size=SMALLEST, seed=0, workers=0,
+                scenes_per_shard=1)
     device = pick_device(args.device)
-    check_out(args)
+    names = ("scenes", "held_out", "views", "size", "motion", "seed", "image_format",
+             "scenes_per_shard")
+    arguments = {"version": SYNTH_VERSION} | {name: getattr(args, name) for name in names}
+    shards = [path for layout in LAYOUTS for path in (Path(args.out) / layout).glob("*.tar*")]
+    check_out(Path(args.out) / "synth.json", arguments, shards, args.overwrite)
     plan = synth_plan(args)
-    todo = [shard for shard in plan if not shard[0].is_file()]
+    todo = [(path, numbers) for path, _, _, numbers in plan if not path.is_file()]
     total = args.views * sum(len(shard[3]) for shard in plan)
-    views = args.views * sum(len(shard[3]) for shard in todo)
+    views = args.views * sum(len(numbers) for _, numbers in todo)
     workers = min(args.workers or default_workers(device), max(1, len(todo)))
-    started, rendering = time.perf_counter(), 0.0
+    started = time.perf_counter()
     with tqdm(total=total, initial=total - views, unit=" views", desc=f"synth on {device}") as bar:
-
-        def report(more_views, more_seconds):
-            nonlocal rendering
-            bar.update(more_views)
-            rendering += more_seconds
-
-        if workers == 1:
-            make_shards(todo, args, device, report)
-        else:
-            make_shards_together(todo, args, device, workers, report)
-    for split in ("train", "held-out"):
+        rendering = make(todo, functools.partial(synth_scenes, args, device), workers, bar)
+    for split in SPLITS:
         for layout in LAYOUTS:
             shards = [shard for shard in plan if shard[1:3] == (split, layout)]
             scenes = sum(len(shard[3]) for shard in shards)
@@ -322,6 +132,184 @@ def run_synth(args):
               f"{workers * views / rendering:.0f} views/s ({workers} processes on {device})")
     else:
         print("all of them were there already")
+
+
+# -------------------------------------------------------------------------------------- captures
+
+def find(args):
+    """(Captures, Counter of those passed over) of the arguments. Raises ValueError, OSError."""
+    if args.command == "co3d":
+        return captures.find_co3d(args.folder, args.categories, args.quality, args.depth)
+    if args.command == "colmap":
+        return captures.find_colmap(args.folders, args.images, args.depth)
+    if args.command == "nerfstudio":
+        return captures.find_nerfstudio(args.folders, args.depth)
+    return captures.find_re10k(args.command, args.cameras, args.frames, args.videos, args.colmap)
+
+
+def split_captures(found, args):
+    """{split: Captures by name}. Which are held out, and which a smaller number of scenes leaves,
+    follows from the seed and the names. Raises ValueError."""
+    names = Counter(capture.name for capture in found)
+    twice = [name for name, count in names.items() if count > 1]
+    if twice:
+        raise ValueError(f"two scenes are called {twice[0]}: rename the folder of one")
+    if len(found) <= args.held_out:
+        raise ValueError(f"{len(found)} scenes found, of which --held-out {args.held_out} leaves "
+                         "none for training")
+    order = sorted(found, key=lambda each: hashlib.sha256(f"{args.seed} {each.name}".encode())
+                   .digest())
+    train = order[args.held_out:][:args.scenes or None]
+    by_name = functools.partial(sorted, key=lambda capture: capture.name)
+    return dict(zip(SPLITS, (by_name(train), by_name(order[:args.held_out]))))
+
+
+def count_views(capture, args):
+    """The views of a scene that are asked for."""
+    return min(capture.count, args.views or capture.count)
+
+
+def plan_captures(splits, args):
+    """The shards of a run: a list of (path, Captures), each about --shard-size large."""
+    a_view = args.size**2 * (BYTES_A_PIXEL[args.image_format]
+                             + (DEPTH_BYTES_A_PIXEL if args.depth else 0))
+    plan = []
+    for split, found in splits.items():
+        shards, room = [], 0.0
+        for capture in found:
+            size = a_view * count_views(capture, args)
+            if size > room or not shards:
+                shards.append([])
+                room = args.shard_size * 1e9
+            shards[-1].append(capture)
+            room -= size
+        plan += [(Path(args.out) / f"{split}-{i:06d}.tar", shard)
+                 for i, shard in enumerate(shards)]
+    return plan, a_view
+
+
+def evenly(views, count):
+    """`count` of the views, evenly from the first to the last; 0: all."""
+    if not 0 < count < len(views):
+        return views
+    return [views[round(i)] for i in np.linspace(0, len(views) - 1, count)]
+
+
+def depth_unit(view, depths):
+    """What the stored depths of a scene are to be multiplied by: CO3D's own number, so that its
+    words come through as they were, or else what brings the median near 1."""
+    if isinstance(view.depth, resample.DepthMap) and view.depth.half_floats:
+        return view.depth.unit
+    depths = np.array(depths)
+    return 2.0 ** round(math.log2(np.median(depths[depths > 0])))
+
+
+def capture_scene(capture, args, out):
+    """The members of one scene. Appends the views left out to `out`; raises LeftOut."""
+    views, unread = capture.read()
+    views, half, unusable = resample.one_camera(views)
+    out += unread + unusable
+    kept, images, depths = [], [], []
+    for view, picture in resample.pictures(evenly(views, args.views)):
+        try:
+            image, depth = resample.square(view, picture, half, args.size)
+        except resample.LeftOut as err:
+            out.append(err)
+            continue
+        kept, images, depths = [*kept, view], [*images, image], [*depths, depth]
+    if len(kept) < FEWEST_VIEWS:
+        raise resample.LeftOut(capture.name, "fewer than two usable views", out[-1] if out else "")
+    layout, unit = "re10k", 1.0
+    if args.command not in ("re10k", "acid"):
+        layout, unit = "co3d", depth_unit(kept[0], depths) if kept[0].depth else 1.0
+    c2w = [view.c2w for view in kept]
+    return raw_scene(layout, capture.name, images, depths if kept[0].depth else None, c2w,
+                     2 * math.atan(half), args.image_format, unit)
+
+
+def capture_scenes(args, path, found, report):
+    """Yields the members of a shard's scenes in order; then notes beside it what was left out.
+
+    Raises ValueError where nothing is left.
+    """
+    out, scenes, views = [], 0, 0
+    for capture in found:
+        mine = []
+        try:
+            members = capture_scene(capture, args, mine)
+            scenes, views = scenes + 1, views + sum("_metadata" in name for name, _ in members)
+            yield members
+        except resample.LeftOut as err:
+            mine.append(err)
+        out += mine
+        report(count_views(capture, args), 0.0)
+    if not scenes:
+        raise ValueError(f"{path}: none of its {len(found)} scenes can be used: {out[-1]}")
+    write_text(path.with_suffix(".json"), json.dumps({
+        "scenes": scenes, "views": views,
+        "left_out": [[err.reason, err.where, err.detail] for err in out]}, indent=1) + "\n")
+
+
+def run_captures(args):
+    """Makes shards of captures, skipping those that are there."""
+    check_least(args, size=SMALLEST, views=0, scenes=0, held_out=0, seed=0, workers=0)
+    if args.views == 1 or not args.shard_size > 0:
+        raise ValueError("--views 1: a pair needs two; 0 takes all" if args.views == 1 else
+                         f"--shard-size {args.shard_size:g}: it must be more than 0")
+    found, passed_over = find(args)
+    for reason, count in sorted(passed_over.items()):
+        print(f"passed over: {count} {reason}")
+    splits = split_captures(found, args)
+    plan, a_view = plan_captures(splits, args)
+    views = {path: sum(count_views(capture, args) for capture in shard) for path, shard in plan}
+    total = sum(views.values())
+    if args.dry_run:
+        for split, each in splits.items():
+            shards = [path for path, _ in plan if path.name.startswith(split)]
+            count = sum(views[path] for path in shards)
+            print(f"{Path(args.out) / split}-*.tar: {len(shards)} shards, {len(each)} scenes, "
+                  f"{count} views, about {count * a_view / 1e9:.3g} GB")
+        return
+    listed = "\n".join(f"{path.name} {each.name} {each.count}" for path, shard in plan
+                       for each in shard)
+    names = ("command", "size", "views", "depth", "image_format", "seed", "scenes", "held_out",
+             "shard_size")
+    arguments = {"version": CAPTURES_VERSION} | {name: getattr(args, name) for name in names}
+    arguments["found"] = (f"{len(found)} scenes (list "
+                          f"{hashlib.sha256(listed.encode()).hexdigest()[:12]})")
+    shards = list(Path(args.out).glob("*.tar*"))
+    check_out(Path(args.out) / "prepare.json", arguments, shards, args.overwrite)
+    todo = [shard for shard in plan if not shard[0].is_file()]
+    left = sum(views[path] for path, _ in todo)
+    workers = min(args.workers or default_workers(torch.device("cpu")), max(1, len(todo)))
+    started = time.perf_counter()
+    with tqdm(total=total, initial=total - left, unit=" views", desc=args.command) as bar:
+        make(todo, functools.partial(capture_scenes, args), workers, bar)
+    summary(plan)
+    if todo:
+        seconds = time.perf_counter() - started
+        print(f"{left} views in {seconds:.1f} s: {left / seconds:.0f} views/s "
+              f"({workers} processes)")
+    else:
+        print("all of them were there already")
+
+
+def summary(plan):
+    """Prints what there is, and what was left out."""
+    left_out = {}
+    for split in SPLITS:
+        shards = [path for path, _ in plan if path.name.startswith(split)]
+        reports = [json.loads(path.with_suffix(".json").read_text()) for path in shards]
+        print(f"{shards[0].parent / split}-*.tar: {len(shards)} shards, "
+              f"{sum(each['scenes'] for each in reports)} scenes, "
+              f"{sum(each['views'] for each in reports)} views, "
+              f"{sum(path.stat().st_size for path in shards) / 1e6:.1f} MB" if shards else
+              f"{split}: no scenes (--held-out 0)")
+        for each in reports:
+            for reason, where, detail in each["left_out"]:
+                left_out.setdefault(reason, []).append(f"{where} ({detail})" if detail else where)
+    for reason, places in sorted(left_out.items()):
+        print(f"left out: {len(places)} x {reason}, first {places[0]}")
 
 
 # ---------------------------------------------------------------------------------- command line
@@ -363,12 +351,56 @@ def parser():
     add("--workers", type=int, default=0, help="processes; 0: one a core, on a GPU at most 8")
     add("--overwrite", action="store_true", help="replace shards made with other arguments")
     sub.set_defaults(run=run_synth)
+    add_captures(commands, help_format)
     return top
+
+
+def add_captures(commands, help_format):
+    """The sub-commands for captures, and the options that they share."""
+    helps = {"co3d": "CO3D v2, as downloaded",
+             "re10k": "RealEstate10K: camera texts, and frames or videos",
+             "acid": "ACID: camera texts, and frames or videos",
+             "colmap": "your own captures: COLMAP models with their images",
+             "nerfstudio": "your own captures: folders with a transforms.json"}
+    for name, text in helps.items():
+        own = name in ("colmap", "nerfstudio")
+        sub = commands.add_parser(name, formatter_class=help_format, help=text)
+        add = sub.add_argument
+        if name == "co3d":
+            add("folder", help="holds CATEGORY/frame_annotations.jgz")
+            add("--categories", nargs="+", default=[], metavar="NAME", help="only these")
+            add("--quality", type=float, default=0.5, help="least viewpoint_quality_score")
+        elif own:
+            add("folders", nargs="+", metavar="folder", help="one a scene, whose name it has")
+        if name == "colmap":
+            add("--images", default="images", help="name of the folder of images in each")
+        if name in ("re10k", "acid"):
+            add("--cameras", required=True, help="folder of CLIP.txt")
+            group = sub.add_mutually_exclusive_group(required=True)
+            group.add_argument("--frames", default="", help="folder of CLIP/TIMESTAMP.png or .jpg")
+            group.add_argument("--videos", default="", help="folder of VIDEO.mp4, .webm, ...")
+            add("--colmap", default="", help="folder of COLMAP models CLIP/, for depth")
+        else:
+            add("--no-depth", dest="depth", action="store_false", help="leave depth out")
+        add("--out", default=f"data/{name}", help="folder of the shards")
+        add("--size", type=int, default=256, help="pixels a side")
+        add("--views", type=int, default=0, help="of a scene at most, evenly chosen; 0: all")
+        add("--scenes", type=int, default=0, help="training scenes at most; 0: all")
+        add("--held-out", type=int, default=0 if own else 100, help="scenes kept from training")
+        add("--seed", type=int, default=0, help="decides which scenes are held out or chosen")
+        add("--image-format", choices=IMAGE_FORMATS, default="png", help="of the colour images")
+        add("--shard-size", type=float, default=1.0, help="of a shard, about, in GB")
+        add("--workers", type=int, default=0, help="processes; 0: one a core")
+        add("--dry-run", action="store_true", help="say what would be made, and stop")
+        add("--overwrite", action="store_true", help="replace shards made with other arguments")
+        sub.set_defaults(run=run_captures)
 
 
 def main(argv=None):
     """Runs a sub-command; bad input ends with one line and exit code 2, an interrupt with 130."""
     args = parser().parse_args(argv)
+    if args.command in ("re10k", "acid"):
+        args.depth = bool(args.colmap)
     try:
         args.run(args)
     except (ValueError, OSError) as err:
