@@ -212,6 +212,8 @@ def capture_scene(capture, args, out):
     kept, images, depths = [], [], []
     for view, picture in resample.pictures(evenly(views, args.views)):
         try:
+            if isinstance(picture, resample.LeftOut):
+                raise picture
             image, depth = resample.square(view, picture, half, args.size)
         except resample.LeftOut as err:
             out.append(err)

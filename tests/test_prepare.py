@@ -272,8 +272,10 @@ def read_shard(path):
         stem = name.removesuffix("_metadata.json")
         metadata = json.loads(files[name])
         image = np.asarray(Image.open(io.BytesIO(files[f"{stem}.png"])))
-        words = np.asarray(Image.open(io.BytesIO(files[f"{stem}_depth.png"]))).astype(np.uint16)
-        depth = words.view(np.float16).astype(np.float32)
+        depth = np.zeros(image.shape[:2], np.float32)
+        if f"{stem}_depth.png" in files:
+            words = np.asarray(Image.open(io.BytesIO(files[f"{stem}_depth.png"])))
+            depth = words.astype(np.uint16).view(np.float16).astype(np.float32)
         if "R" in metadata:
             w2c = np.eye(4)
             w2c[:3, :3], w2c[:3, 3] = np.array(metadata["R"]).T, metadata["T"]
