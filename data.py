@@ -34,6 +34,7 @@ SourceReader = open_source
 log = logging.getLogger(__name__)
 
 MAX_DRAWS = 100                     # draws for one pair before giving up
+SMALL = 1 << 17                     # bytes up to which a tensor is sent between processes as bytes
 MIN_DRAWS = 200                     # draws before the share of damaged ones counts
 
 
@@ -187,9 +188,17 @@ def start_worker(ending, worker):
     signal.signal(signal.SIGTERM, lambda number, frame: ending.is_set() and os._exit(0))
 
 
-def as_it_is(batch):
-    """Pairs puts its batches together itself."""
-    return batch
+def packed(batch):
+    """A batch for its way out of a worker: small tensors as arrays, which are sent as bytes. Every
+    tensor would be a piece of shared memory of its own, which costs more than a copy."""
+    return {name: value.numpy() if isinstance(value, torch.Tensor) and value.nbytes < SMALL
+            else value for name, value in batch.items()}
+
+
+def unpacked(batch):
+    """The inverse of `packed`."""
+    return {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+            for name, value in batch.items()}
 
 
 class Loader(DataLoader):
@@ -201,7 +210,7 @@ class Loader(DataLoader):
     def __init__(self, pairs, batches, workers, device, max_damaged):
         ending = multiprocessing.get_context("spawn").Event()      # works under fork too
         atexit.register(ending.set)     # runs before multiprocessing ends and awaits its children
-        super().__init__(pairs, batch_sampler=batches, num_workers=workers, collate_fn=as_it_is,
+        super().__init__(pairs, batch_sampler=batches, num_workers=workers, collate_fn=packed,
                          persistent_workers=workers > 0,
                          worker_init_fn=functools.partial(start_worker, ending),
                          pin_memory=torch.device(device).type == "cuda")
@@ -219,7 +228,7 @@ class Loader(DataLoader):
                 line = str(err).strip().splitlines()[-1]
                 raise ValueError(line.removeprefix("ValueError: ")) from err
             self.count(batch.pop("damage"))
-            yield batch
+            yield unpacked(batch)
 
     def count(self, damage):
         """Books the damage of one batch. Raises ValueError when the run has seen too much."""
