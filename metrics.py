@@ -18,7 +18,7 @@ PEAK = 2.0                      # images live in [-1, 1]
 WINDOW, K1, K2 = 7, 0.01, 0.03  # of SSIM: pixels a side, stabilisers (scikit-image's defaults)
 ROUNDING = (PEAK / 255)**2 / 12     # mean squared error of rounding to 8 bits: 59 dB
 SAME_SURFACE = 0.02             # largest relative difference of two depths of one surface
-WHOLE = 0.999                   # share of a sample that must lie on known depth
+LANDS = 0.999                   # pixels to the sides of where it lands that a pixel covers
 IMPROVEMENTS = 2                # of the depth that a warp finds
 LEAST_SEEN = 0.05               # share of a view that must be seen by both for a figure
 
@@ -55,15 +55,16 @@ def psnr(image, truth):
 def ssim(image, truth):
     """Structural similarity of (b, c, h, w) images in [-1, 1]: (b,), 1 where they are equal.
 
-    scikit-image's default, which the reference calls: uniform windows of 7x7 that lie inside the
-    image, sample variances, the mean over channels. ValueError where the images are smaller.
+    scikit-image's default, which the reference calls, on images in [0, 1]: uniform windows of 7x7
+    that lie inside the image, sample variances, the mean over channels. ValueError where the images
+    are smaller.
     """
     if min(image.shape[2:]) < WINDOW:
         raise ValueError(f"SSIM needs images of at least {WINDOW} pixels a side, not "
                          f"{min(image.shape[2:])}")
     # variances are small differences of large numbers; MPS has no float64
     dtype = torch.float32 if image.device.type == "mps" else torch.float64
-    x, y = image.to(dtype), truth.to(dtype)
+    x, y = (image.to(dtype) + 1) / 2, (truth.to(dtype) + 1) / 2     # no shift leaves SSIM alone
 
     def mean(a):
         return F.avg_pool2d(a, WINDOW, stride=1)
@@ -72,7 +73,7 @@ def ssim(image, truth):
     sample = WINDOW**2 / (WINDOW**2 - 1)
     var_x, var_y = sample * (mean(x * x) - mean_x**2), sample * (mean(y * y) - mean_y**2)
     covariance = sample * (mean(x * y) - mean_x * mean_y)
-    c1, c2 = (K1 * PEAK)**2, (K2 * PEAK)**2
+    c1, c2 = K1**2, K2**2
     index = ((2 * mean_x * mean_y + c1) * (2 * covariance + c2)
              / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2)))
     return index.mean(dim=(1, 2, 3)).float()
@@ -189,7 +190,8 @@ def splat(depth_cond, pose, fov):
     for right in (0, 1):
         for down in (0, 1):
             j, i = column.floor().long() + right, row.floor().long() + down
-            lands = known & (j >= 0) & (j < size) & (i >= 0) & (i < size)
+            near = ((j - column).abs() < LANDS) & ((i - row).abs() < LANDS)
+            lands = known & near & (j >= 0) & (j < size) & (i >= 0) & (i < size)
             place = torch.where(lands, i * size + j, 0)
             nearest.scatter_reduce_(1, place, torch.where(lands, depth, math.inf), "amin")
     return torch.where(nearest.isinf(), 0, nearest).view(b, size, size)
@@ -205,16 +207,15 @@ def look_back(image_cond, depth_cond, depth, pose, fov):
     points = moved(points_of(depth, fov), pose)
     x, y, expected = project(points, fov)
     place = torch.stack([x, y], dim=-1).nan_to_num(math.inf).clamp(-2, 2)     # (b, n, 2)
-    known = depth_cond > 0
-    inverse = torch.where(known, 1 / depth_cond, 0)
-    layers = torch.cat([image_cond, inverse[:, None], known[:, None].to(inverse.dtype)], dim=1)
-    found = F.grid_sample(layers, place.unflatten(1, depth.shape[1:]), align_corners=False)
-    whole = found[:, -1] > WHOLE
-    ratio = (expected * found[:, -2].flatten(1))[:, None]       # 1 where the depths are equal
-    seen = (depth > 0) & (expected.view_as(depth) > 0) & whole
-    surface = moved(points / ratio, torch.linalg.inv(pose))
-    improved = torch.where(seen, -surface[:, 2].view_as(depth), 0).clamp(min=0)
-    return found[:, :-2], seen & ((ratio - 1).abs() < SAME_SURFACE).view_as(seen), improved
+    # unknown depth, and what lies beyond the edge, count as infinitely far: as another surface
+    inverse = torch.where(depth_cond > 0, 1 / depth_cond, 0)[:, None]
+    found = F.grid_sample(torch.cat([image_cond, inverse], dim=1),
+                          place.unflatten(1, depth.shape[1:]), align_corners=False)
+    ratio = expected * found[:, -1].flatten(1)                  # 1 where the depths are equal
+    same = (depth.flatten(1) > 0) & (expected > 0) & ((ratio - 1).abs() < SAME_SURFACE)
+    surface = moved(points / ratio[:, None], torch.linalg.inv(pose))
+    improved = torch.where((depth.flatten(1) > 0) & (ratio > 0), -surface[:, 2], 0).clamp(min=0)
+    return found[:, :-1], same.view_as(depth), improved.view_as(depth)
 
 
 def warp(image_cond, depth_cond, pose, fov, depth_target):
