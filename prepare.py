@@ -39,8 +39,8 @@ SMALLEST = 8                    # pixels a side
 VIEWS_AT_ONCE = 128             # views a render call on a GPU takes
 MOST_ON_GPU = 8                 # processes that share a GPU, unless told: each takes 2 GB of it
 FEWEST_VIEWS = 2                # of a scene: a pair
-# bytes of a photo's pixel, and of a depth map's: what shards are planned by
-BYTES_A_PIXEL, DEPTH_BYTES_A_PIXEL = {"png": 1.9, "jpg": 0.55, "webp": 0.3}, 0.6
+# bytes of a photo's pixel, and of a dense depth map's, as measured: what shards are planned by
+BYTES_A_PIXEL, DEPTH_BYTES_A_PIXEL = {"png": 2.0, "jpg": 0.5, "webp": 0.33}, 0.8
 SPLITS = ("train", "held-out")
 
 

@@ -21,7 +21,7 @@ import paths
 
 NARROWEST = 0.5             # share of the scene's median extent, below which a view is left out
 SAME_ASPECT = 0.02          # largest relative difference of a photo's and its camera's aspect ratio
-ENOUGH = 2                  # times the written size, to which JPEGs may be shrunk while decoding
+ENOUGH = 1.5                # times the written size, to which JPEGs may be shrunk while decoding
 FEWEST_DEPTHS = 16          # pixels of known depth, below which a view has none
 EARLY = 0.005               # seconds by which a video's frame may be before its listed time
 SEEK = 1.0                  # seconds before the first frame wanted, from which a video is decoded

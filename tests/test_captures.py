@@ -886,7 +886,7 @@ def test_a_split_is_by_scene_and_seeded_and_a_subset_keeps_it(many, tmp_path):
 
 
 def test_shards_are_about_the_size_asked_for_and_the_bytes_do_not_depend_on_workers(many, tmp_path):
-    # 32 * 32 * 2.5 bytes a view, three views a scene: two scenes fit
+    # 32 * 32 * 2.8 bytes a view, three views a scene: two scenes fit
     for out, workers in (("a", "1"), ("b", "2")):
         prepare.main([*many, "--out", str(tmp_path / out), "--size", "32", "--held-out", "0",
                       "--shard-size", "0.00002", "--workers", workers])
@@ -922,7 +922,7 @@ def test_a_dry_run_writes_nothing_and_says_how_much(many, tmp_path, capsys):
     prepare.main([*many, "--out", str(tmp_path / "a"), "--held-out", "2", "--dry-run"])
     printed = capsys.readouterr().out
     assert not (tmp_path / "a").exists()
-    assert "train-*.tar: 1 shards, 10 scenes, 30 views, about 0.00492 GB" in printed
+    assert "train-*.tar: 1 shards, 10 scenes, 30 views, about 0.00551 GB" in printed
     assert "held-out-*.tar: 1 shards, 2 scenes, 6 views" in printed
 
 
