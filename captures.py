@@ -233,6 +233,8 @@ def read_re10k(path, place, model):
     depths = re10k_depths(path, rows, model) if model else {}
 
     def view(row):
+        if not math.isfinite(row[0]):
+            raise LeftOut(path, "a time is not finite")
         time = int(row[0])
         where = f"{path}: {time}"
         if any(row[5:7]):
@@ -244,7 +246,7 @@ def read_re10k(path, place, model):
         return View(where, photo, opengl(re10k_w2c(row), where), tuple(row[1:5]),
                     depth=depths.get(time), **video)
 
-    return collect(view, sorted(row for row in rows if math.isfinite(row[0])))
+    return collect(view, sorted(rows, key=lambda row: (not math.isfinite(row[0]), row[0])))
 
 
 def re10k_w2c(row):

@@ -14,6 +14,7 @@ scenes, `v` views, `h w` pixels.
 import argparse
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -42,6 +43,7 @@ FEWEST_VIEWS = 2                # of a scene: a pair
 # bytes of a photo's pixel, and of a dense depth map's, as measured: what shards are planned by
 BYTES_A_PIXEL, DEPTH_BYTES_A_PIXEL = {"png": 2.0, "jpg": 0.5, "webp": 0.33}, 0.8
 SPLITS = ("train", "held-out")
+SHARE_HELD_OUT, MOST_HELD_OUT = 0.05, 100       # scenes of captures, unless told
 
 
 def check_least(args, **least):
@@ -154,14 +156,17 @@ def split_captures(found, args):
     twice = [name for name, count in names.items() if count > 1]
     if twice:
         raise ValueError(f"two scenes are called {twice[0]}: rename the folder of one")
-    if len(found) <= args.held_out:
-        raise ValueError(f"{len(found)} scenes found, of which --held-out {args.held_out} leaves "
-                         "none for training")
+    held_out = args.held_out
+    if held_out < 0:
+        held_out = min(MOST_HELD_OUT, math.ceil(SHARE_HELD_OUT * len(found))) * (len(found) > 1)
+    if len(found) <= held_out:
+        raise ValueError(f"{len(found)} scenes found, of which --held-out {held_out} leaves none "
+                         "for training")
     order = sorted(found, key=lambda each: hashlib.sha256(f"{args.seed} {each.name}".encode())
                    .digest())
-    train = order[args.held_out:][:args.scenes or None]
+    train = order[held_out:][:args.scenes or None]
     by_name = functools.partial(sorted, key=lambda capture: capture.name)
-    return dict(zip(SPLITS, (by_name(train), by_name(order[:args.held_out]))))
+    return dict(zip(SPLITS, (by_name(train), by_name(order[:held_out]))))
 
 
 def count_views(capture, args):
@@ -170,21 +175,20 @@ def count_views(capture, args):
 
 
 def plan_captures(splits, args):
-    """The shards of a run: a list of (path, Captures), each about --shard-size large."""
+    """(shards of a run: a list of (path, Captures), bytes of a view). Shards are as few as
+    --shard-size allows, and about alike."""
     a_view = args.size**2 * (BYTES_A_PIXEL[args.image_format]
                              + (DEPTH_BYTES_A_PIXEL if args.depth else 0))
     plan = []
     for split, found in splits.items():
-        shards, room = [], 0.0
-        for capture in found:
-            size = a_view * count_views(capture, args)
-            if size > room or not shards:
-                shards.append([])
-                room = args.shard_size * 1e9
-            shards[-1].append(capture)
-            room -= size
-        plan += [(Path(args.out) / f"{split}-{i:06d}.tar", shard)
-                 for i, shard in enumerate(shards)]
+        counts = [count_views(capture, args) for capture in found]
+        shards = max(1, math.ceil(sum(counts) * a_view / (args.shard_size * 1e9)))
+        share = max(1, sum(counts)) / shards
+        before = itertools.accumulate(counts, initial=0)        # views in front of each scene
+        grouped = itertools.groupby(zip(before, found), lambda each: int(each[0] // share))
+        for i, (_, shard) in enumerate(grouped):
+            path = Path(args.out) / f"{split}-{i:06d}.tar"
+            plan.append((path, [capture for _, capture in shard]))
     return plan, a_view
 
 
@@ -254,7 +258,7 @@ def capture_scenes(args, path, found, report):
 
 def run_captures(args):
     """Makes shards of captures, skipping those that are there."""
-    check_least(args, size=SMALLEST, views=0, scenes=0, held_out=0, seed=0, workers=0)
+    check_least(args, size=SMALLEST, views=0, scenes=0, held_out=-1, seed=0, workers=0)
     if args.views == 1 or not args.shard_size > 0:
         raise ValueError("--views 1: a pair needs two; 0 takes all" if args.views == 1 else
                          f"--shard-size {args.shard_size:g}: it must be more than 0")
@@ -281,7 +285,8 @@ def run_captures(args):
                           f"{hashlib.sha256(listed.encode()).hexdigest()[:12]})")
     shards = list(Path(args.out).glob("*.tar*"))
     check_out(Path(args.out) / "prepare.json", arguments, shards, args.overwrite)
-    todo = [shard for shard in plan if not shard[0].is_file()]
+    todo = [shard for shard in plan
+            if not (shard[0].is_file() and shard[0].with_suffix(".json").is_file())]
     left = sum(views[path] for path, _ in todo)
     workers = min(args.workers or default_workers(torch.device("cpu")), max(1, len(todo)))
     started = time.perf_counter()
@@ -306,7 +311,7 @@ def summary(plan):
               f"{sum(each['scenes'] for each in reports)} scenes, "
               f"{sum(each['views'] for each in reports)} views, "
               f"{sum(path.stat().st_size for path in shards) / 1e6:.1f} MB" if shards else
-              f"{split}: no scenes (--held-out 0)")
+              f"{split}: no scenes")
         for each in reports:
             for reason, where, detail in each["left_out"]:
                 left_out.setdefault(reason, []).append(f"{where} ({detail})" if detail else where)
@@ -388,7 +393,8 @@ def add_captures(commands, help_format):
         add("--size", type=int, default=256, help="pixels a side")
         add("--views", type=int, default=0, help="of a scene at most, evenly chosen; 0: all")
         add("--scenes", type=int, default=0, help="training scenes at most; 0: all")
-        add("--held-out", type=int, default=0 if own else 100, help="scenes kept from training")
+        add("--held-out", type=int, default=-1,
+            help="scenes kept from training; -1: 5%% of them, at most 100, none of a single one")
         add("--seed", type=int, default=0, help="decides which scenes are held out or chosen")
         add("--image-format", choices=IMAGE_FORMATS, default="png", help="of the colour images")
         add("--shard-size", type=float, default=1.0, help="of a shard, about, in GB")

@@ -530,6 +530,19 @@ def test_fine_detail_is_averaged_not_picked(tmp_path):
     assert abs(found[4:-4, 4:-4].astype(float) - 127.5).max() < 3
 
 
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_a_cut_photo_is_left_out_with_its_name(suffix, miniatures, tmp_path):
+    root = copied(miniatures, "colmap", tmp_path) / "wide"
+    path = root / "images/left/001 a.png"
+    image = Image.open(path).convert("RGB")
+    image.save(tmp_path / f"b.{suffix}")
+    path.write_bytes((tmp_path / f"b.{suffix}").read_bytes()[:-800])
+    run(["colmap", str(root)], tmp_path / "out")
+    report = json.loads((tmp_path / "out/train-000000.json").read_text())
+    assert report["views"] == VIEWS - 1
+    assert [each[:2] for each in report["left_out"]] == [["image cannot be decoded", str(path)]]
+
+
 def test_orientation_tags_are_not_obeyed(tmp_path):
     tags = Image.Exif()
     tags[0x0112] = 6
@@ -681,10 +694,13 @@ def test_clips_without_frames_are_passed_over_and_missing_frames_are_counted(min
     row[0], row[10] = str(5_000_000 + 9 * STEP), "nan"
     bent = lines[1].split()
     bent[5] = "0.01"
-    text.write_text("\n".join([*lines, " ".join(row), " ".join(bent)]) + "\n")
+    timeless = ["nan", *bent[1:]]
+    rows = [" ".join(each) for each in (row, bent, timeless)]
+    text.write_text("\n".join([lines[0], *rows, *lines[1:]]) + "\n")
     run(["re10k", "--cameras", f"{root}/cameras", "--frames", f"{root}/frames"], tmp_path / "out")
     assert "passed over: 1 clips without a folder of frames" in capsys.readouterr().out
     assert left_out(tmp_path / "out") == {"missing image": 1, "the lens is distorted": 1,
+                                          "a time is not finite": 1,
                                           "the camera holds numbers that are not finite": 1}
     assert sorted(reader(tmp_path / "out", "re10k").counts.tolist()) == [VIEWS - 1, VIEWS]
 
@@ -885,6 +901,14 @@ def test_a_split_is_by_scene_and_seeded_and_a_subset_keeps_it(many, tmp_path):
     assert names(tmp_path / "c", "held-out") != held_out
 
 
+def test_a_twentieth_of_the_scenes_is_held_out_unless_told_but_never_the_only_one(many, tmp_path):
+    small = ["--size", "8", "--views", "2", "--workers", "1"]
+    prepare.main([*many, "--out", str(tmp_path / "a"), *small])
+    assert len(names(tmp_path / "a", "held-out")) == 1 and len(names(tmp_path / "a", "train")) == 11
+    prepare.main([*many[:2], "--out", str(tmp_path / "b"), *small])
+    assert not names(tmp_path / "b", "held-out") and len(names(tmp_path / "b", "train")) == 1
+
+
 def test_shards_are_about_the_size_asked_for_and_the_bytes_do_not_depend_on_workers(many, tmp_path):
     # 32 * 32 * 2.8 bytes a view, three views a scene: two scenes fit
     for out, workers in (("a", "1"), ("b", "2")):
@@ -907,6 +931,9 @@ def test_a_run_goes_on_where_it_stopped(many, tmp_path, capsys):
     prepare.main(arguments)
     assert {path: path.read_bytes() for path in shards} == {k: v[0] for k, v in before.items()}
     assert all(path.stat().st_mtime_ns == before[path][1] for path in shards if path != shards[1])
+    shards[0].with_suffix(".json").unlink()
+    prepare.main(arguments)
+    assert shards[0].with_suffix(".json").is_file()
     capsys.readouterr()
     prepare.main(arguments)
     assert "all of them were there already" in capsys.readouterr().out
