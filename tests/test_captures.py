@@ -463,8 +463,7 @@ def view(photo, lens=LENS, **more):
 
 def pixels(photo, lens=LENS, camera=(0, 0), **more):
     """What `square` makes of an image file, taken by a camera of that size."""
-    with Image.open(photo) as picture:
-        each = view(photo, lens, size=camera, **more)
+    for each, picture in resample.pictures([view(photo, lens, size=camera, **more)]):
         return resample.square(each, picture, resample.extent(lens), SIZE)
 
 
