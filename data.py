@@ -252,3 +252,13 @@ def loader(pairs, batches, workers=0, device="cpu", max_damaged=0.05):
     draws were damaged.
     """
     return Loader(pairs, batches, workers, device, max_damaged)
+
+
+if __name__ == "__main__":
+    import inspector        # for the command line alone
+
+    try:
+        sys.exit(inspector.main(sys.argv[1:]))
+    except (ValueError, OSError) as err:
+        print(f"data.py: {err}", file=sys.stderr)
+        sys.exit(2)

@@ -113,13 +113,15 @@ class Index:
     problems  [where, reason, count] of all that is left out
     """
 
-    def __init__(self, file):
+    def __init__(self, file, keep=True):
+        """keep=False neither looks for a kept index nor keeps this one: the shard is read."""
         self.file, self.name = file, file.name
         self.stamp = [INDEX_VERSION, *file.stamp]
-        if not any(self.load(place) for place in self.places()):
+        if not keep or not any(self.load(place) for place in self.places()):
             arrays, self.scenes, self.problems = self.build()
             self.__dict__.update(arrays)
-            self.store(arrays)
+            if keep:
+                self.store(arrays)
 
     def places(self):
         """Where the index may be kept: beside the shard, else in the user's cache folder."""
@@ -187,9 +189,9 @@ class RawIndex(Index):
     """
     arrays = ("starts", "frames", "blocks", "sizes", "c2w", "fov", "depth_scale", "radius")
 
-    def __init__(self, file, layout):
+    def __init__(self, file, layout, keep=True):
         self.layout = layout
-        super().__init__(file)
+        super().__init__(file, keep)
 
     def build(self):
         """(arrays, scenes, problems) from one pass. What cannot be used goes to `problems`."""

@@ -114,11 +114,11 @@ def open_source(source, folder, image_size, held_out=False):
     return of_files(source.name, source.format, find_shards(folder, pattern), image_size)
 
 
-def of_files(name, format, files, image_size):
-    """RawScenes or EncodedScenes, by format, of LocalFiles and WebFiles."""
+def of_files(name, format, files, image_size, keep=True):
+    """RawScenes or EncodedScenes, by format, of LocalFiles and WebFiles; keep: their indexes."""
     if format == "encoded":
-        return EncodedScenes(name, EncodedIndex, files, image_size)
-    return RawScenes(name, partial(RawIndex, layout=format), files, image_size)
+        return EncodedScenes(name, partial(EncodedIndex, keep=keep), files, image_size)
+    return RawScenes(name, partial(RawIndex, layout=format, keep=keep), files, image_size)
 
 
 class Scenes:

@@ -177,9 +177,8 @@ def index_rate(folder, format):
     """(MB of tar a second, members a second) of one pass over the headers, single-threaded."""
     warm(folder, format)
     files = [LocalFile(path) for path in sorted(Path(folder).glob(f"{format}-*.tar"))]
-    build = type("Unstored", (RawIndex,), {"places": lambda self: []})
     start = time.perf_counter()
-    built = [build(file, "co3d") for file in files]
+    built = [RawIndex(file, "co3d", keep=False) for file in files]
     seconds = time.perf_counter() - start
     members = 3 * sum(len(index.frames) for index in built)
     return sum(file.size for file in files) / seconds / 1e6, members / seconds
