@@ -231,7 +231,7 @@ def video_frames(video, times):
     """
     start = max(0.0, times[0] - SEEK)
     after = [f"{time - start - EARLY:.6f}" for time in times]
-    wanted = "+".join(f"gte(t,{time})*not(gte(prev_selected_t,{time}))" for time in after)
+    wanted = total([f"gte(t,{time})*not(gte(prev_selected_t,{time}))" for time in after])
     # frames are given new times at an even rate, or ffmpeg would fill the gaps between them
     command = ["ffmpeg", "-v", "error", "-nostdin", "-ss", f"{start:.6f}", "-i", str(video), "-an",
                "-vf", f"select='{wanted}',setpts=N/{EVEN_RATE}/TB", "-r", str(EVEN_RATE),
@@ -253,6 +253,14 @@ def video_frames(video, times):
             process.kill()
             process.stdout.close()
             process.wait()
+
+
+def total(terms):
+    """The sum of terms as a text whose parentheses nest little, as ffmpeg's parser wants it."""
+    if len(terms) == 1:
+        return terms[0]
+    half = len(terms) // 2
+    return f"({total(terms[:half])}+{total(terms[half:])})"
 
 
 def portable_pixmap(stream):

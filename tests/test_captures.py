@@ -851,6 +851,16 @@ def test_videos_without_ffmpeg_are_refused_in_a_line(miniatures, tmp_path, capsy
     assert "--videos needs ffmpeg, which is not found" in line
 
 
+def test_a_long_sum_does_not_nest_deeply():
+    # ffmpeg's parser of expressions gives up at 100
+    text, deepest, depth = resample.total([f"gte(t,{i})" for i in range(400)]), 0, 0
+    for letter in text:
+        depth += (letter == "(") - (letter == ")")
+        deepest = max(deepest, depth)
+    assert depth == 0 and deepest < 12
+    assert eval(text.replace("gte(t,", "(")) == sum(range(400))
+
+
 @pytest.mark.skipif(not shutil.which("ffmpeg"), reason="ffmpeg is not installed")
 def test_frames_come_from_a_real_video_at_their_times(tmp_path):
     levels = [20 + 8 * i for i in range(25)]
