@@ -4,7 +4,7 @@
     python checkpoint.py convert IN OUT [--ema] [--dtype fp32|fp16|bf16]
 
 A saved step is a folder `out/NAME/step_00005000/`: model.safetensors and ema.safetensors under the
-names of zero123's checkpoints, optimizer.safetensors, and meta.json, which is written last.
+names of zero123's checkpoints, optimizer.safetensors, and meta.json, which is written last. `Writer` writes beside the training thread.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 import warnings
 import zlib
 from collections.abc import Mapping
@@ -292,6 +293,53 @@ def save(out, step, model, ema, optimizer, meta, keep=2, keep_every=0):
     for remains in out.glob(".unfinished_*"):
         shutil.rmtree(remains)
     return final
+
+
+class Writer:
+    """Saves steps on a thread of its own, from copies, so that training goes on meanwhile.
+
+    One step is written at a time: a save that comes too early waits for the one before. A write
+    that fails (a full disk) is told to `say` as a line, and leaves the step before as it was.
+
+    step    the newest step that was written by this writer, 0 before there is one
+    problem why the last write failed, "" when it did not
+    """
+
+    def __init__(self, say=print):
+        self.say, self.copies, self.thread = say, {}, None
+        self.step, self.problem = 0, ""
+
+    def save(self, out, step, model, ema, optimizer, meta, keep=2, keep_every=0):
+        """As `save` above, but model, ema and optimizer are iterables of (name, tensor), each of
+        which is copied before the next is asked for. Returns once all are copied."""
+        self.wait()
+        parts = [{name: self.copy((file, name), tensor) for name, tensor in tensors}
+                 for file, tensors in zip(FILES, (model, ema, optimizer), strict=True)]
+        self.thread = threading.Thread(target=self.write, name="checkpoint",
+                                       args=(out, step, *parts, meta, keep, keep_every))
+        self.thread.start()
+
+    def copy(self, key, tensor):
+        """The tensor in host memory, which is taken once and used for every save."""
+        # not pinned: that takes up to twice the bytes, and these cannot be swapped out
+        if key not in self.copies or self.copies[key].shape != tensor.shape:
+            self.copies[key] = torch.empty(tensor.shape, dtype=tensor.dtype)
+        return self.copies[key].copy_(tensor.detach())
+
+    def write(self, out, step, *rest):
+        self.problem = "the write did not end"      # what is left standing by any other error
+        try:
+            save(out, step, *rest)
+            self.step, self.problem = step, ""
+        except OSError as err:
+            self.problem = f"{err.filename or out}: {err.strerror or err}"
+            self.say(f"step {step} could not be saved, training goes on: {self.problem}")
+
+    def wait(self):
+        """Returns when nothing is being written any more."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
 
 
 def sync(folder):

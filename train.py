@@ -2,12 +2,15 @@
 
     python train.py configs/synth.py
     torchrun --nproc_per_node 8 train.py configs/mix.py
+    python train.py configs/mix.py --dry-run        what would run, and the memory it needs
+    python train.py configs/mix.py --profile 5      also a trace of five steps
 
 What a run starts from: the newest checkpoint in its own folder, else `init`, else random weights.
 Pairs, noise, timesteps and dropped conditions are functions of (seed, number of the pair), so
 nothing but weights and step needs saving, and the number of ranks or micro-steps changes nothing.
 """
 
+import argparse
 import itertools
 import json
 import math
@@ -15,25 +18,31 @@ import os
 import signal
 import sys
 import time
+import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import checkpoint
 import configs
+import cost
 import data
+import distributed
 import evaluate
 import model
+import report
+from distributed import ALONE, Division
 
 GRID_PAIRS = 8
+CHECKED_PAIRS = 4       # of each source, at start
+NAMED_PAIRS = 5         # of those whose loss is not finite
+STOP = signal.SIGINT, signal.SIGTERM    # save and end; sent again they change nothing
 # Fields that may change when a run goes on: they do not change what it learns from the same pairs.
 FREE = {"data", "out", "steps", "device", "compile", "checkpoint_activations", "micro_batch",
-        "workers", "log_every", "save_every", "keep", "keep_every", "sample_every", "eval_pairs",
+        "divide_optimizer", "workers", "log_every", "save_every", "keep", "keep_every",
+        "sample_every", "eval_pairs", "validate_every", "validate_pairs", "validate_steps",
         "sampler", "sample_steps", "guidance", "eta", "init", "depth_weights", "precision"}
 
 
@@ -52,9 +61,13 @@ def learning_rate(step, config):
 
 
 class Ema:
-    """Exponential moving average of the UNet's parameters, whose decay grows from .1 to `decay`."""
-    def __init__(self, unet, decay):
-        self.live = dict(unet.named_parameters())
+    """Exponential moving average of the UNet's parameters, whose decay grows from .1 to `decay`.
+
+    Divided, a rank keeps the averages of its own parameters alone: `average` has those.
+    """
+    def __init__(self, unet, decay, ranks=ALONE, divided=False):
+        self.division = Division(dict(unet.named_parameters()), ranks, divided)
+        self.live = self.division.mine()
         self.average = {name: p.detach().clone() for name, p in self.live.items()}
         self.decay, self.updates = decay, 0
 
@@ -69,47 +82,79 @@ class Ema:
         """Exchanges the average and the live weights; a second call puts them back."""
         for name, p in self.live.items():
             p.data, self.average[name] = self.average[name], p.data
+        self.division.spread()
+
+    def tensors(self):
+        """Yields (name, average) of all parameters; all ranks must go through it together."""
+        return self.division.whole(self.average)
+
+    @torch.no_grad()
+    def restore(self, tensors, updates):
+        """Takes this rank's part of averages by the checkpoint's names, which may be lazy."""
+        for name, average in self.average.items():
+            if checkpoint.UNET + name in tensors:
+                average.copy_(tensors[checkpoint.UNET + name])
+        self.updates = updates
 
 
 class Optimizer:
     """AdamW over the UNet and, at its own rate, cc_projection; decays the parameters that one
-    context token leaves without a gradient, as AdamW does with a gradient of zero."""
-    def __init__(self, net, config):
-        unet = net.model.diffusion_model
-        self.idle = list(unet.idle_parameters().values())
-        trained = [p for p in unet.parameters() if p.requires_grad]
-        groups = [{"params": trained, "full_lr": config.lr},
-                  {"params": list(net.cc_projection.parameters()),
-                   "full_lr": config.lr_projection}]
+    context token leaves without a gradient, as AdamW does with a gradient of zero.
+
+    Divided, a rank has the moments of its own parameters alone, and steps those.
+    """
+    def __init__(self, net, config, ranks=ALONE):
+        self.config, self.count = config, 0
+        self.idle = list(net.model.diffusion_model.idle_parameters().values())
+        self.trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
+        self.division = Division(self.trained, ranks, config.divide_optimizer)
+        self.mine = self.division.mine()
+        groups = [{"params": [p for name, p in self.mine.items()
+                              if name.startswith(part)], "full_lr": rate}
+                  for part, rate in (("model.", config.lr), ("cc_projection.",
+                                                             config.lr_projection))]
         self.adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps,
                                        weight_decay=config.weight_decay,
                                        fused=net.betas.device.type == "cuda")
-        self.config, self.names = config, {p: name for name, p in net.named_parameters()}
 
     @torch.no_grad()
     def step(self, step):
-        rate = learning_rate(step, self.config)
+        """One step with the gradients at hand, whose norm it returns where they are clipped."""
+        rate, norm = learning_rate(step, self.config), None
+        for p in self.trained.values():     # one token's self-attention leaves its q and k without
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         for group in self.adamw.param_groups:
             group["lr"] = rate * group["full_lr"]
         if self.config.grad_clip:
-            trained = [p for group in self.adamw.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(trained, self.config.grad_clip)
+            norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.config.grad_clip)
         self.adamw.step()
-        self.adamw.zero_grad()
+        self.division.spread()
+        for p in self.trained.values():
+            p.grad = None
         if self.config.weight_decay:
             torch._foreach_mul_(self.idle, 1 - rate * self.config.lr * self.config.weight_decay)
+        self.count += 1
+        return norm
 
     def tensors(self):
-        """{parameter.moment: tensor} of AdamW's state."""
-        return {f"{self.names[p]}.{key}": value
-                for p, state in self.adamw.state.items() for key, value in state.items()}
+        """Yields (parameter.moment, tensor) of AdamW's state of all parameters; all ranks must go
+        through it together."""
+        for key in ("exp_avg", "exp_avg_sq") if self.count else ():
+            kept = {name: self.adamw.state[p][key] for name, p in self.mine.items()}
+            for name, tensor in self.division.whole(kept):
+                yield f"{name}.{key}", tensor
+                if key == "exp_avg":
+                    yield f"{name}.step", torch.tensor(float(self.count))
 
     def restore(self, tensors):
-        for p, name in self.names.items():
-            state = {key: tensors[f"{name}.{key}"].clone().to(p.device)
-                     for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in tensors}
+        """Takes this rank's part of what `tensors` gave, which may be lazy."""
+        for name, p in self.mine.items():
+            state = {key: tensors[f"{name}.{key}"].clone() for key in
+                     ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in tensors}
             if state:
-                self.adamw.state[p] = state
+                # fused AdamW counts on the device, the others on the host
+                self.adamw.state[p] = {key: value.to(p.device) for key, value in state.items()}
+                self.count = int(state["step"])
 
 
 def inputs(net, batch, config, depth_net, device):
@@ -124,31 +169,14 @@ def inputs(net, batch, config, depth_net, device):
 
 # ---- the run
 
-class Ranks:
-    """This process among the others of a run: `rank` of `world`, and the device it works on."""
-    def __init__(self, config):
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
-        self.rank = int(os.environ.get("RANK", 0))
-        self.device = evaluate.device_of(config)
-        if self.device.type == "cuda":
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(self.device)
-        if self.world > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-
-    def sum(self, values):
-        """The sum over the ranks of a tensor, in place."""
-        if self.world > 1:
-            dist.all_reduce(values)
-        return values
-
-
 def split(config, world):
     """(pairs a rank holds at once, micro-steps) of a step. ValueError where it does not divide."""
     if config.batch_size % world:
-        near = max(world, round(config.batch_size / world) * world)
-        raise ValueError(f"batch_size {config.batch_size} is not divisible by {world} ranks, "
-                         f"{near} is")
+        low = config.batch_size // world * world
+        near = " or ".join(str(n) for n in (low, low + world) if n)
+        raise ValueError(f"batch_size {config.batch_size} is not divisible by {world} ranks of "
+                         f"micro_batch {config.micro_batch}; the nearest that is: "
+                         f"--batch_size={near}")
     share = config.batch_size // world
     micro_steps = -(-share // config.micro_batch)
     if share % micro_steps:
@@ -160,117 +188,117 @@ def split(config, world):
 
 
 def check_sources(pairs, config):
-    """Reads one pair of every source, so that what cannot be trained on is refused at start."""
+    """Reads pairs of every source, so that what cannot be trained on is refused at start."""
     for source in range(len(pairs.readers)):
-        k = next(k for k in itertools.count() if pairs.draw(k)[0] == source)
-        batch = torch.utils.data.default_collate([pairs[k]])
-        if not config.depth_weights:
-            model.pose_vector(batch, config.mode, None, config.quantile_blend)
+        numbers = (k for k in itertools.count() if pairs.draw(k)[0] == source)
+        for k in itertools.islice(numbers, CHECKED_PAIRS):
+            batch = torch.utils.data.default_collate([pairs[k]])
+            if not config.depth_weights:
+                model.pose_vector(batch, config.mode, None, config.quantile_blend)
 
 
-def begin(config, net):
-    """(Ema, Optimizer, step to begin with) of a run: what its newest checkpoint holds, else `init`.
+def newest(config, ranks, log):
+    """The run's newest undamaged checkpoint, a Run or None: rank 0 reads all its bytes to know."""
+    folder = None
+    if ranks.rank == 0:
+        with warnings.catch_warnings(record=True) as damaged:
+            warnings.simplefilter("always")
+            folder = checkpoint.latest(config.out)
+        for warning in damaged:
+            log.say(str(warning.message))
+    folder = ranks.told(folder)
+    if folder is None:
+        return None
+    run = checkpoint.load_run(folder)
+    saved = asdict(configs.from_dict(run.meta["config"]))
+    changed = [f"{name} was {saved[name]!r}, is {new!r}" for name, new in asdict(config).items()
+               if name not in FREE and saved[name] != new]
+    if changed:
+        raise ValueError(f"{folder} is a run of another configuration ({'; '.join(changed)}): "
+                         "give another --out, or the same configuration")
+    return run
+
+
+def begin(config, net, run, ranks):
+    """(Ema, Optimizer) of a run: what its newest checkpoint holds, else `init`.
 
     `init` is read in both cases: a run's checkpoints leave out the frozen networks.
     """
-    folder = checkpoint.latest(config.out)
-    run = None if folder is None else checkpoint.load_run(folder)
-    if run is not None:
-        saved = asdict(configs.from_dict(run.meta["config"]))
-        changed = [f"{name} was {saved[name]!r}, is {new!r}" for name, new in asdict(config).items()
-                   if name not in FREE and saved[name] != new]
-        if changed:
-            raise ValueError(f"{folder} is a run of another configuration ({'; '.join(changed)}): "
-                             "give another --out, or the same configuration")
-    if config.latent == "vae" and not config.init:
-        raise ValueError("latent='vae' needs --init=FILE, a checkpoint that brings the autoencoder "
-                         "and CLIP, such as zero123-xl.ckpt")
     # filled before anything refers to the parameters: loading may put others in their place
     loaded = checkpoint.load_model(net, config.init, finetune=True) if config.init else None
-    ema, optimizer = Ema(net.model.diffusion_model, config.ema_decay), Optimizer(net, config)
-    average, start = {}, 0
-    with torch.no_grad():
-        if run is not None:
-            weights = net.state_dict()
-            for name, tensor in run.model.items():
-                weights[name].copy_(tensor)
-            optimizer.restore(run.optimizer)
-            average, ema.updates, start = run.ema, run.meta["ema_updates"], run.step
-        elif loaded is not None:
-            average, ema.updates = loaded.ema, loaded.num_updates
-        for name, tensor in average.items():
-            ema.average[name.removeprefix("model.diffusion_model.")].copy_(tensor)
-    return ema, optimizer, start
+    if run is not None:
+        weights = net.state_dict()
+        for name, tensor in run.model.items():
+            weights[name].copy_(tensor)
+    ema = Ema(net.model.diffusion_model, config.ema_decay, ranks, config.divide_optimizer)
+    optimizer = Optimizer(net, config, ranks)
+    averages, updates = {}, 0
+    if run is not None:
+        optimizer.restore(run.optimizer)
+        averages, updates = run.ema, run.meta["ema_updates"]
+    elif loaded is not None:
+        averages, updates = loaded.ema, loaded.num_updates
+    ema.restore(averages, updates)
+    return ema, optimizer
 
 
-def save(config, step, net, ema, optimizer):
-    """Writes the checkpoint of `step`: what trains, its average and AdamW's moments."""
-    frozen = ("first_stage_model.", "cond_stage_model.")
-    weights = {name: t for name, t in net.state_dict().items() if not name.startswith(frozen)}
-    average = {f"model.diffusion_model.{name}": t for name, t in ema.average.items()}
-    meta = {"step": step, "ema_updates": ema.updates, "config": asdict(config)}
-    checkpoint.save(config.out, step, weights, average, optimizer.tensors(), meta, config.keep,
+def save(writer, config, step, net, ema, optimizer, ranks):
+    """Hands the state after `step` to the writer: what trains, its average and AdamW's moments."""
+    writer.wait()
+    ranks.any(False)        # nobody enters a transfer while rank 0 still waits for its disk
+    weights = ((name, tensor) for name, tensor in net.state_dict().items()
+               if not name.startswith(checkpoint.FROZEN))
+    averages = ((checkpoint.UNET + name, tensor) for name, tensor in ema.tensors())
+    moments = optimizer.tensors()
+    if ranks.rank == 0:
+        meta = {"step": step, "ema_updates": ema.updates, "config": asdict(config)}
+        writer.save(config.out, step, weights, averages, moments, meta, config.keep,
                     config.keep_every)
+    for _ in itertools.chain(averages, moments):        # the other ranks give their part
+        pass
 
 
-def check_finite(losses, first_step, pairs, config, ranks):
-    """Stops all ranks together where a loss is not finite, naming step, rank and pair.
+def check_finite(bad, losses, first_step, pairs, config, ranks):
+    """Stops all ranks together where a loss is not finite, naming step, rank and pairs.
 
-    losses: (steps, pairs a rank) of this rank, of the steps since `first_step`.
+    bad: how many losses are not finite, over all ranks. losses: (steps, pairs a rank) of this rank,
+    of the steps since `first_step`.
     """
-    if ranks.sum((~losses.isfinite()).sum().float()) == 0:
+    if not bad:
         return
-    bad = (~losses.isfinite()).nonzero().tolist()
+    places = (~losses.isfinite()).nonzero().tolist()
+    first = [i for step, i in places if step == places[0][0]]
     share = config.batch_size // ranks.world
-    for step, i in bad[:1]:
-        k = (first_step + step) * config.batch_size + ranks.rank * share + i
-        print(f"train.py: the loss of step {first_step + step} is not finite on rank {ranks.rank}, "
-              f"at pair {k}: {pairs[k]['uid']}; the newest checkpoint in {config.out} is from "
-              "before it", file=sys.stderr, flush=True)
+    if places:
+        step = first_step + places[0][0]
+        numbers = [step * config.batch_size + ranks.rank * share + i for i in first[:NAMED_PAIRS]]
+        named = ", ".join(f"pair {k}: {pairs[k]['uid']}" for k in numbers)
+        more = f" and {len(first) - NAMED_PAIRS} more" if len(first) > NAMED_PAIRS else ""
+        print(f"train.py: the loss of step {step} is not finite on rank {ranks.rank}, at {named}"
+              f"{more}; the newest checkpoint in {config.out} is from before it", file=sys.stderr,
+              flush=True)
     sys.exit(1)
 
 
-class Log:
-    """One line on the screen and one JSON object in log.jsonl, from rank 0 alone."""
-    def __init__(self, config, ranks, start):
-        self.main = ranks.rank == 0
-        self.bar = tqdm(total=config.steps, initial=start, unit="step", disable=not self.main,
-                        smoothing=0.05, dynamic_ncols=True)
-        self.path = Path(config.out) / "log.jsonl"
-
-    def __call__(self, step, **numbers):
-        if not self.main:
-            return
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
-        self.bar.set_postfix_str(shown, refresh=False)
-        self.bar.update(step - self.bar.n)
-        with open(self.path, "a") as file:
-            file.write(json.dumps({"step": step, **numbers}) + "\n")
-
-    def say(self, line):
-        if self.main:
-            self.bar.write(line)
-
-
 @contextmanager
-def averaged(net, ema):
-    """The model with the averaged weights in place, in evaluation mode."""
+def averaged(net, ema, ranks):
+    """The model with the averaged weights in place, in evaluation mode. All ranks enter and leave
+    it together, whatever one of them does inside."""
     ema.swap()
     net.eval()
     try:
         yield net
     finally:
         net.train()
-        ema.swap()
+    ranks.any(False)
+    ema.swap()
 
 
 def show(config, step, net, held_out, depth_net, log):
     """Writes a grid of held-out pairs, a row each: conditioning view | truth | sample."""
     batch = torch.utils.data.default_collate([held_out[k] for k in range(GRID_PAIRS)])
     views, image_cond, truth = evaluate.views_of(net, batch, config, depth_net)
-    path = Path(config.out) / "grids" / f"step_{step:08d}.png"
-    path.parent.mkdir(exist_ok=True)
-    evaluate.grid([image_cond, truth, views]).save(path)
+    path = log.picture(step, "grids", evaluate.grid([image_cond, truth, views]))
     log.say(f"{path}: conditioning view | truth | sample, of held-out scenes")
 
 
@@ -283,93 +311,155 @@ def score(config, net, held_out, depth_net):
     print("\n".join(evaluate.report(scores)))
 
 
+def options(argv):
+    """(Config, steps to trace, whether to say only what would run) of the command line."""
+    parser = argparse.ArgumentParser("train.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     epilog="Any field of Config may follow as --name=value; "
+                                            "configs/__init__.py says what each one means.")
+    parser.add_argument("--profile", type=int, default=0, metavar="N",
+                        help="write a trace of N steps to the folder of the run")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="print what would run and the memory it needs; write nothing")
+    given, rest = parser.parse_known_args(argv)
+    return configs.load(rest), given.profile, given.dry_run
+
+
 def main(argv):
-    config = configs.load(argv)
-    ranks = Ranks(config)
-    device, is_main = ranks.device, ranks.rank == 0
+    config, traced, dry_run = options(argv)
+    ranks, device = distributed.join(evaluate.device_of(config), config.compile)
+    log = report.Log(config, ranks)
+    writer = checkpoint.Writer(log.say)
+    handlers = {signum: signal.getsignal(signum) for signum in STOP}
+    try:
+        train(config, ranks, device, log, writer, traced, dry_run)
+    except torch.OutOfMemoryError as err:
+        needs = cost.of(config, ranks, split(config, ranks.world)[0])
+        raise ValueError(f"out of memory on {device}: the estimate was {needs}; lower it by "
+                         f"{cost.advice(config, ranks.world)}") from err
+    finally:
+        writer.wait()
+        log.close()
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+        ranks.close()
+    if writer.problem:
+        raise OSError(f"the end of the run could not be saved: {writer.problem}")
+
+
+def train(config, ranks, device, log, writer, traced, dry_run):
+    """The run, from what is in its folder to the last step or a signal to stop."""
     micro_batch, micro_steps = split(config, ranks.world)
     torch.manual_seed(config.seed)      # random initial weights; nothing later draws from it
     autocast = (torch.autocast(device.type, torch.bfloat16) if config.precision == "bf16"
                 else nullcontext())
 
-    # data first: a wrong path is found before anything is built
+    needs = cost.of(config, ranks, micro_batch)
+    log.say(report.summary(config, ranks, device, needs, micro_batch, micro_steps))
+    cost.check(needs, config, ranks, device, log.say)
+    # data before the model: a wrong path is found before anything is built
     readers = [data.SourceReader(s, config.data, config.image_size) for s in config.sources]
     pairs = data.Pairs(readers, [s.probability for s in config.sources], config.seed,
                        config.image_size, config.mode)
     check_sources(pairs, config)
     held_out = evaluate.held_out_pairs(config, max(config.eval_pairs, GRID_PAIRS))
+    if config.latent == "vae" and not config.init:
+        raise ValueError("latent='vae' needs --init=FILE, a checkpoint that brings the autoencoder "
+                         "and CLIP, such as zero123-xl.ckpt")
+    run = newest(config, ranks, log)
+    start = run.step if run else 0
+    log.say("\n".join(f"data     {reader.summary()}" for reader in readers))
+    log.say(f"start    {f'step {start} of' if run else config.init or 'random weights'}"
+            f"{'' if run else ', into'} {config.out}")
+    if dry_run:
+        return
     Path(config.out).mkdir(parents=True, exist_ok=True)
 
     net = model.build(config).to(device).train()
     depth_net = evaluate.load_depth(config, device)
-    ema, optimizer, start = begin(config, net)
-    unet_size = sum(p.numel() for p in net.model.parameters())
-    log = Log(config, ranks, start)
-    origin = f"from step {start}" if start else config.init or "random weights"
-    log.say(f"{unet_size / 1e6:.1f} M parameters, {ranks.world} x {device}, {config.batch_size} "
-            f"pairs a step, {origin}")
+    ema, optimizer = begin(config, net, run, ranks)
+    del run         # and its mapped files: they may be removed
     if config.compile:
         net.model.diffusion_model.compile()
-    wrapped = net
-    if ranks.world > 1:
-        wrapped = DistributedDataParallel(net, gradient_as_bucket_view=True)
+    wrapped = ranks.wrap(net)
+    peak = cost.ceiling(device, config.precision) if ranks.rank == 0 else 1.0
 
+    asked_to_stop = []
+    for signum in STOP:
+        signal.signal(signum, lambda number, frame: asked_to_stop.append(number))
     batches = data.Batches(start, config.steps, config.batch_size, micro_batch, ranks.rank,
                            ranks.world)
     loader = iter(data.loader(pairs, batches, config.workers, device))
-    asked_to_stop = []
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda number, frame: asked_to_stop.append(number))
-
     shape = model.latent_shape(config)
     drop = config.drop_clip, config.drop_both, config.drop_latent
-    losses, since, logged = [], time.perf_counter(), start
-    for step in range(start, config.steps):
+    log.start(start, traced)
+    meter, done, logged, saved, stopped, norm = report.Meter(), start, start, start, False, None
+    while done < config.steps and not stopped:
         for micro_step in range(micro_steps):
-            batch = next(loader)
+            with meter.waiting():
+                batch = next(loader)
+            stopped = ranks.any(asked_to_stop)      # all ranks meet here, and stop here together
+            if stopped:
+                break
             numbers = batch["number"].to(device, non_blocking=True)
+            draws = model.draw(config.seed, numbers, shape)
             last = micro_step == micro_steps - 1
             with autocast, nullcontext() if last or ranks.world == 1 else wrapped.no_sync():
-                loss = wrapped(*inputs(net, batch, config, depth_net, device),
-                               model.draw(config.seed, numbers, shape), drop)
+                loss = wrapped(*inputs(net, batch, config, depth_net, device), draws, drop)
                 (loss.mean() / micro_steps).backward()
-            losses.append(loss.detach())
-            if last or config.ema_per == "micro_step":
-                if last:
-                    optimizer.step(step)
+            meter.add(loss, draws.t)
+        else:
+            # the reference's average moves once a micro-step, all but the last on the same weights
+            for _ in range(micro_steps - 1 if config.ema_per == "micro_step" else 0):
                 ema.update()
-        done = step + 1
-        saves, shows = done % config.save_every == 0, done % config.sample_every == 0
+            norm = optimizer.step(done)
+            ema.update()
+            done += 1
+            log.stepped()
         final = done == config.steps
-        if done % config.log_every == 0 or saves or shows or final:
-            stop = ranks.sum(torch.tensor(float(len(asked_to_stop)), device=device)).item()
-            losses = torch.cat(losses).view(done - logged, -1)
-            check_finite(losses, logged, pairs, config, ranks)
-            mean = ranks.sum(losses.mean()).item() / ranks.world
-            rate = (done - logged) * config.batch_size / (time.perf_counter() - since)
-            log(done, loss=mean, lr=learning_rate(step, config) * config.lr, pairs_per_s=rate)
-            losses, since, logged = [], time.perf_counter(), done
-            if is_main and (saves or final or stop):
-                save(config, done, net, ema, optimizer)
-            if is_main and (shows or final):
-                with averaged(net, ema):
+        saves = done > saved and (final or stopped or done % config.save_every == 0)
+        shows = not stopped and (final or done % config.sample_every == 0)
+        if done > logged and (saves or shows or done % config.log_every == 0):
+            numbers, losses, bad = meter.read(ranks, done - logged, micro_steps)
+            check_finite(bad, losses, logged, pairs, config, ranks)
+            if norm is not None:
+                numbers["grad_norm"] = norm.item()
+            log(done, **numbers, lr=learning_rate(done - 1, config) * config.lr,
+                **report.state(config, done, numbers, needs, peak, ranks, device, readers))
+            logged = done
+            meter.restart()
+        if saves:
+            save(writer, config, done, net, ema, optimizer, ranks)
+            saved = done
+        if shows:
+            with averaged(net, ema, ranks):
+                if ranks.rank == 0:
                     show(config, done, net, held_out, depth_net, log)
-            since = time.perf_counter()
-            if stop:
-                log.say(f"stopped by signal after step {done}, saved; "
-                        "the same command goes on from there")
-                break
-    log.bar.close()
-    if is_main and config.eval_pairs and not asked_to_stop:
-        with averaged(net, ema):
-            score(config, net, held_out, depth_net)
-    if ranks.world > 1:
-        dist.destroy_process_group()
+        if saves or shows:
+            meter.since = time.perf_counter()       # the rate is that of training
+    if stopped:
+        writer.wait()
+        log.say(f"stopped by signal after step {done}, {'not ' * bool(writer.problem)}saved; "
+                "the same command goes on from the newest checkpoint")
+    elif config.eval_pairs:
+        with averaged(net, ema, ranks):
+            if ranks.rank == 0:
+                score(config, net, held_out, depth_net)
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ValueError, FileNotFoundError) as err:
+    except (ValueError, OSError) as err:
         print(f"train.py: {err}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("train.py: stopped before the first step", file=sys.stderr)
+        sys.exit(130)
+    except RuntimeError as err:
+        if not distributed.is_loss_of_a_rank(err):
+            raise
+        print(f"train.py: rank {os.environ.get('RANK', 0)}: another rank is gone, so this one "
+              "stops; the same command goes on from the newest checkpoint", file=sys.stderr,
+              flush=True)
+        os._exit(1)     # the other end of a transfer may never answer, also not while leaving

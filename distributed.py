@@ -1,0 +1,157 @@
+"""The ranks of a run: one process, or several under torchrun, that stay together step by step.
+
+Two groups: one for tensors (NCCL or gloo), and one over the hosts' network alone, at which all
+ranks meet once a micro-step. It carries the word that somebody was asked to stop, absorbs whatever
+one rank does alone (saving, sampling), and notices at once when a process is gone, so that the
+timeout of the other group can be short.
+
+ZeRO-1 (arXiv:1910.02054): what is kept once a parameter, AdamW's moments and the average, can be
+divided among the ranks; parameters and gradients stay whole. Of 20 bytes a parameter (weight,
+gradient, two moments, average, 4 each) that divides 12. The model, its compilation, sampling and
+checkpoints stay as they are, and the results are those of an undivided run bit for bit; FSDP would
+divide the weights too, at the price of all of that, and the gradients only by reducing them once a
+micro-step.
+"""
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+SOLO = timedelta(minutes=60)        # the longest that one rank may work alone, scoring included
+STUCK = timedelta(minutes=1)        # of a transfer between GPUs: all ranks enter it together
+COMPILING = timedelta(minutes=15)   # the same where ranks may still be compiling their first step
+
+
+class Alone:
+    """A run of one process: what Ranks offers, without any communication."""
+    rank, world = 0, 1
+
+    def sum(self, values):
+        """The sum over the ranks of a tensor, in place."""
+        return values
+
+    def any(self, flag):
+        """Whether the flag of any rank is true. All ranks meet here."""
+        return bool(flag)
+
+    def told(self, value):
+        """Rank 0's value, on every rank: anything that can be pickled."""
+        return value
+
+    def broadcast(self, values, owner):
+        """The owner's tensor, in place, on every rank."""
+        return values
+
+    def wrap(self, net):
+        """The module whose backward pass averages gradients over the ranks."""
+        return net
+
+    def close(self):
+        """Leaves the group."""
+
+
+class Ranks(Alone):
+    """This process among the others: `rank` of `world`, on `device`."""
+    def __init__(self, device, compiles=False):
+        self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        if device.type == "cuda":
+            dist.init_process_group("nccl", timeout=COMPILING if compiles else STUCK,
+                                    device_id=device)
+            self.hosts = dist.new_group(backend="gloo", timeout=SOLO)
+        else:
+            dist.init_process_group("gloo", timeout=SOLO)
+            self.hosts = dist.group.WORLD
+
+    def sum(self, values):
+        dist.all_reduce(values)
+        return values
+
+    def any(self, flag):
+        count = torch.tensor(float(bool(flag)))
+        dist.all_reduce(count, group=self.hosts)
+        return count.item() > 0
+
+    def told(self, value):
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.hosts)
+        return box[0]
+
+    def broadcast(self, values, owner):
+        whole = values.contiguous()         # itself where it is so already
+        dist.broadcast(whole, owner)
+        return values if whole is values else values.copy_(whole)
+
+    def wrap(self, net):
+        # the schedule's tables never change, so there are no buffers to broadcast every step
+        return DistributedDataParallel(net, gradient_as_bucket_view=True, broadcast_buffers=False)
+
+    def close(self):
+        dist.destroy_process_group()
+
+
+ALONE = Alone()
+
+
+def is_loss_of_a_rank(err):
+    """Whether an error is that of a transfer whose other end is gone."""
+    # gloo's errors are plain RuntimeErrors, which begin with the file that they come from
+    return isinstance(err, dist.DistError) or "gloo/" in str(err)
+
+
+def join(device, compiles=False):
+    """(the ranks of this run, this rank's own device). ValueError where there is no such GPU."""
+    if device.type == "cuda":
+        local, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local >= there:
+            raise ValueError(f"local rank {local} has no GPU of its own, this machine has {there}: "
+                             f"torchrun --nproc_per_node {there}")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return ALONE, device
+    return Ranks(device, compiles), device
+
+
+class Division:
+    """Which rank keeps what belongs to a parameter: every rank its own, or, divided, one of them.
+
+    parameters: {name: parameter}, the same on all ranks. Divided, the largest go first, each to the
+    rank that has least: with more ranks every one keeps a smaller share.
+    """
+    def __init__(self, parameters, ranks=ALONE, divided=False):
+        self.parameters, self.ranks = parameters, ranks
+        self.divided = divided and ranks.world > 1
+        self.owner = dict.fromkeys(parameters, ranks.rank)
+        if self.divided:
+            load = [0] * ranks.world
+            for name in sorted(parameters, key=lambda name: -parameters[name].numel()):
+                self.owner[name] = load.index(min(load))
+                load[self.owner[name]] += parameters[name].numel()
+
+    def mine(self):
+        """{name: parameter} of what this rank keeps."""
+        return {name: p for name, p in self.parameters.items()
+                if self.owner[name] == self.ranks.rank}
+
+    @torch.no_grad()
+    def whole(self, kept):
+        """Yields (name, tensor) of every parameter, of what the ranks keep: {name: tensor}.
+
+        All ranks must go through it together; a tensor is good until the next one is asked for.
+        """
+        for name, p in self.parameters.items():
+            if not self.divided:
+                yield name, kept[name]
+                continue
+            tensor = kept[name] if name in kept else torch.empty_like(p)
+            yield name, self.ranks.broadcast(tensor, self.owner[name])
+
+    @torch.no_grad()
+    def spread(self):
+        """Every parameter becomes its owner's, on all ranks."""
+        if self.divided:
+            for name, p in self.parameters.items():
+                self.ranks.broadcast(p.data, self.owner[name])
