@@ -227,6 +227,11 @@ class Loader(DataLoader):
             except ValueError as err:       # a worker's ends in its traceback: keep our line
                 line = str(err).strip().splitlines()[-1]
                 raise ValueError(line.removeprefix("ValueError: ")) from err
+            except RuntimeError as err:
+                if "DataLoader worker" not in str(err):
+                    raise
+                raise ChildProcessError("a loader process was killed, for want of memory or by "
+                                        f"somebody: {str(err).splitlines()[0]}") from err
             self.count(batch.pop("damage"))
             yield unpacked(batch)
 

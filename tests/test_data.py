@@ -1,6 +1,7 @@
 """data.py against the reference's shards and Python's tarfile, and its order against itself."""
 
 import io
+import ast
 import itertools
 import json
 import math
@@ -8,6 +9,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -539,15 +541,30 @@ def pairs(mixture):
 
 
 def read_all(pairs, workers=0, **batches):
+    return delivered(data.loader(pairs, data.Batches(**batches), workers))
+
+
+def delivered(batches):
     """{pair number: (uid, CRC of everything in it)}, in the order of delivery."""
     found = {}
-    for batch in data.loader(pairs, data.Batches(**batches), workers):
+    for batch in batches:
         for row, number in enumerate(batch["number"].tolist()):
             assert number not in found
             tensors = [value[row] for value in batch.values() if isinstance(value, torch.Tensor)]
             found[number] = batch["uid"][row], crc(np.concatenate(
                 [np.frombuffer(tensor.numpy().tobytes(), np.uint8) for tensor in tensors]))
     return found
+
+
+RANK = """
+import pickle, sys
+sys.path[:0] = {path!r}
+import data, test_data
+pairs = pickle.loads(sys.stdin.buffer.read())
+batches = data.Batches(0, 1000, 8, 2, rank={rank}, world=2)
+for batch in data.loader(pairs, batches, workers=4):
+    print(test_data.delivered([batch]), flush=True)
+"""
 
 
 def test_the_sequence_is_the_same_for_any_ranks_workers_and_restarts(pairs):
@@ -560,11 +577,27 @@ def test_the_sequence_is_the_same_for_any_ranks_workers_and_restarts(pairs):
             share = 8 // world
             assert all(number % 8 // share == rank for number in part)
         assert {number: pair for part in parts for number, pair in part.items()} == whole
-    # Two ranks with two workers each are killed after step 3; one rank goes on, without workers.
-    parts = [read_all(pairs, workers=2, start_step=0, steps=3, batch_size=8, micro_batch=4,
-                      rank=rank, world=2) for rank in range(2)]
+    # Two ranks with four workers each are killed after three steps, of two micro-batches each; one
+    # rank goes on, without workers.
+    path, seen = [os.path.dirname(data.__file__), os.path.dirname(__file__)], {}
+    for rank in range(2):
+        with subprocess.Popen([sys.executable, "-c", RANK.format(path=path, rank=rank)], text=False,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            process.stdin.write(pickle.dumps(pairs))
+            process.stdin.close()
+            for _ in range(3 * 2):
+                seen |= ast.literal_eval(process.stdout.readline().decode())
+            process.kill()
+    assert sorted(seen) == list(range(24))
     rest = read_all(pairs, start_step=3, steps=6, batch_size=8, micro_batch=8)
-    assert parts[0] | parts[1] | rest == whole and list(rest) == list(range(24, 48))
+    assert seen | rest == whole and list(rest) == list(range(24, 48))
+
+
+def test_a_loader_process_that_dies_is_reported(pairs):
+    loader = data.loader(pairs, data.Batches(0, 10_000, 4, 4), workers=1)
+    with pytest.raises(ChildProcessError, match="a loader process was killed"):
+        for batch in loader:
+            os.kill(loader._iterator._workers[0].pid, signal.SIGKILL)
 
 
 def test_another_seed_gives_other_pairs(mixture, pairs):
