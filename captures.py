@@ -216,7 +216,8 @@ def find_re10k(kind, cameras, frames, videos, models):
             out["clips without a COLMAP model"] += 1
         else:
             read = functools.partial(read_re10k, path, place, model)
-            captures.append(Capture(f"{kind}/{path.stem}", text.count("\n"), read))
+            count = sum(bool(line.strip()) for line in text.splitlines()[1:])
+            captures.append(Capture(f"{kind}/{path.stem}", count, read))
     return captures, out
 
 

@@ -162,23 +162,23 @@ def opaque(view, picture):
 def map_depth(view, half, size):
     """The depth map (s, s) at the nearest pixels. Raises LeftOut."""
     source, (fx, fy, cx, cy) = view.depth, view.intrinsics
-    depth = pixels(source.path, "depth")
-    if depth.ndim != 2 or depth.dtype == np.uint8:
-        raise LeftOut(source.path, "depth is not a 16-bit grey PNG")
-    depth = depth.astype(np.uint16)
-    depth = depth.view(np.float16) if source.half_floats else depth
     slope = ((np.arange(size) + 0.5) / size * 2 - 1) * half
 
-    def nearest(values):
-        h, w = values.shape
+    def nearest(path, what):
+        values = pixels(path, what)
+        h, w = values.shape[:2]
         rows = np.floor((cy + slope * fy) * h).astype(int).clip(0, h - 1)
         columns = np.floor((cx + slope * fx) * w).astype(int).clip(0, w - 1)
         return values[rows[:, None], columns]
 
-    depth = nearest(depth).astype(np.float32) * np.float32(source.unit)
+    words = nearest(source.path, "depth")
+    if words.ndim != 2 or words.dtype not in (np.uint16, np.int32):     # Pillow 10's is int32
+        raise LeftOut(source.path, "depth is not a 16-bit grey PNG")
+    words = words.astype(np.uint16)
+    depth = (words.view(np.float16) if source.half_floats else words).astype(np.float32)
+    depth *= np.float32(source.unit)
     if source.mask:
-        mask = pixels(source.mask, "depth mask")
-        depth = depth * (nearest(mask.reshape(*mask.shape[:2], -1).any(-1)))
+        depth *= nearest(source.mask, "depth mask").reshape(size, size, -1).any(-1)
     return np.where(np.isfinite(depth) & (depth > 0), depth, np.float32(0))
 
 
