@@ -283,8 +283,9 @@ def difference(rows, method, other, name="psnr", others=None):
     same pairs that the other method's figure is taken from."""
     scenes, values = [], []
     for row, against in zip(rows, others or rows, strict=True):
-        if name in row["scores"].get(method, {}) and name in against["scores"].get(other, {}):
-            values.append(row["scores"][method][name] - against["scores"][other][name])
+        mine, theirs = row["scores"].get(method, {}), against["scores"].get(other, {})
+        if row["uid"] == against["uid"] and name in mine and name in theirs:
+            values.append(mine[name] - theirs[name])
             scenes.append(row["scene"])
     return mean_and_error(values, scenes)
 
