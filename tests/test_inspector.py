@@ -103,15 +103,20 @@ def test_damage_is_found_although_an_index_is_kept(rendered, tmp_path, capsys):
     inspector.main(["inspect", str(path), "--out", str(tmp_path / "seen.png")])     # keeps an index
     before = os.stat(path)
     with tarfile.open(path) as tar:
-        info = next(info for info in tar if info.name.endswith("frame000003_depth.png"))
+        places = {info.name.split("/", 1)[1]: info.offset_data for info in tar}
+    depth = next(name for name in places if name.endswith("frame000003_depth.png"))
+    cameras = [name for name in places if name.endswith("frame000002_metadata.json")][-1]
+    assert depth.split("/")[0] != cameras.split("/")[0]         # of another scene
     with open(path, "r+b") as file:
-        file.seek(info.offset_data + 60)
-        file.write(bytes(20))
+        for place in (places[depth] + 60, places[cameras]):
+            file.seek(place)
+            file.write(bytes(20))
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert inspector.main(["verify", str(path), "--workers", "1"]) == 1
     told = capsys.readouterr()
     assert "frame000003_depth.png: image cannot be decoded" in told.out + told.err
-    assert "1 problems" in told.out
+    assert "frame000002_metadata.json: metadata is not JSON" in told.out + told.err
+    assert "2 problems" in told.out
 
 
 def test_latents_that_are_not_finite_are_problems(tmp_path, capsys):
