@@ -73,7 +73,7 @@ def truth(number, window):
     left, top, w, h = window
     images = ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     cut = slice(top, top + h), slice(left, left + w)
-    return Truth(scene, c2w, images[:, *cut], depths.numpy()[:, *cut],
+    return Truth(scene, c2w, images[(slice(None), *cut)], depths.numpy()[(slice(None), *cut)],
                  (FOCAL, FOCAL, BIG / 2 - left, BIG / 2 - top))
 
 
@@ -722,6 +722,7 @@ def test_lens_distortion_is_refused_with_the_command_that_removes_it(truths, tmp
     line = stopped(["colmap", str(tmp_path / "garden")], tmp_path / "out", capsys)
     assert "cameras.bin: camera 7 is OPENCV" in line
     assert "colmap image_undistorter --image_path" in line and "garden/sparse/0" in line
+    assert not (tmp_path / "out").exists()              # before any work
 
 
 @pytest.mark.parametrize("name", ["images.bin", "points3D.bin", "cameras.bin"])
@@ -785,6 +786,15 @@ def test_transforms_that_cannot_be_used_stop_with_their_name(change, says, minia
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     line = stopped(["nerfstudio", str(path)], tmp_path / "out", capsys)
     assert str(path) in line and says in line
+
+
+def test_the_distortion_of_a_single_frame_is_seen(miniatures, tmp_path, capsys):
+    path = copied(miniatures, "nerfstudio", tmp_path) / "wide/transforms.json"
+    stored = json.loads(path.read_text())
+    stored["frames"][1]["k1"] = 0.1
+    path.write_text(json.dumps(stored))
+    line = stopped(["nerfstudio", str(path)], tmp_path / "out", capsys)
+    assert "images/1.png is OPENCV with lens distortion (k1)" in line
 
 
 # ---- videos
