@@ -24,7 +24,7 @@ import encode
 from benchmarks import GB, in_fresh_process, row
 from configs import Source
 from data import Batches, Pairs, loader
-from index import IMAGE, RawIndex
+from index import IMAGE, INDEX_VERSION, RawIndex
 from scenes import decode_depth, decode_image, images, open_source
 from shards import LocalFile
 
@@ -184,6 +184,52 @@ def index_rate(folder, format):
     return sum(file.size for file in files) / seconds / 1e6, members / seconds
 
 
+def write_many(folder, scenes, views):
+    """Indexes of a set of the published size, a shard each 200 scenes; the shards are empty holes."""
+    per_shard = 200
+    for shard in range(-(-scenes // per_shard)):
+        path = Path(folder) / f"many-{shard:06}.tar"
+        with open(path, "wb") as file:
+            file.truncate(1 << 30)
+        index = object.__new__(RawIndex)
+        index.file, index.layout = LocalFile(path), "co3d"
+        index.name, index.stamp = path.name, [INDEX_VERSION, *index.file.stamp]
+        index.scenes = [f"category/{shard}_{i}" for i in range(per_shard)]
+        index.problems, rows = [], per_shard * views
+        ones = np.ones(per_shard)
+        index.store({"starts": np.arange(0, rows + 1, views), "fov": ones, "depth_scale": ones,
+                     "frames": np.arange(rows, dtype=np.int32), "radius": ones,
+                     "blocks": np.ones((rows, 2), np.int32), "sizes": np.ones((rows, 2), np.int32),
+                     "c2w": np.zeros((rows, 3, 4))})
+
+
+def open_many(folder):
+    """(seconds, bytes of memory of its own, members) of opening those indexes."""
+    before, start = private_memory(), time.perf_counter()
+    source = open_source(Source("many", "co3d", "many-*.tar", 1.0), folder, SIDE)
+    seconds = time.perf_counter() - start
+    return seconds, private_memory() - before, 3 * int(source.counts.sum())
+
+
+def private_memory():
+    """Bytes of memory that are this process' alone, where the system says so; else nan."""
+    smaps = Path("/proc/self/smaps_rollup")
+    if not smaps.exists():
+        return float("nan")
+    return sum(int(line.split()[1]) * 1024 for line in smaps.read_text().splitlines()
+               if line.startswith("Private_Dirty"))
+
+
+def many_rows(folder, given):
+    write_many(folder, given.many, 60)
+    size = sum(path.stat().st_size for path in folder.glob("many-*.index"))
+    seconds, memory, members = in_fresh_process(open_many, str(folder))
+    return [row("data: members of a large set", members / 1e6, "million"),
+            row("data: its kept indexes, opened", seconds, "s"),
+            row("data: its indexes on disk, mapped", size / members, "bytes/member"),
+            row("data: its indexes in memory", memory / members, "bytes/member")]
+
+
 def webdataset_pairs(folder, format, count, workers):
     """pairs/s of the reference's way; raises ImportError without webdataset."""
     import webdataset
@@ -235,6 +281,7 @@ def run(given):
         for format in given.formats:
             write_raw(folder, format, given.scenes, given.views)
             rows += raw_rows(folder, format, given)
+        rows += many_rows(folder, given)
         write_encoded(folder, given.scenes, given.views)
         rate, _ = in_fresh_process(read_pairs, name, "encoded", DEPTH_MODE,
                                    40 * given.pairs, ENCODED_BATCH)
@@ -289,5 +336,7 @@ def add_options(parser):
     parser.add_argument("--pairs", type=int, default=640, help="pairs that each figure is read of")
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=list(FORMATS),
                         help="image formats of the raw shards")
+    parser.add_argument("--many", type=int, default=95_000, help="scenes, of 60 views, of the set "
+                        "whose indexes are opened")
     parser.add_argument("--workers", nargs="+", type=int, default=list(range(
         1, (os.cpu_count() or 1) + 1)), help="processes of the loader")

@@ -76,12 +76,15 @@ def test_pairs_are_measured_beside_decoding_and_within_the_bytes_of_their_member
     monkeypatch.setattr(bench_data, "in_fresh_process", lambda function, *given: function(*given))
     threads = torch.get_num_threads()
     bench.main(["data", "--folder", str(tmp_path), "--scenes", "2", "--views", "4", "--pairs", "16",
-                "--formats", "PNG", "JPEG", "--workers", "1", "--json", str(tmp_path / "rows.json")])
+                "--formats", "PNG", "JPEG", "--workers", "1", "--many", "400", "--json",
+                str(tmp_path / "rows.json")])
     torch.set_num_threads(threads)
     rows = {}
     for row in json.loads((tmp_path / "rows.json").read_text()):
         rows.setdefault(row["name"], row)
     assert {"data: PNG, one process", "data: JPEG, loader of 1", "data: encoded shards, one process",
             "data: index build, one thread"} <= set(rows)
+    assert rows["data: members of a large set"]["value"] == pytest.approx(0.072)
+    assert 0 < rows["data: its indexes on disk, mapped"]["value"] < 40
     assert rows["data: PNG, read a pair"]["ratio"] < 1.1
     assert [path.name for path in tmp_path.iterdir()] == ["rows.json"], "shards are left behind"
