@@ -13,6 +13,7 @@ divide the weights too, at the price of all of that, and the gradients only by r
 micro-step.
 """
 
+import inspect
 import os
 from datetime import timedelta
 
@@ -56,13 +57,19 @@ class Alone:
 class Ranks(Alone):
     """This process among the others: `rank` of `world`, on `device`."""
     def __init__(self, device, compiles=False):
-        self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store, self.rank, self.world = next(dist.rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+            # torchrun on one node keeps its store when it starts the ranks again, and in it the
+            # addresses of those that died
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = dist.PrefixStore(f"attempt {attempt}", store)
+        place = {"store": store, "rank": self.rank, "world_size": self.world}
         if device.type == "cuda":
             dist.init_process_group("nccl", timeout=COMPILING if compiles else STUCK,
-                                    device_id=device)
+                                    device_id=device, **place)
             self.hosts = dist.new_group(backend="gloo", timeout=SOLO)
         else:
-            dist.init_process_group("gloo", timeout=SOLO)
+            dist.init_process_group("gloo", timeout=SOLO, **place)
             self.hosts = dist.group.WORLD
 
     def sum(self, values):
@@ -85,8 +92,11 @@ class Ranks(Alone):
         return values if whole is values else values.copy_(whole)
 
     def wrap(self, net):
-        # the schedule's tables never change, so there are no buffers to broadcast every step
-        return DistributedDataParallel(net, gradient_as_bucket_view=True, broadcast_buffers=False)
+        # the schedule's tables never change, so there are no buffers to broadcast every step;
+        # torch 2.13 has another name for that
+        known = inspect.signature(DistributedDataParallel).parameters
+        name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        return DistributedDataParallel(net, gradient_as_bucket_view=True, **{name: False})
 
     def close(self):
         dist.destroy_process_group()

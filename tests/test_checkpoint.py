@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -455,6 +456,63 @@ def test_a_run_killed_at_any_moment_resumes_from_a_whole_step(tmp_path):
         progressed += step > reached
         reached = step
     assert progressed > 2, "no step was ever finished"
+
+
+def test_a_writer_saves_what_was_at_the_time_and_lets_the_caller_go_on(tmp_path, monkeypatch):
+    release, genuine = threading.Event(), checkpoint.save
+    monkeypatch.setattr(checkpoint, "save",
+                        lambda *rest: (release.wait(30), genuine(*rest)))
+    writer, parts = checkpoint.Writer(), states(10)
+    writer.save(tmp_path, 10, *(part.items() for part in parts), {"ema_updates": 10})
+    assert not list(tmp_path.iterdir())         # it is not there yet, and we are here already
+    for part in parts:
+        for tensor in part.values():
+            tensor.fill_(99)                    # what training does next
+    release.set()
+    writer.wait()
+    assert_is_step(checkpoint.latest(tmp_path), 10)
+    assert (writer.step, writer.problem) == (10, "")
+
+
+def test_a_writer_writes_one_step_at_a_time_into_memory_that_it_keeps(tmp_path, monkeypatch):
+    running, most, genuine = [], [], checkpoint.save
+
+    def save(*rest):
+        running.append(0)
+        most.append(len(running))
+        time.sleep(0.02)
+        genuine(*rest)
+        running.pop()
+    monkeypatch.setattr(checkpoint, "save", save)
+    writer, places = checkpoint.Writer(), set()
+    for step in (10, 20, 30):
+        writer.save(tmp_path, step, *(part.items() for part in states(step)), {"ema_updates": step})
+        places |= {copy.data_ptr() for copy in writer.copies.values()}
+    writer.wait()
+    assert most == [1, 1, 1] and len(places) == len(writer.copies) == 4
+    for folder in checkpoint.steps(tmp_path):
+        assert_is_step(folder, checkpoint.step_of(folder))
+
+
+def test_a_writer_tells_that_a_write_failed_and_goes_on(tmp_path, monkeypatch):
+    said = []
+    writer = checkpoint.Writer(said.append)
+
+    def save_step(step):
+        writer.save(tmp_path, step, *(part.items() for part in states(step)), {"ema_updates": step})
+        writer.wait()
+    save_step(10)
+    with monkeypatch.context() as broken:
+        def full(handle):
+            raise OSError(28, "No space left on device")
+        broken.setattr(os, "fsync", full)
+        save_step(20)
+    assert said == [f"step 20 could not be saved, training goes on: {writer.problem}"]
+    assert "No space left on device" in writer.problem and writer.step == 10
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000010"]
+    save_step(30)
+    assert (writer.step, writer.problem) == (30, "") and len(said) == 1
+    assert_is_step(checkpoint.latest(tmp_path), 30)
 
 
 def test_remains_of_a_killed_save_are_cleared_away(tmp_path):
