@@ -704,6 +704,13 @@ def test_clips_without_frames_are_passed_over_and_missing_frames_are_counted(min
     assert sorted(reader(tmp_path / "out", "re10k").counts.tolist()) == [VIEWS - 1, VIEWS]
 
 
+def test_a_clip_counts_as_many_views_as_its_text_has_cameras(miniatures):
+    root = miniatures / "re10k"
+    found, _ = captures.find_re10k("acid", root / "cameras", root / "frames", "", "")
+    assert [(each.name, each.count) for each in found] == [("acid/tall", VIEWS),
+                                                           ("acid/wide", VIEWS)]
+
+
 def test_a_colmap_model_of_another_path_is_left_out_with_its_clip(miniatures, truths, tmp_path):
     root = copied(miniatures, "re10k", tmp_path)
     shutil.rmtree(root / "models/wide")
@@ -769,6 +776,7 @@ def test_nerfstudio_frames_may_have_their_own_lens_or_an_angle(miniatures, tmp_p
     views, out = captures.read_nerfstudio(path, True)
     assert not out and len(views) == VIEWS
     assert views[0].intrinsics == pytest.approx((FOCAL / w, FOCAL / h, 0.5, 0.5))
+    stored |= {"fl_x": 99.0, "w": 90, "h": 90}
     stored["frames"][1] |= {"fl_x": 50.0, "w": 100, "h": 80, "cx": 40.0}
     path.write_text(json.dumps(stored))
     views, _ = captures.read_nerfstudio(path, True)
