@@ -55,9 +55,9 @@ class Cost:
     def __str__(self):
         names = ("weights", "depth", "gradients", "moments", "average", "copies", "activations")
         labels = {"depth": "depth network", "copies": "bf16 copies", "activations": "activations ~"}
-        parts = [f"{labels.get(name, name)} {getattr(self, name) / GB:.2f}"
+        parts = [f"{labels.get(name, name)} {getattr(self, name) / GB:.3g}"
                  for name in names if getattr(self, name)]
-        return f"~ {self.total / GB:.2f} GB ({', '.join(parts)})"
+        return f"~ {self.total / GB:.3g} GB ({', '.join(parts)})"
 
 
 def of(config, ranks, micro_batch):

@@ -24,7 +24,7 @@ from model import TIMESTEPS
 BANDS = 4                           # of timesteps, each with its own loss
 SHOWN = {"loss": "loss {:.4g}", "lr": "lr {:.3g}", "pairs_per_s": "{:.4g} pairs/s",
          "ceiling_share": "{:.0%} of peak", "data_wait": "data wait {:.0%}",
-         "memory_gb": "{:.3g} GB"}
+         "memory_gb": "{:.3g} GB", "val_psnr": "held-out PSNR {:.2f} dB"}
 TRACE_SKIPPED = 2                   # steps before a trace: the first ones are slower
 
 

@@ -159,6 +159,11 @@ class Optimizer:
 
 def inputs(net, batch, config, depth_net, device):
     """A batch of pairs, as the loader gives it, to what `ZeroNVS.forward` takes before `draws`."""
+    if "moments_target" in batch:       # of encoded shards: what the frozen networks said once
+        moments, z_cond, embedding = (batch[name].to(device, non_blocking=True).float()
+                                      for name in ("moments_target", "mean_cond", "clip_cond"))
+        T = model.pose_vector(batch, config.mode, depth_net, config.quantile_blend)
+        return *moments.chunk(2, dim=1), z_cond, embedding, T.to(device)
     image_cond, image_target = (data.images(batch[name].to(device, non_blocking=True))
                                 for name in ("image_cond", "image_target"))
     T = model.pose_vector({**batch, "image_cond": image_cond}, config.mode, depth_net,
@@ -366,6 +371,9 @@ def train(config, ranks, device, log, writer, traced, dry_run):
     if config.latent == "vae" and not config.init:
         raise ValueError("latent='vae' needs --init=FILE, a checkpoint that brings the autoencoder "
                          "and CLIP, such as zero123-xl.ckpt")
+    pictures = "image_cond" in held_out[0]
+    if not pictures:
+        log.say("the held-out shards are encoded, so there are neither pictures nor scores")
     run = newest(config, ranks, log)
     start = run.step if run else 0
     log.say("\n".join(f"data     {reader.summary()}" for reader in readers))
@@ -418,12 +426,18 @@ def train(config, ranks, device, log, writer, traced, dry_run):
             log.stepped()
         final = done == config.steps
         saves = done > saved and (final or stopped or done % config.save_every == 0)
-        shows = not stopped and (final or done % config.sample_every == 0)
-        if done > logged and (saves or shows or done % config.log_every == 0):
+        shows = pictures and not stopped and (final or done % config.sample_every == 0)
+        validates = (pictures and not stopped and config.validate_every
+                     and done % config.validate_every == 0)
+        if done > logged and (saves or shows or validates or done % config.log_every == 0):
             numbers, losses, bad = meter.read(ranks, done - logged, micro_steps)
             check_finite(bad, losses, logged, pairs, config, ranks)
             if norm is not None:
                 numbers["grad_norm"] = norm.item()
+            if validates:
+                with averaged(net, ema, ranks):
+                    if ranks.rank == 0:
+                        numbers |= evaluate.validate(net, held_out, config, depth_net)
             log(done, **numbers, lr=learning_rate(done - 1, config) * config.lr,
                 **report.state(config, done, numbers, needs, peak, ranks, device, readers))
             logged = done
@@ -435,13 +449,13 @@ def train(config, ranks, device, log, writer, traced, dry_run):
             with averaged(net, ema, ranks):
                 if ranks.rank == 0:
                     show(config, done, net, held_out, depth_net, log)
-        if saves or shows:
+        if saves or shows or validates:
             meter.since = time.perf_counter()       # the rate is that of training
     if stopped:
         writer.wait()
         log.say(f"stopped by signal after step {done}, {'not ' * bool(writer.problem)}saved; "
                 "the same command goes on from the newest checkpoint")
-    elif config.eval_pairs:
+    elif config.eval_pairs and pictures:
         with averaged(net, ema, ranks):
             if ranks.rank == 0:
                 score(config, net, held_out, depth_net)

@@ -147,7 +147,7 @@ def test_torchrun_starts_a_run_again_whose_rank_died_and_it_goes_on(shards, tmp_
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = tiny(shards, out, kill_one_rank(out), steps=40, save_every=3)
+    arguments = tiny(shards, out, kill_one_rank(out), steps=15, save_every=3)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
          str(port), "--max-restarts", "1", "train.py", *arguments], cwd=ROOT, env=ONE_THREAD,
@@ -156,7 +156,7 @@ def test_torchrun_starts_a_run_again_whose_rank_died_and_it_goes_on(shards, tmp_
     starts = re.findall(r"start +(.*)", done.stdout)
     assert starts[0].startswith("random weights") and re.match(r"step \d+ of", starts[1])
     steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 41))
-    run(tiny(shards, tmp_path / "whole", steps=40))
+    assert steps == list(range(1, 16))
+    run(tiny(shards, tmp_path / "whole", steps=15))
     # rounding of the sums, which training makes larger from step to step
     np.testing.assert_allclose(logged(out), logged(tmp_path / "whole"), rtol=1e-3)
