@@ -1,5 +1,8 @@
 """Encoded shards: what the frozen networks make of every view, computed once.
 
+    python prepare.py encode data/co3d/train-*.tar --weights zero123-xl.ckpt --out data/encoded
+    torchrun --nproc_per_node 8 prepare.py encode ...
+
 A member `category/scene.safetensors` a scene, with arrays over its n views:
 
     moments   float16 (n, 2c, h, w)  the autoencoder's posterior, mean over log-variance
@@ -11,7 +14,33 @@ A member `category/scene.safetensors` a scene, with arrays over its n views:
 and the scene's `radius` and `nearplane` as metadata. index.py reads them.
 """
 
-from safetensors.torch import save
+import json
+import math
+import os
+import sys
+import time
+from collections import Counter
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import checkpoint
+import clip
+import depth
+import inspector
+import vae
+from model import viewer_scale
+from scenes import images, nearplane_quantile, of_files
+from shard_writer import check_out, write_shard, write_text
+from shards import Damaged
+from tensorfile import pack
+
+ENCODE_VERSION = 1
+FEWEST_VIEWS = 2                # of a scene: a pair
 
 
 def member(moments, clip, c2w, fov, scale, radius, nearplane):
@@ -22,4 +51,196 @@ def member(moments, clip, c2w, fov, scale, radius, nearplane):
     for name, array in arrays.items():
         assert len(array) == n, f"{name} is not of {n} views"
     told = {"radius": repr(float(radius)), "nearplane": repr(float(nearplane))}
-    return save({name: array.contiguous().cpu() for name, array in arrays.items()}, told)
+    return b"".join(bytes(part) for part in pack(arrays, told))
+
+
+class Frozen(nn.Module):
+    """The networks that never change, under the checkpoint's names; `depth_net` may be None."""
+
+    def __init__(self, autoencoder, embedder, depth_net=None, blend=True):
+        super().__init__()
+        self.first_stage_model, self.cond_stage_model = autoencoder, nn.Module()
+        self.cond_stage_model.model = embedder
+        self.depth_net, self.blend = depth_net, blend
+
+    @torch.no_grad()
+    def forward(self, image, known):
+        """Views (b, 3, h, w) in [-1, 1] and their depths (b, h, w), 0 unknown -> moments
+        (b, 2c, h / 8, w / 8), embeddings (b, d), scales (b,)."""
+        mean, logvar = self.first_stage_model.encode(image)
+        embedding = self.cond_stage_model.model.encode_image(image)
+        return (torch.cat([mean, logvar], dim=1), embedding,
+                viewer_scale(known, image, self.depth_net, self.blend))
+
+
+def load(weights, depth_weights, blend, device):
+    """The Frozen networks of zero123's file and of the depth network's. Raises ValueError."""
+    with torch.device("meta"):
+        networks = Frozen(vae.AutoencoderKL(), clip.CLIP(transformer_layers=0))
+    checkpoint.load_model(networks, weights)
+    networks.depth_net = depth.load(depth_weights) if depth_weights else None
+    networks.blend = blend
+    return networks.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+# ---- a shard
+
+class Views(Dataset):
+    """The views of a RawScenes, one after the other: (image, depth), or why there is none."""
+
+    def __init__(self, source):
+        self.source = source
+        self.places = [(scene, view) for scene in range(len(source))
+                       for view in range(int(source.counts[scene]))]
+
+    def __len__(self):
+        return len(self.places)
+
+    def __getitem__(self, i):
+        try:
+            return (torch.tensor(self.source.pixels(*self.places[i])).permute(2, 0, 1),
+                    torch.from_numpy(self.source.depth(*self.places[i])))
+        except Damaged as err:
+            return err
+
+
+def gather(items):
+    """A batch of what `Views` gives: (whether it is whole, images, depths)."""
+    whole = [not isinstance(item, Damaged) for item in items]
+    good = [item for item in items if not isinstance(item, Damaged)]
+    stacked = [torch.stack(part) for part in zip(*good)] or [None, None]
+    return [None if ok else str(item) for ok, item in zip(whole, items)], *stacked
+
+
+def encoded_views(source, networks, args, device):
+    """Yields (problem or None, (moments, embedding, scale), depth) of every view, in order."""
+    autocast = (torch.autocast(device.type, torch.bfloat16) if args.precision == "bf16"
+                else nullcontext())
+    batches = DataLoader(Views(source), args.batch, collate_fn=gather, num_workers=args.loaders,
+                         pin_memory=device.type == "cuda")
+    for problems, pixels, known in batches:
+        rows = []
+        if pixels is not None:
+            image = images(pixels.to(device, non_blocking=True))
+            with autocast:
+                rows = networks(image, known.to(device, non_blocking=True))
+            rows = list(zip(*(part.float().cpu() for part in rows), known))
+        rows = iter(rows)
+        for problem in problems:
+            *made, its_depth = next(rows) if problem is None else (None, None)
+            yield problem, made, its_depth
+
+
+def encoded_scenes(source, networks, args, device, report):
+    """Yields the members of every scene; report(view's problem or "") as views get done."""
+    views = encoded_views(source, networks, args, device)
+    for scene in range(len(source)):
+        known, kept, made, depths = source.scene(scene), [], [], []
+        for view in range(len(known.c2w)):
+            problem, arrays, its_depth = next(views)
+            report(problem or "")
+            if problem is None:
+                kept.append(view)
+                made.append(arrays)
+                depths.append(its_depth.numpy())
+        if len(kept) < FEWEST_VIEWS:
+            continue
+        moments, embeddings, scales = map(torch.stack, zip(*made))
+        yield [(f"{known.name}.safetensors", member(
+            moments, embeddings, known.c2w[kept],
+            torch.full((len(kept),), known.fov, dtype=torch.float64), scales, known.radius,
+            nearplane_quantile(depths)))]
+
+
+# ---- the command
+
+def plan(args):
+    """[(raw file, format, image size, path of its encoded shard)]. Raises ValueError."""
+    found = [(file, format, side)
+             for (format, side), files in inspector.groups(args.shards, args.format, 0).items()
+             for file in files]
+    if any(format == "encoded" for _, format, _ in found):
+        raise ValueError(f"{found[0][0].path} is encoded already")
+    root = os.path.commonpath([os.path.dirname(os.path.abspath(file.path)) for file, *_ in found])
+    return [(file, format, side, Path(args.out) / os.path.relpath(os.path.abspath(file.path), root))
+            for file, format, side in found]
+
+
+def run(args):
+    """Encodes the shards that are not there yet; under torchrun, each rank its part of them."""
+    rank, world = (int(os.environ.get(name, default)) for name, default in
+                   (("RANK", 0), ("WORLD_SIZE", 1)))
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    shards = plan(args)
+    if rank == 0:
+        arguments = {"version": ENCODE_VERSION, "weights": Path(args.weights).name,
+                     "depth-weights": Path(args.depth_weights).name, "precision": args.precision,
+                     "quantile-blend": args.quantile_blend}
+        check_out(Path(args.out) / "encode.json", arguments, list(Path(args.out).rglob("*.tar")),
+                  args.overwrite)
+    networks = load(args.weights, args.depth_weights, args.quantile_blend, device)
+    if args.compile:
+        for part in (networks.first_stage_model.encoder, networks.cond_stage_model.model.visual):
+            part.compile()
+    started, total = time.perf_counter(), Counter()
+    with tqdm(unit=" views", desc=f"encode on {device}", disable=rank > 0) as bar:
+        for file, format, side, path in shards[rank::world]:
+            if path.is_file():
+                continue
+            source = of_files(file.name, format, [file], side)
+            problems = list(source.problems)
+
+            def report(problem):
+                bar.update()
+                total["views"] += 1
+                problems.extend([problem] * bool(problem))
+
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_shard(path, encoded_scenes(source, networks, args, device, report))
+            write_text(path.with_suffix(".json"), json.dumps({"left_out": problems}, indent=1))
+            for problem in problems:
+                bar.write(f"left out: {problem}", file=sys.stderr)
+    seconds = time.perf_counter() - started
+    if total["views"]:
+        print(f"rank {rank}: {total['views']} views in {seconds:.1f} s: "
+              f"{total['views'] / seconds:.1f} views/s on {device}")
+    elif rank == 0:
+        print("all of them were there already")
+    if rank == 0:
+        lacking = unknown_scales([path for *_, path in shards])
+        if lacking:
+            print(f"{lacking:.1%} of the views have no scale, and mode 7dof_quantile_scale needs "
+                  "it: give --depth-weights=dpt_swin2_tiny_256.pt, or train with --mode=7dof")
+
+
+def unknown_scales(paths):
+    """The share of views without a scale, in those of the shards that are there."""
+    there = [path for path in paths if path.is_file()]
+    found = inspector.groups([str(path) for path in there], "", 0)
+    scales = [torch.from_numpy(shard.scale.copy())
+              for (format, side), files in found.items()
+              for shard in of_files("encoded", format, files, side).shards]
+    return torch.cat(scales).isnan().double().mean().item() if scales else math.nan
+
+
+def add_options(sub):
+    """The options of `prepare.py encode`."""
+    add = sub.add_argument
+    add("shards", nargs="+", help="raw shards: files, globs, {000..012} patterns")
+    add("--weights", required=True, help="zero123-xl.ckpt, or another file with the autoencoder "
+        "and CLIP")
+    add("--depth-weights", default="", help="dpt_swin2_tiny_256.pt, which fills holes of depth")
+    add("--no-quantile-blend", dest="quantile_blend", action="store_false",
+        help="the scale is that of the depth network alone, not of known depths where there are any")
+    add("--out", default="data/encoded", help="folder of the encoded shards")
+    add("--format", default="", choices=("", *inspector.FORMATS[:-1]),
+        help="of the raw shards; else it is detected")
+    add("--batch", type=int, default=64, help="views at once")
+    add("--precision", choices=("bf16", "fp32"), default="", help="of the networks; bf16 on a GPU, "
+        "fp32 on a CPU, unless told")
+    add("--compile", action="store_true", help="torch.compile the networks: for many views")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to encode")
+    add("--loaders", type=int, default=0, help="processes a rank that decode images")
+    add("--overwrite", action="store_true", help="replace shards made with other arguments")

@@ -441,16 +441,25 @@ def pose_vector(batch, mode, depth_net=None, blend=True):
     if "scale" not in batch and mode == "7dof_stereomag_scale":
         scale = camera.stereomag_scale(batch["nearplane"])
     if "scale" not in batch and mode == "7dof_quantile_scale":
-        dense = batch["depth_cond"]
-        holes = (dense <= 0).flatten(1).any(1)
-        if depth_net is not None and (holes.any() or not blend):
-            disparity = depth_net(batch["image_cond"])
-            dense = depth.dense_depth(disparity, dense.to(disparity.device), blend)
-        elif holes.any():
+        scale = viewer_scale(batch["depth_cond"], batch["image_cond"], depth_net, blend)
+        if scale.isnan().any():
             raise ValueError(
-                f"{batch['uid'][holes.int().argmax()]}: the depth of the conditioning view has "
-                "holes, and mode 7dof_quantile_scale needs all of it: give "
+                f"{batch['uid'][scale.isnan().int().argmax()]}: the depth of the conditioning view "
+                "has holes, and mode 7dof_quantile_scale needs all of it: give "
                 "--depth_weights=dpt_swin2_tiny_256.pt, which fills them, or choose --mode=7dof, "
                 "which takes the scale from the cameras")
-        scale = camera.quantile_scale(dense).to(cond_c2w.device)
+        scale = scale.to(cond_c2w.device)
     return camera.conditioning(mode, cond_c2w, target_c2w, fov, scale).float()
+
+
+def viewer_scale(known, image, depth_net=None, blend=True):
+    """20% quantiles (b,) of the depths of views, in their unit; nan where there are holes.
+
+    known: depth (b, h, w), 0 where unknown; depth_net: a depth.DPT that fills the holes from image
+    (b, 3, h, w) in [-1, 1]; blend: known depths replace the network's.
+    """
+    holes = (known <= 0).flatten(1).any(1)
+    if depth_net is not None and (holes.any() or not blend):
+        disparity = depth_net(image)
+        return camera.quantile_scale(depth.dense_depth(disparity, known.to(disparity.device), blend))
+    return camera.quantile_scale(known).where(~holes, torch.nan)

@@ -153,8 +153,7 @@ def held_out(config, number):
 
     Raises ValueError or FileNotFoundError where the run has no such scene.
     """
-    sources = [source for source in config.sources
-               if source.held_out and source.format != "encoded"]
+    sources = [source for source in config.sources if source.held_out]
     if not sources:
         raise ValueError("the run has no held-out scenes with images: give an IMAGE")
     reader = scenes.open_source(sources[0], config.data, config.image_size, held_out=True)

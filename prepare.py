@@ -5,6 +5,7 @@
     python prepare.py re10k --cameras RealEstate10K/train --frames FRAMES       # and acid
     python prepare.py colmap CAPTURE ...                # COLMAP models with their images
     python prepare.py nerfstudio CAPTURE ...            # folders with a transforms.json
+    python prepare.py encode SHARDS ... --weights zero123-xl.ckpt    # raw shards to encoded ones
 
 Shards are written under another name and renamed, so a shard that exists is whole, and the same
 arguments give the same bytes: running a command again goes on where it stopped. Letters: `s`
@@ -28,6 +29,7 @@ import torch
 from tqdm import tqdm
 
 import captures
+import encode
 import resample
 import synth
 from shard_writer import IMAGE_FORMATS, check_out, make, raw_scene, write_text
@@ -319,6 +321,14 @@ def summary(plan):
         print(f"left out: {len(places)} x {reason}, first {places[0]}")
 
 
+def run_encode(args):
+    """Encodes raw shards."""
+    check_least(args, batch=1, loaders=0)
+    args.device = pick_device(args.device).type
+    args.precision = args.precision or ("bf16" if args.device == "cuda" else "fp32")
+    encode.run(args)
+
+
 # ---------------------------------------------------------------------------------- command line
 
 def pick_device(name):
@@ -359,6 +369,10 @@ def parser():
     add("--overwrite", action="store_true", help="replace shards made with other arguments")
     sub.set_defaults(run=run_synth)
     add_captures(commands, help_format)
+    sub = commands.add_parser("encode", formatter_class=help_format,
+                              help="what the frozen networks make of raw shards, computed once")
+    encode.add_options(sub)
+    sub.set_defaults(run=run_encode)
     return top
 
 

@@ -5,6 +5,7 @@ Letters: `n` views of a scene, `s` side of the square images in pixels, `c h w` 
 
 import hashlib
 import io
+import math
 import os
 import threading
 from bisect import bisect_right
@@ -106,12 +107,14 @@ def open_source(source, folder, image_size, held_out=False):
 
     Raises FileNotFoundError, and ValueError when no scene is usable.
     """
-    pattern = source.held_out if held_out else source.shards
+    pattern, format = source.shards, source.format
+    if held_out:
+        pattern, format = source.held_out, source.held_out_format or source.format
     if not pattern:
         raise ValueError(f"source {source.name!r} has no {'held_out' if held_out else 'shards'}")
     if is_stream(pattern):
         return StreamedScenes(source, pattern, image_size)
-    return of_files(source.name, source.format, find_shards(folder, pattern), image_size)
+    return of_files(source.name, format, find_shards(folder, pattern), image_size)
 
 
 def of_files(name, format, files, image_size, keep=True):
@@ -220,9 +223,8 @@ class RawScenes(Scenes):
     def nearplane(self, scene):
         """The 10% quantile over views of the 5% quantile of their depths, or nan. Damaged."""
         if scene not in self.nearplanes:
-            depths = [self.depth(scene, view) for view in range(self.counts[scene])]
-            near = [np.quantile(d[d > 0], NEARPLANE_VIEW) for d in depths if d.any()]
-            self.nearplanes[scene] = float(np.quantile(near, NEARPLANE_SCENE)) if near else np.nan
+            self.nearplanes[scene] = nearplane_quantile(
+                self.depth(scene, view) for view in range(self.counts[scene]))
         return self.nearplanes[scene]
 
     def empty(self, count, mode):
@@ -246,6 +248,12 @@ class RawScenes(Scenes):
         if mode == NEARPLANE_MODE:
             batch["nearplane"][i] = self.nearplane(scene)
         return self.uid(scene, cond, target)
+
+
+def nearplane_quantile(depths):
+    """The 10% quantile over views of the 5% quantile of their depths (s, s), or nan."""
+    near = [np.quantile(d[d > 0], NEARPLANE_VIEW) for d in depths if d.any()]
+    return float(np.quantile(near, NEARPLANE_SCENE)) if near else math.nan
 
 
 class EncodedScenes(Scenes):

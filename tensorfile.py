@@ -495,11 +495,9 @@ def unfinished(path):
         partial.unlink(missing_ok=True)
 
 
-def write_safetensors(path, tensors, metadata=None):
-    """Writes tensors by name (a dict or Tensors), one at a time. Returns its (bytes, CRC-32).
-
-    A file of that name is replaced when the new one is whole, so tensors mapped from it live on.
-    """
+def pack(tensors, metadata=None):
+    """Yields the bytes of a safetensors file: its header, then tensors (a dict or Tensors), one at
+    a time. The same for the same input, which the safetensors package does not promise."""
     entries = dict(getattr(tensors, "entries", tensors))
     kinds = {dtype: name for name, dtype in SAFETENSORS.items()}
     order = sorted(entries, key=lambda name: -entries[name].dtype.itemsize)     # keeps all aligned
@@ -511,16 +509,24 @@ def write_safetensors(path, tensors, metadata=None):
                         "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    crc = 0
+    yield struct.pack("<Q", len(text)) + text
+    for name in order:
+        if nbytes(entries[name]):
+            flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+            yield flat.view(torch.uint8).numpy()
+
+
+def write_safetensors(path, tensors, metadata=None):
+    """Writes tensors by name (a dict or Tensors), one at a time. Returns its (bytes, CRC-32).
+
+    A file of that name is replaced when the new one is whole, so tensors mapped from it live on.
+    """
+    size = crc = 0
     with unfinished(path) as partial, open(partial, "wb", buffering=0) as file:
-        filled = [name for name in order if nbytes(entries[name])]
-        for part in (struct.pack("<Q", len(text)) + text, *filled):
-            if isinstance(part, str):
-                flat = tensors[part].detach().cpu().contiguous().reshape(-1)
-                part = flat.view(torch.uint8).numpy()
+        for part in pack(tensors, metadata):
             rest = memoryview(part)
-            crc = zlib.crc32(rest, crc)
+            size, crc = size + rest.nbytes, zlib.crc32(rest, crc)
             while rest:
                 rest = rest[file.write(rest):]
         os.fsync(file.fileno())
-    return 8 + len(text) + end, crc
+    return size, crc

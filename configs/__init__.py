@@ -38,6 +38,7 @@ class Source:
                                      # http(s)://, pipe:COMMAND or -; see shards.py
     probability: float               # share of the pairs of a step; the sources' shares sum to 1
     held_out: str = ""               # shards of scenes kept from training, for pictures and scores
+    held_out_format: str = ""        # of these, if another: encoded sources are scored on raw shards
     window: int = 8                  # shards open at a time, of `pipe:` shards alone
     pairs_per_shard: int = 2000      # pairs drawn from each of these before another takes its place
 
@@ -48,6 +49,12 @@ class Source:
                                  "positive")
         if self.format not in FORMATS:
             raise ValueError(f"source {self.name!r}: {unknown('format', self.format, FORMATS)}")
+        if self.held_out_format and self.held_out_format not in FORMATS:
+            raise ValueError(f"source {self.name!r}: "
+                             f"{unknown('held_out_format', self.held_out_format, FORMATS)}")
+        if self.held_out and (self.held_out_format or self.format) == "encoded":
+            raise ValueError(f"source {self.name!r}: held-out shards must be raw, for pictures and "
+                             "scores: say held_out_format, co3d, re10k or acid")
         if not 0 < self.probability <= 1:
             raise ValueError(f"source {self.name!r}: probability {self.probability} "
                              "is not in (0, 1]")

@@ -94,3 +94,10 @@ def encoded_scene(seed, views=4, latent=(8, 4, 4), width=6):
             "fov": torch.full((views,), 0.9, dtype=torch.float64),
             "scale": torch.rand(views, generator=random, dtype=torch.float64) + 0.5,
             "radius": 1.25 + seed, "nearplane": 0.75}
+
+
+def rewritten(path, target, change):
+    """A copy of a shard whose members went through change(name, bytes)."""
+    with tarfile.open(path) as tar:
+        members = {info.name: change(info.name, tar.extractfile(info).read()) for info in tar}
+    return write_tar(target, members)

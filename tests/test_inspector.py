@@ -12,7 +12,7 @@ import encode
 import inspector
 import numpy as np
 import pytest
-from made import encoded_scene, scene_members, write_tar
+from made import encoded_scene, rewritten, scene_members, write_tar
 from PIL import Image
 
 import prepare
@@ -30,13 +30,6 @@ def rendered(tmp_path_factory):
 
 def path_of(folder, format):
     return next((folder / format).glob("train-*.tar"))
-
-
-def rewritten(path, target, change):
-    """A copy of a shard whose members went through change(name, bytes)."""
-    with tarfile.open(path) as tar:
-        members = {info.name: change(info.name, tar.extractfile(info).read()) for info in tar}
-    return write_tar(target, members)
 
 
 def with_camera(change):
