@@ -183,13 +183,16 @@ def write(config, modes, args):
              "seed": config.seed, "image_size": config.image_size}
     (out / "ablation.json").write_text(json.dumps({**about, **found}, indent=1) + "\n")
     (out / "table.txt").write_text("\n".join(lines) + "\n")
+    print("\n" + "\n".join(lines))
     sheet(config, rows).save(out / "sheet.png")
     files = ["ablation.json", "table.txt", "sheet.png"]
-    if config.validate_every and config.validate_every <= config.steps:
+    try:
         drawn = {MODES[mode]: curves.read(out / mode, "val_psnr") for mode in modes}
         (out / "curves.svg").write_text(curves.svg(drawn, "held-out PSNR, dB"))
         files.append("curves.svg")
-    print("\n" + "\n".join(lines) + f"\nin {out}: {', '.join(files)}")
+    except ValueError as err:       # runs without validation have no curve
+        print(f"no curves.svg: {err}")
+    print(f"in {out}: {', '.join(files)}")
 
 
 # ---- the command

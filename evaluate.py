@@ -211,7 +211,8 @@ def case(pairs, place):
     source, scene, *views = dataset.draw(number, attempt=len(item["damage"].splitlines()))
     reader = dataset.readers[source]
     cond, target = (torch.from_numpy(reader.depth(scene, view)) for view in views)
-    return item, {"source": reader.name, "scene": item["uid"].rpartition(":")[0],
+    scene = item["uid"].rpartition(":")[0]          # shards of two sources may be called the same
+    return item, {"source": reader.name, "scene": f"{reader.name}: {scene}",
                   "depth_cond": cond, "depth_target": target}
 
 
@@ -475,6 +476,10 @@ def run(argv):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     pairs = held_out_pairs(config, config.eval_pairs)       # before anything large is read
+    for reader in pairs.dataset.readers:
+        if reader.kind != "images":
+            raise ValueError(f"source {reader.name!r} has {reader.kind}: scores need held-out "
+                             "shards with images, which --config can name")
     net = sample.load(args.checkpoint, device, "fp32")[0]
     depth_net = load_depth(config, device)
     judges, notes = judges_of(net, config, args)

@@ -172,9 +172,9 @@ def test_without_motion_the_warp_is_the_view_itself(pairs):
                  pairs.cond[seen[:, None].expand_as(colours)], atol=1e-3, rtol=0)
 
 
-def plane_and_card(size=32):
-    """A wall at depth 4, seen by a camera that moves 0.5 to the right; a card at depth 2 hides a part
-    of it from one of the two cameras. fov 90 degrees: at depth z a pixel is 2 z / size wide."""
+def wall_and_motion(size=32):
+    """A wall at depth 4, seen by a camera that moves 0.5 to the right, with a field of view of 90
+    degrees: at depth z a pixel is 2 z / size wide."""
     fov = torch.tensor([np.pi / 2])
     pose = torch.eye(4)[None].clone()
     pose[:, 0, 3] = 0.5
@@ -182,7 +182,7 @@ def plane_and_card(size=32):
 
 
 def test_a_nearer_surface_wins_and_what_it_uncovers_stays_empty():
-    fov, pose, wall = plane_and_card()
+    fov, pose, wall = wall_and_motion()
     depth = wall.clone()
     depth[:, :, 16:20] = 2.0
     found = metrics.splat(depth, pose, fov)[0]
@@ -194,7 +194,7 @@ def test_a_nearer_surface_wins_and_what_it_uncovers_stays_empty():
 
 
 def test_surfaces_that_the_target_view_hides_are_not_seen_by_both():
-    fov, pose, wall = plane_and_card()
+    fov, pose, wall = wall_and_motion()
     hidden = wall.clone()
     hidden[:, 8:12, 8:12] = 1.5             # a card that the conditioning view does not know
     seen = metrics.warp(torch.zeros(1, 3, 32, 32), wall, pose, fov, hidden)[1][0]
@@ -202,10 +202,10 @@ def test_surfaces_that_the_target_view_hides_are_not_seen_by_both():
 
 
 def test_unknown_depth_is_not_seen():
-    fov, pose, wall = plane_and_card()
+    fov, pose, wall = wall_and_motion()
     holes = wall.clone()
     holes[:, 10:14, 10:14] = 0
-    colours, seen = metrics.warp(torch.zeros(1, 3, 32, 32), holes, pose, fov, torch.zeros(1, 32, 32))
+    colours, seen = metrics.warp(torch.zeros(1, 3, 32, 32), holes, pose, fov, 0 * wall)
     assert not seen[0, 10:14, 8:12].any() and seen[0, 2:8, 2:28].all()
     assert not metrics.warp(torch.zeros(1, 3, 32, 32), 0 * wall, pose, fov, 0 * wall)[1].any()
     figure = metrics.agreement(colours, colours, torch.zeros(1, 32, 32, dtype=torch.bool))
