@@ -9,6 +9,7 @@ comes to the same end however often it is cut short.
 """
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -77,6 +78,8 @@ def train(config, modes, args, overrides, deadline):
     """Trains the modes, args.jobs at once, until all are done or the time is up. Returns whether
     all are done. Raises ValueError, and stops the others, where one fails."""
     Path(config.out).mkdir(parents=True, exist_ok=True)
+    # processes that all use every core stand in each other's way
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}
     waiting, running, told = [m for m in modes if not is_done(config, m)], {}, time.monotonic()
     try:
         while (waiting or running) and time.monotonic() < deadline:
@@ -86,7 +89,8 @@ def train(config, modes, args, overrides, deadline):
                 command = [sys.executable, str(ROOT / "train.py"), args.config, *overrides,
                            f"--mode={mode}", f"--out={Path(config.out) / mode}"]
                 with open(Path(config.out) / f"{mode}.log", "ab") as log:
-                    running[mode] = subprocess.Popen(command, stdout=log, stderr=log)
+                    running[mode] = subprocess.Popen(command, stdout=log, stderr=log,
+                                                     env={**threads, **os.environ})
             time.sleep(POLL)
             for mode, process in list(running.items()):
                 if process.poll() is not None:

@@ -12,10 +12,10 @@ import ablation
 import curves
 
 ROOT = Path(__file__).parents[1]
-TINY = ["--scenes", "4", "--held-out", "4", "--pairs", "8", "--modes", "3dof,7dof", "--image_size=16",
-        "--model_channels=16", "--channel_mult=1,1", "--num_res_blocks=1", "--norm_groups=8",
-        "--attention_resolutions=2", "--num_heads=1", "--context_dim=16", "--steps=4",
-        "--batch_size=4", "--micro_batch=4", "--validate_every=2", "--validate_pairs=4",
+TINY = ["--scenes", "4", "--held-out", "4", "--pairs", "8", "--modes", "3dof,7dof",
+        "--image_size=16", "--model_channels=16", "--channel_mult=1,1", "--num_res_blocks=1",
+        "--norm_groups=8", "--attention_resolutions=2", "--num_heads=1", "--context_dim=16",
+        "--steps=4", "--batch_size=4", "--micro_batch=4", "--validate_every=2", "--validate_pairs=4",
         "--eval_pairs=0", "--device=cpu", "--precision=fp32", "--workers=0", "--log_every=1",
         "--save_every=2", "--sample_every=100"]
 
@@ -86,7 +86,8 @@ def test_bad_input_is_one_clear_line(finished, capsys, arguments, message):
 
 def rows(psnr):
     return [{"number": k, "uid": f"a:b/{k}:0->1", "source": "s", "scene": f"s: a:b/{k}",
-             "distance": 1.0, "scores": {"this model": {"psnr": p}, "repeat the view": {"psnr": 9.0}}}
+             "distance": 1.0,
+             "scores": {"this model": {"psnr": p}, "repeat the view": {"psnr": 9.0}}}
             for k, p in enumerate(psnr)]
 
 
