@@ -227,12 +227,17 @@ def test_a_signal_to_the_whole_group_saves_at_once_and_the_run_goes_on(shards, t
     process = subprocess.Popen([sys.executable, "train.py", *arguments], cwd=ROOT,
                                start_new_session=True, env=ONE_THREAD, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True)
-    while "start" not in process.stdout.readline():
-        assert process.poll() is None
-    time.sleep(3)
-    began = time.monotonic()
-    os.killpg(process.pid, signal.SIGTERM)
-    said, errors = process.communicate(timeout=60)
+    try:
+        while "start" not in process.stdout.readline():
+            assert process.poll() is None
+        time.sleep(3)
+        began = time.monotonic()
+        os.killpg(process.pid, signal.SIGTERM)
+        said, errors = process.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     assert process.returncode == 0 and "saved; the same command goes on" in said, errors
     assert time.monotonic() - began < 20        # on a machine that does other things too
     (folder,) = out.glob("step_*")
@@ -297,6 +302,17 @@ def test_bf16_keeps_weights_averages_and_moments_in_float32(shards, whole_run, t
     # eight bits of mantissa in the products: near, but not the same
     exact = logged(whole_run[0])[1]
     assert logged(out)[1] != exact and logged(out)[1] == pytest.approx(exact, rel=2e-2)
+
+
+def test_a_parameter_without_a_gradient_is_decayed_and_saved_like_the_others(shards, tmp_path):
+    # of self-attention over a grid of one position only the values matter
+    config = configs.load(tiny(shards, tmp_path / "one"))
+    net = model.build(config)
+    optimizer = train.Optimizer(net, config)
+    before = net.cc_projection.weight.detach().clone()
+    optimizer.step(0)
+    assert torch.allclose(net.cc_projection.weight, before * (1 - 1e-3 * config.weight_decay))
+    assert len(list(optimizer.tensors())) == 3 * len(optimizer.trained)
 
 
 # ---- several ranks
