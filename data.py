@@ -27,8 +27,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 import camera
-from scenes import DEPTH_MODES, distinct, images, open_source, some  # noqa: F401  (images: for those who take batches)
-from shards import Damaged
+from shards.scenes import DEPTH_MODES, distinct, images, open_source, some  # noqa: F401  (images: for those who take batches)
+from shards.files import Damaged
 
 SourceReader = open_source
 log = logging.getLogger(__name__)
@@ -260,7 +260,7 @@ def loader(pairs, batches, workers=0, device="cpu", max_damaged=0.05):
 
 
 if __name__ == "__main__":
-    import inspector        # for the command line alone
+    from shards import inspector        # for the command line alone
 
     try:
         sys.exit(inspector.main(sys.argv[1:]))

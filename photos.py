@@ -14,7 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 import camera
 import depth
 import pictures
-import scenes
+from shards import scenes
 
 FOV = 52.55                     # degrees; what ZeroNVS's own inference takes a photo to have
 SCALE = 0.7                     # ZeroNVS's own inference

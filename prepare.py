@@ -28,11 +28,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import captures
-import encode
-import resample
-import synth
-from shard_writer import IMAGE_FORMATS, check_out, make, raw_scene, write_text
+from captures import datasets
+from shards import encode
+from captures import resample, synth
+from shards.writer import IMAGE_FORMATS, check_out, make, raw_scene, write_text
 
 LAYOUTS = ("co3d", "re10k")
 SYNTH_VERSION = 2               # goes up when the same arguments give other pictures
@@ -143,12 +142,12 @@ def run_synth(args):
 def find(args):
     """(Captures, Counter of those passed over) of the arguments. Raises ValueError, OSError."""
     if args.command == "co3d":
-        return captures.find_co3d(args.folder, args.categories, args.quality, args.depth)
+        return datasets.find_co3d(args.folder, args.categories, args.quality, args.depth)
     if args.command == "colmap":
-        return captures.find_colmap(args.folders, args.images, args.depth)
+        return datasets.find_colmap(args.folders, args.images, args.depth)
     if args.command == "nerfstudio":
-        return captures.find_nerfstudio(args.folders, args.depth)
-    return captures.find_re10k(args.command, args.cameras, args.frames, args.videos, args.colmap)
+        return datasets.find_nerfstudio(args.folders, args.depth)
+    return datasets.find_re10k(args.command, args.cameras, args.frames, args.videos, args.colmap)
 
 
 def split_captures(found, args):

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-import encode
+from shards import encode
 from benchmarks import GB, in_fresh_process, row
 from configs import Source
 from data import Batches, Pairs, loader
-from index import IMAGE, INDEX_VERSION, RawIndex
-from scenes import decode_depth, decode_image, images, open_source
-from shards import LocalFile
+from shards.index import IMAGE, INDEX_VERSION, RawIndex
+from shards.scenes import decode_depth, decode_image, images, open_source
+from shards.files import LocalFile
 
 SIDE, LATENT, EMBEDDING = 256, (8, 32, 32), 768
 DISTINCT = 48                   # different images; views beyond share their bytes

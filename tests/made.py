@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import data
-import scenes
+from shards import scenes
 from configs import Source
 
 SIDE = 8                        # pixels of the images made here

@@ -20,14 +20,13 @@ import pytest
 import torch
 from PIL import Image
 
-import captures
-import colmap
+from captures import datasets, colmap
 import configs
 import data
 import prepare
-import resample
-import shard_writer
-import synth
+from captures import resample
+from shards import writer
+from captures import synth
 from test_prepare import project, read_shard, unproject
 
 SIZE = 64                   # pixels a side that are written
@@ -706,7 +705,7 @@ def test_clips_without_frames_are_passed_over_and_missing_frames_are_counted(min
 
 def test_a_clip_counts_as_many_views_as_its_text_has_cameras(miniatures):
     root = miniatures / "re10k"
-    found, _ = captures.find_re10k("acid", root / "cameras", root / "frames", "", "")
+    found, _ = datasets.find_re10k("acid", root / "cameras", root / "frames", "", "")
     assert [(each.name, each.count) for each in found] == [("acid/tall", VIEWS),
                                                            ("acid/wide", VIEWS)]
 
@@ -758,7 +757,7 @@ def test_of_several_colmap_models_that_of_most_images_is_taken(miniatures, tmp_p
     shutil.copytree(root / "wide/sparse/0", root / "wide/sparse/1")
     path = root / "wide/sparse/0/images.bin"
     path.write_bytes(struct.pack("<Q", VIEWS - 1) + path.read_bytes()[8:])
-    found, passed_over = captures.find_colmap([root / "wide"], "images", True)
+    found, passed_over = datasets.find_colmap([root / "wide"], "images", True)
     assert found[0].count == VIEWS and passed_over == {"smaller models of the same scene": 1}
 
 
@@ -773,13 +772,13 @@ def test_nerfstudio_frames_may_have_their_own_lens_or_an_angle(miniatures, tmp_p
     for frame in stored["frames"]:
         frame["file_path"] = frame["file_path"].removesuffix(".png")
     path.write_text(json.dumps(stored))
-    views, out = captures.read_nerfstudio(path, True)
+    views, out = datasets.read_nerfstudio(path, True)
     assert not out and len(views) == VIEWS
     assert views[0].intrinsics == pytest.approx((FOCAL / w, FOCAL / h, 0.5, 0.5))
     stored |= {"fl_x": 99.0, "w": 90, "h": 90}
     stored["frames"][1] |= {"fl_x": 50.0, "w": 100, "h": 80, "cx": 40.0}
     path.write_text(json.dumps(stored))
-    views, _ = captures.read_nerfstudio(path, True)
+    views, _ = datasets.read_nerfstudio(path, True)
     assert views[1].intrinsics == pytest.approx((0.5, 0.625, 0.4, 0.5))
 
 
@@ -1049,4 +1048,4 @@ def test_png_files_are_written_no_slower_than_by_pillow(truths):
     def seconds(function):
         return min(timeit.repeat(function, number=5, repeat=7))
 
-    assert seconds(lambda: shard_writer.png_bytes(image)) < seconds(by_pillow)
+    assert seconds(lambda: writer.png_bytes(image)) < seconds(by_pillow)

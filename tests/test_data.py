@@ -29,9 +29,7 @@ from made import (SIDE, all_pairs, co3d_metadata, depth_png, encoded, re10k_meta
 
 import camera
 import data
-import index
-import scenes
-import shards
+from shards import index, scenes, files
 from configs import Source
 from tensorfile import write_safetensors
 
@@ -49,7 +47,7 @@ def pair_of(reader, scene, cond, target, mode):
 
 
 def indexed(path):
-    return index.RawIndex(shards.LocalFile(path), "co3d")
+    return index.RawIndex(files.LocalFile(path), "co3d")
 
 
 @pytest.fixture
@@ -162,7 +160,7 @@ def test_images_are_cropped_where_the_reference_crops():
         place = np.stack(np.mgrid[:height, :width], axis=-1).astype(np.uint16)
         file = encoded(np.ascontiguousarray(place[..., 0]))
         if case["raises"]:
-            with pytest.raises(shards.Damaged, match=f"{width}x{height}, the short side must be 256"):
+            with pytest.raises(files.Damaged, match=f"{width}x{height}, the short side must be 256"):
                 scenes.decode_image(file, 256)
         else:
             assert scenes.decode_image(file, 256).shape == (256, 256, 3)
@@ -309,15 +307,15 @@ def png_that_claims(width, height):
 
 
 def test_images_of_absurd_size_are_refused_before_they_are_decoded():
-    with pytest.raises(shards.Damaged, match="wrong image size .60000x8"):
+    with pytest.raises(files.Damaged, match="wrong image size .60000x8"):
         scenes.decode_image(png_that_claims(60_000, SIDE), SIDE)
-    with pytest.raises(shards.Damaged, match="DecompressionBombError"):
+    with pytest.raises(files.Damaged, match="DecompressionBombError"):
         scenes.decode_image(png_that_claims(60_000, 60_000), 60_000)
 
 
 def test_a_cut_image_is_damage():
     file = encoded(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
-    with pytest.raises(shards.Damaged, match="a.tar: a/b: image cannot be decoded"):
+    with pytest.raises(files.Damaged, match="a.tar: a/b: image cannot be decoded"):
         scenes.decode_image(file[:len(file) // 2], 64, "a.tar: a/b")
 
 
@@ -364,7 +362,7 @@ def test_depths_that_are_not_finite_or_negative_are_unknown():
     depth[0, :4] = np.inf, -np.inf, np.nan, -2.0
     found = scenes.decode_depth(depth_png(depth), SIDE, 2.0)
     assert found.dtype == np.float32 and found[0].tolist() == [0, 0, 0, 0, 2, 2, 2, 2]
-    with pytest.raises(shards.Damaged, match="depth is not a 16-bit grey PNG"):
+    with pytest.raises(files.Damaged, match="depth is not a 16-bit grey PNG"):
         scenes.decode_depth(encoded(np.zeros((SIDE, SIDE), np.uint8)), SIDE, 1.0)
 
 
@@ -384,7 +382,7 @@ def test_depth_is_read_only_where_the_mode_needs_it(tmp_path):
     reader = read_source(tmp_path, "a.tar")
     assert "depth_cond" not in pair_of(reader, 0, 0, 1, "7dof") and reader.has_depth
     for mode in ("7dof_quantile_scale", "7dof_metric_scale", "7dof_stereomag_scale"):
-        with pytest.raises(shards.Damaged, match="frame000001_depth.png: image cannot be decoded"):
+        with pytest.raises(files.Damaged, match="frame000001_depth.png: image cannot be decoded"):
             pair_of(reader, 0, 0, 1, mode)
 
 
@@ -627,7 +625,8 @@ def test_a_pair_outlives_pickling_and_a_spawned_worker(pairs):
 HALF_READ = """
 import sys
 sys.path.insert(0, {code!r})
-import data, configs, scenes
+import data, configs
+from shards import scenes
 if __name__ == "__main__":
     source = configs.Source("made", "co3d", "*.tar", 1.0)
     pairs = data.Pairs([scenes.open_source(source, {folder!r}, {side})], [1.0], 0, {side}, "3dof")

@@ -4,7 +4,7 @@ import json
 import os
 from argparse import Namespace
 
-import encode
+from shards import encode
 import numpy as np
 import pytest
 import torch

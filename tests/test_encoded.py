@@ -3,13 +3,13 @@
 import json
 import struct
 
-import encode
+from shards import encode
 import pytest
 import torch
 from made import all_pairs, encoded_scene, read_source, write_source, write_tar
 
 import data
-import shards
+from shards import files
 from configs import Source
 
 SIDE = 32                       # pixels of the images whose latents are 4 x 4
@@ -67,7 +67,7 @@ def test_a_view_of_unknown_scale_is_replaced_where_the_mode_needs_it(tmp_path):
 def test_the_index_of_encoded_shards_is_kept_and_the_same(tmp_path, monkeypatch):
     write_encoded(tmp_path / "a.tar", range(3))
     before = all_pairs(open_encoded(tmp_path), MODE)[7]
-    monkeypatch.setattr("index.tar_members", lambda window: pytest.fail("read again"))
+    monkeypatch.setattr("shards.index.tar_members", lambda window: pytest.fail("read again"))
     after = all_pairs(open_encoded(tmp_path), MODE)[7]
     assert before["uid"] == after["uid"] and torch.equal(before["clip_cond"], after["clip_cond"])
 
@@ -131,7 +131,7 @@ def test_encoded_shards_come_from_commands_too(tmp_path, monkeypatch):
     write_encoded(tmp_path / "a.tar", range(3))
     local = all_pairs(open_encoded(tmp_path), MODE)
     source = Source("here", "encoded", f"pipe:cat {tmp_path}/a.tar", 1.0)
-    assert isinstance(local.readers[0].shards[0].file, shards.LocalFile)
+    assert isinstance(local.readers[0].shards[0].file, files.LocalFile)
     stream = data.Pairs([data.open_source(source, "", SIDE)], [1.0], 0, SIDE, MODE)
     batch = stream.__getitems__([3, 4, 5])
     assert [uid.split(":", 1)[1] for uid in batch["uid"]] == [

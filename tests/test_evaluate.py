@@ -24,9 +24,8 @@ import evaluate
 import metrics
 import model
 import prepare
-import scenes
-import shards as shards_file
-import synth
+from shards import scenes, files as shards_file
+from captures import synth
 
 ROOT = Path(__file__).parents[1]
 SOURCES = (configs.Source("co3d", "co3d", "co3d/train-*.tar", 0.5, "co3d/held-out-*.tar"),

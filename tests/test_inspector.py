@@ -8,15 +8,14 @@ import subprocess
 import sys
 import tarfile
 
-import encode
-import inspector
+from shards import encode, inspector
 import numpy as np
 import pytest
 from made import encoded_scene, rewritten, scene_members, write_tar
 from PIL import Image
 
 import prepare
-import shards
+from shards import files
 
 
 @pytest.fixture(scope="module")
@@ -123,22 +122,22 @@ def test_latents_that_are_not_finite_are_problems(tmp_path, capsys):
 
 def test_the_kind_of_a_shard_is_found_out(rendered, tmp_path):
     for format in ("co3d", "re10k"):
-        assert inspector.detect(shards.LocalFile(path_of(rendered, format))) == (format, 48)
+        assert inspector.detect(files.LocalFile(path_of(rendered, format))) == (format, 48)
     write_tar(tmp_path / "a.tar", {"readme.txt": b"nothing"})
     with pytest.raises(ValueError, match="a.tar: no scene in it that data.py reads"):
-        inspector.detect(shards.LocalFile(tmp_path / "a.tar"))
+        inspector.detect(files.LocalFile(tmp_path / "a.tar"))
     members = scene_members("a/b")
     members = {name: b"[" if name.endswith("json") else file for name, file in members.items()}
     write_tar(tmp_path / "b.tar", members)
     with pytest.raises(ValueError, match="b.tar: its first members cannot be read"):
-        inspector.detect(shards.LocalFile(tmp_path / "b.tar"))
+        inspector.detect(files.LocalFile(tmp_path / "b.tar"))
     write_tar(tmp_path / "c.tar", {"a/b.safetensors": io.BytesIO(b"\xff" * 99).read()})
     with pytest.raises(ValueError, match="c.tar: its first members cannot be read"):
-        inspector.detect(shards.LocalFile(tmp_path / "c.tar"))
+        inspector.detect(files.LocalFile(tmp_path / "c.tar"))
 
 
 def test_the_command_line_ends_in_one_line_and_a_status(tmp_path):
-    command = [sys.executable, os.path.join(os.path.dirname(shards.__file__), "data.py")]
+    command = [sys.executable, os.path.join(os.path.dirname(prepare.__file__), "data.py")]
     done = subprocess.run([*command, "verify", str(tmp_path / "no.tar")], capture_output=True,
                           text=True)
     assert done.returncode == 2 and done.stderr.startswith("data.py: no shards at ")

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 import camera
 import metrics
-import synth
+from captures import synth
 
 SIZE = 48
 

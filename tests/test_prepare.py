@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 
 import prepare
-import shard_writer
-import synth
+from shards import writer
+from captures import synth
 
 SIZE = 48
 VIEWS = 4
@@ -378,9 +378,9 @@ def test_a_shard_has_its_name_only_when_it_is_complete(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        shard_writer.write_shard(tmp_path / "train-000000.tar", scenes())
+        writer.write_shard(tmp_path / "train-000000.tar", scenes())
     assert not list(tmp_path.glob("*.tar"))
-    shard_writer.write_shard(tmp_path / "train-000000.tar", [[("a/b/frame000001.png", b"1")]])
+    writer.write_shard(tmp_path / "train-000000.tar", [[("a/b/frame000001.png", b"1")]])
     assert [path.name for path in tmp_path.iterdir()] == ["train-000000.tar"]
 
 
@@ -414,7 +414,7 @@ def test_colour_images_may_be_jpeg_or_webp(image_format, kind, made, tmp_path):
 
 def test_depths_that_are_unknown_or_do_not_fit_are_stored_as_0():
     depth = np.array([[0, 1.5, 65504], [65520, np.inf, np.nan], [-1, 1e30, 0.25]], dtype=np.float32)
-    words = np.asarray(Image.open(io.BytesIO(shard_writer.depth_bytes(depth)))).astype(np.uint16)
+    words = np.asarray(Image.open(io.BytesIO(writer.depth_bytes(depth)))).astype(np.uint16)
     assert np.array_equal(words.view(np.float16), [[0, 1.5, 65504], [0, 0, 0], [0, 0, 0.25]])
 
 
@@ -422,9 +422,9 @@ def test_depths_that_are_unknown_or_do_not_fit_are_stored_as_0():
                                           ((6, 3), np.uint16), ((1, 4), np.uint16)])
 def test_png_files_hold_the_samples_exactly(shape, dtype):
     samples = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, shape, dtype, endpoint=True)
-    image = Image.open(io.BytesIO(shard_writer.png_bytes(samples)))
+    image = Image.open(io.BytesIO(writer.png_bytes(samples)))
     image.verify()
-    image = Image.open(io.BytesIO(shard_writer.png_bytes(samples)))
+    image = Image.open(io.BytesIO(writer.png_bytes(samples)))
     assert image.mode == ("RGB" if dtype == np.uint8 else "I;16")
     assert np.array_equal(np.asarray(image), samples)
 

@@ -25,9 +25,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from made import SIDE, all_pairs, read_source, scene_members, write_source, write_tar
 
-import scenes
-import shards
+import configs
 from configs import Source
+from shards import files, scenes, tar
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 BOUNDED = settings(max_examples=80, deadline=None, derandomize=True, database=None,
@@ -39,11 +39,11 @@ BOUNDED = settings(max_examples=80, deadline=None, derandomize=True, database=No
 def test_patterns_name_their_shards_in_order(tmp_path):
     for name in ("a-08.tar", "a-09.tar", "a-10.tar", "b.tar"):
         write_tar(tmp_path / name, scene_members("a/b"))
-    names = [file.name for file in shards.find_shards(tmp_path, "a-{08..10}.tar")]
+    names = [file.name for file in files.find_shards(tmp_path, "a-{08..10}.tar")]
     assert names == ["a-08.tar", "a-09.tar", "a-10.tar"]
     read_source(tmp_path, "*")          # writes indexes, which are no shards
-    assert len(shards.find_shards(tmp_path, "*")) == 4
-    assert shards.expand("{0..1}/{9..10}") == ["0/9", "0/10", "1/9", "1/10"]
+    assert len(files.find_shards(tmp_path, "*")) == 4
+    assert files.expand("{0..1}/{9..10}") == ["0/9", "0/10", "1/9", "1/10"]
 
 
 @pytest.mark.parametrize("pattern, error, message", [
@@ -99,7 +99,7 @@ def tar_bytes(members, format):
 def found_members(tmp_path, content):
     path = tmp_path / "x.tar"
     path.write_bytes(content)
-    return list(shards.tar_members(shards.Window(shards.LocalFile(path))))
+    return list(tar.tar_members(files.Window(files.LocalFile(path))))
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -175,7 +175,7 @@ def test_rare_headers_are_read_as_pythons_tarfile_reads_them(tmp_path, blocks):
 
 def test_an_extended_header_at_the_end_is_rejected(tmp_path):
     for last in (block("l", b"L", b"long\0"), block("x", b"x", b"11 size=12\n")):
-        with pytest.raises(shards.TarError, match="header without its member, at byte 2048"):
+        with pytest.raises(files.TarError, match="header without its member, at byte 2048"):
             found_members(tmp_path, block("a", b"0", b"1") + last + bytes(1024))
 
 
@@ -191,8 +191,8 @@ def test_a_cut_archive_is_rejected_and_its_whole_members_are_kept(tmp_path, form
     for cut in range(0, end + 512, 37):
         path.write_bytes(content[:cut])
         kept = []
-        with pytest.raises(shards.TarError) as caught:
-            for member in shards.tar_members(shards.Window(shards.LocalFile(path))):
+        with pytest.raises(files.TarError) as caught:
+            for member in tar.tar_members(files.Window(files.LocalFile(path))):
                 kept.append(member)
         assert kept == [member for member in whole if member[1] + member[2] <= cut]
         # The header that is missing may be expected within 511 bytes of padding behind the cut.
@@ -207,7 +207,7 @@ def test_every_changed_header_byte_is_noticed_where_it_is(tmp_path):
         broken = content[:at] + bytes([content[at] ^ 0x55]) + content[at + 1:]
         try:
             found_members(tmp_path, broken)
-        except shards.TarError as err:
+        except files.TarError as err:
             assert err.offset == 1536 and "bad header" in str(err)
         else:
             assert 1536 + 148 <= at < 1536 + 156    # only the checksum's own padding may change
@@ -217,7 +217,7 @@ def test_every_changed_header_byte_is_noticed_where_it_is(tmp_path):
     b"12 path=a", b"99 path=abc\n", b"x path=a\n", b"5 =a\n", b"8 path\n", b"11 size=-1\n",
     b"12 size=1_0\n", b"22 GNU.sparse.major=1\n"])
 def test_broken_and_sparse_pax_headers_are_rejected(tmp_path, records):
-    with pytest.raises(shards.TarError, match="PAX|sparse"):
+    with pytest.raises(files.TarError, match="PAX|sparse"):
         found_members(tmp_path, block("x", b"x", records) + block("a", b"0", b"1") + bytes(1024))
 
 
@@ -226,8 +226,8 @@ def test_a_huge_extended_header_is_refused_unread(tmp_path):
     with open(path, "wb") as file:
         file.write(block("x", b"L", size=1 << 32))
         file.truncate(1 << 33)          # sparse: no disk is used
-    with pytest.raises(shards.TarError, match="an extended header of 4294967296 bytes"):
-        list(shards.tar_members(shards.Window(shards.LocalFile(path))))
+    with pytest.raises(files.TarError, match="an extended header of 4294967296 bytes"):
+        list(tar.tar_members(files.Window(files.LocalFile(path))))
 
 
 @BOUNDED
@@ -246,12 +246,12 @@ def test_a_mutated_archive_raises_nothing_but_tar_errors(tmp_path, draw):
     try:
         for name, offset, size in found_members(tmp_path, bytes(content)):
             assert 0 <= size and offset + size <= len(content)
-    except shards.TarError:
+    except files.TarError:
         pass
 
 
 def test_errors_survive_a_trip_between_processes():
-    for error in (shards.TarError("a.tar", 512, "bad"), shards.Damaged("a", "b", "c")):
+    for error in (files.TarError("a.tar", 512, "bad"), files.Damaged("a", "b", "c")):
         assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
@@ -329,12 +329,12 @@ def test_a_changed_shard_on_the_web_is_indexed_anew(web):
 
 def test_transient_failures_of_a_server_are_tried_again(web, monkeypatch):
     folder, address, handler = web
-    monkeypatch.setattr(shards.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
     write_tar(folder / "x.tar", scene_members("a/b"))
-    handler.fails = shards.WEB_TRIES - 1
+    handler.fails = files.WEB_TRIES - 1
     reader = read_source("/nowhere", address + "/x.tar")
-    handler.fails = shards.WEB_TRIES
-    with pytest.raises(shards.Damaged, match="x.tar: a/b.*cannot be read .*503"):
+    handler.fails = files.WEB_TRIES
+    with pytest.raises(files.Damaged, match="x.tar: a/b.*cannot be read .*503"):
         reader.image(0, 0)
     assert reader.image(0, 0).shape == (3, SIDE, SIDE)
 
@@ -344,7 +344,7 @@ def test_bytes_that_were_not_asked_for_are_not_taken(web):
     write_tar(folder / "x.tar", scene_members("a/b"))
     reader = read_source("/nowhere", address + "/x.tar")
     handler.shift = 1
-    with pytest.raises(shards.Damaged, match="not the bytes that were asked for"):
+    with pytest.raises(files.Damaged, match="not the bytes that were asked for"):
         reader.image(0, 0)
 
 
@@ -408,7 +408,7 @@ def test_a_copy_that_was_deleted_is_made_again(stream, tmp_path):
     before = pairs[0]["uid"]
     for copy in (tmp_path / "cache").rglob("*.tar"):
         copy.unlink()
-    shards.OPEN.clear()
+    files.OPEN.clear()
     assert pairs[0]["uid"] == before and pairs[0]["damage"] == ""
 
 
@@ -424,13 +424,13 @@ def test_a_stream_that_fails_is_replaced_and_named(stream, tmp_path):
 
 
 def test_a_copy_whose_maker_was_killed_is_made_by_another(stream, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "COPY_STALE", 0.5)
+    monkeypatch.setattr(files, "COPY_STALE", 0.5)
     folder = tmp_path / "copies"
     folder.mkdir()
     command = "echo whole"
     name = hashlib.sha256(command.encode()).hexdigest()[:32]
     (folder / f"{name}.part").write_bytes(b"half")
-    assert shards.fetch(command, folder, 4).read_bytes() == b"whole\n"
+    assert files.fetch(command, folder, 4).read_bytes() == b"whole\n"
 
 
 def test_a_stream_has_no_fixed_pass(stream):
@@ -440,11 +440,12 @@ def test_a_stream_has_no_fixed_pass(stream):
 
 def test_standard_input_is_read_as_one_tar(tmp_path):
     path = write_tar(tmp_path / "a.tar", scene_members("a/b"))
-    code = ("import sys; sys.path.insert(0, sys.argv[1]); import scenes, configs\n"
+    code = ("import sys; sys.path.insert(0, sys.argv[1])\n"
+            "import configs; from shards import scenes\n"
             "source = configs.Source('here', 'co3d', '-', 1.0)\n"
             "print(scenes.open_source(source, '', 8).shards[0].scenes)")
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    command = [sys.executable, "-c", code, os.path.dirname(shards.__file__)]
+    command = [sys.executable, "-c", code, os.path.dirname(configs.__file__)]
     with open(path, "rb") as file:
         done = subprocess.run(command, stdin=file, env=environment, capture_output=True, text=True)
     assert done.stdout == "['a/b']\n", done.stderr

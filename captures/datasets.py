@@ -20,9 +20,9 @@ import torch
 from PIL import Image
 
 import camera
-import colmap
+from captures import colmap
 import paths
-from resample import DepthMap, LeftOut, Points, View, check_pose
+from captures.resample import DepthMap, LeftOut, Points, View, check_pose
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov")

@@ -196,7 +196,7 @@ def make_shards_together(todo, scenes_of, workers, report):
     """
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    context.set_forkserver_preload(["captures", "synth"])
+    context.set_forkserver_preload(["captures.datasets", "captures.synth"])
     taken, views = context.Value("q", 0), context.Value("q", 0)
     seconds, errors = context.Value("d", 0.0), context.SimpleQueue()
     shared = (todo, scenes_of, taken, views, seconds, errors)

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 import camera
-from shards import BLOCK, INDEX_SUFFIX, Damaged, TarError, Window, cache_folder, tar_members
+from shards.files import INDEX_SUFFIX, Damaged, TarError, Window, cache_folder
+from shards.tar import BLOCK, tar_members
 from tensorfile import read_file, write_safetensors
 
 MAX_MEMBER = 1 << 26                # bytes of an image or depth member

@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from index import DEPTH, IMAGE, EncodedIndex, RawIndex
-from shards import Damaged, LocalFile, cache_folder, expand, fetch, find_shards, is_stream
+from shards.index import DEPTH, IMAGE, EncodedIndex, RawIndex
+from shards.files import Damaged, LocalFile, cache_folder, expand, fetch, find_shards, is_stream
 
 MAX_SIDE = 1 << 14                  # pixels of an image's long side
 INDEX_THREADS = 8

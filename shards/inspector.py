@@ -21,9 +21,10 @@ import camera
 import metrics
 import paths
 import pictures
-from index import DEPTH, ENCODED_MEMBER, IMAGE, MEMBER
-from scenes import LATENT_SHRINK, images, of_files
-from shards import Damaged, TarError, Window, find_shards, tar_members
+from shards.index import DEPTH, ENCODED_MEMBER, IMAGE, MEMBER
+from shards.scenes import LATENT_SHRINK, images, of_files
+from shards.files import Damaged, TarError, Window, find_shards
+from shards.tar import tar_members
 
 FORMATS = ("co3d", "re10k", "acid", "encoded")
 VIEWS_SHOWN, SCENES_SHOWN, VIEWS_SAMPLED = 4, 3, 24

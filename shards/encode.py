@@ -31,12 +31,12 @@ from tqdm import tqdm
 import checkpoint
 import clip
 import depth
-import inspector
+from shards import inspector
 import vae
 from model import viewer_scale
-from scenes import images, nearplane_quantile, of_files
-from shard_writer import check_out, write_shard, write_text
-from shards import Damaged
+from shards.scenes import images, nearplane_quantile, of_files
+from shards.writer import check_out, write_shard, write_text
+from shards.files import Damaged
 from tensorfile import pack
 
 ENCODE_VERSION = 1
