@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 TINY = ["--scenes", "4", "--held-out", "4", "--pairs", "8", "--modes", "3dof,7dof",
         "--image_size=16", "--model_channels=16", "--channel_mult=1,1", "--num_res_blocks=1",
         "--norm_groups=8", "--attention_resolutions=2", "--num_heads=1", "--context_dim=16",
-        "--steps=4", "--batch_size=4", "--micro_batch=4", "--validate_every=2", "--validate_pairs=4",
+        "--steps=4", "--batch_size=4", "--micro_batch=4", "--validate_every=2",
+        "--validate_pairs=4",
         "--eval_pairs=0", "--device=cpu", "--precision=fp32", "--workers=0", "--log_every=1",
         "--save_every=2", "--sample_every=100"]
 
@@ -50,12 +51,12 @@ def test_an_ablation_that_was_cut_short_goes_on_to_its_table(finished):
 
 def test_what_is_done_is_not_done_again(finished):
     folder = finished[0]
-    logs = [(folder / "out" / mode / "log.jsonl").read_bytes() for mode in ("3dof", "7dof")]
+    said = [(folder / "out" / f"{mode}.log").read_bytes() for mode in ("3dof", "7dof")]
     scores = [(folder / "out" / mode / "eval" / "metrics.json").stat().st_mtime_ns
               for mode in ("3dof", "7dof")]
     again = run(folder)
     assert again.returncode == 0, again.stderr
-    assert logs == [(folder / "out" / mode / "log.jsonl").read_bytes() for mode in ("3dof", "7dof")]
+    assert said == [(folder / "out" / f"{mode}.log").read_bytes() for mode in ("3dof", "7dof")]
     assert scores == [(folder / "out" / mode / "eval" / "metrics.json").stat().st_mtime_ns
                       for mode in ("3dof", "7dof")]
     assert (folder / "out" / "table.txt").read_text().splitlines()[0] in again.stdout
