@@ -124,7 +124,7 @@ def test_warm_up_is_the_references():
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Networks this small gain nothing from threads, which wait for each other on a busy machine."""
+    """Networks this small gain nothing from threads, which wait for each other when it is busy."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
