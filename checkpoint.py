@@ -4,8 +4,8 @@
     python checkpoint.py convert IN OUT [--ema] [--dtype fp32|fp16|bf16]
 
 A saved step is a folder `out/NAME/step_00005000/`: model.safetensors and ema.safetensors under the
-names of zero123's checkpoints, optimizer.safetensors, and meta.json, which is written last. `Writer`
-writes beside the training thread.
+names of zero123's checkpoints, optimizer.safetensors, and meta.json, which is written last.
+`Writer` writes beside the training thread.
 """
 
 import argparse
