@@ -31,11 +31,13 @@ def philox(counter, key):
 def uniform(seed, stream, numbers, count):
     """Uniform float32 (b, count) in (0, 1), row i a function of (seed, stream, numbers[i]) alone.
 
-    seed, stream: int from 0. numbers: (b,) int64 from 0, those of the pairs or views.
+    seed: int from 0. stream: int from 0, or (b,) int64, one of each row. numbers: (b,) int64 from
+    0, those of the pairs or views.
     """
     block = torch.arange(-(-count // 4), device=numbers.device)[None]
     number = numbers[:, None]
-    stream = torch.full_like(block, stream)
+    stream = (stream[:, None] if isinstance(stream, torch.Tensor)
+              else torch.full_like(block, stream))
     counter = block, stream, number & WORD, number >> 32 & WORD
     words = torch.stack(philox(counter, (seed & WORD, seed >> 32 & WORD)), dim=-1)  # (b, blocks, 4)
     # 23 bits and a half: exact in float32, never 0 or 1

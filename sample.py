@@ -22,12 +22,14 @@ from tqdm import tqdm
 import camera
 import checkpoint
 import configs
-import data
 import model
 import paths
 import photos
 import pictures
-from samplers import EVERYWHERE, SAMPLERS, SPACINGS, TIMESTEPS, novel_views, plan
+import vae
+from fast import Fast
+from samplers import EVERYWHERE, SAMPLERS, SPACINGS, TIMESTEPS, encoded_views, plan
+from shards import scenes
 
 SWEEP = (0.3, 0.5, 0.7, 1.0, 1.4)       # of --scale-sweep
 SWEEP_VIEWS, TRUE_VIEWS, PROGRESS_VIEWS = 6, 6, 8
@@ -49,7 +51,7 @@ photo's."""
 def load(path, device, precision):
     """(ZeroNVS, Config) of a run's folder, or of a published zero123 or ZeroNVS checkpoint.
 
-    The UNet has its averaged weights where the file has them, in `precision` fp32 or bf16.
+    The UNet has its averaged weights where the file has them; `place` says what `precision` does.
     Raises FileNotFoundError or ValueError, one line, for what is no such checkpoint.
     """
     tensors = checkpoint.read(path)
@@ -73,10 +75,24 @@ def load(path, device, precision):
         schedule = model.schedule_buffers()
         for name in fresh:
             setattr(net, name, schedule[name])
-    net = net.eval().requires_grad_(False).to(device)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    net.model.to(dtype=dtype, memory_format=torch.channels_last)
-    return net, config
+    return place(net, device, precision), config
+
+
+def place(net, device, precision):
+    """The ZeroNVS on its device: UNet and image decoder in `precision`, fp32, bf16 or fp16.
+
+    The photo is encoded in fp32, once. No more than what stays there is on the device at any time.
+    """
+    net.eval().requires_grad_(False)
+    parts = [net.model]
+    if isinstance(net.first_stage_model, vae.AutoencoderKL):
+        parts += [net.first_stage_model.decoder, net.first_stage_model.post_quant_conv]
+    for part in parts:
+        part.to(device, checkpoint.PRECISIONS[precision], memory_format=torch.channels_last)
+    net.to(device)
+    # convolutions of one view are small, and which kernel is best for them is not to be guessed
+    torch.backends.cudnn.benchmark = torch.device(device).type == "cuda"
+    return net
 
 
 def config_of(tensors):
@@ -115,22 +131,29 @@ def pose_vectors(mode, cond_c2w, c2w, fov, scale):
 # ---- views
 
 class Render:
-    """Views of one photo by one model, `batch` at a time; `options` are those of `novel_views`."""
-    def __init__(self, net, mode, image_cond, options, batch, same_noise):
-        self.net, self.mode, self.image_cond = net, mode, image_cond.to(net.betas.device)
-        self.options, self.batch, self.same_noise = options, batch, same_noise
+    """Views of one photo by one model, `batch` at a time; `options` are those of `encoded_views`.
+
+    Changes the model: see fast.Fast.
+    """
+    def __init__(self, net, mode, image_cond, options, batch, same_noise, compile=False):
+        self.net, self.mode, self.options = net, mode, options
+        self.batch, self.same_noise, self.fast = batch, same_noise, Fast(net, compile)
         self.seconds, self.views, self.evaluations = 0.0, 0, 0
+        image_cond = image_cond.to(net.betas.device)
+        self.z_cond, self.embedding = net.encode(image_cond)[0], net.embed(image_cond)
 
     def __call__(self, cond_c2w, c2w, fov, scale, label, keep):
         """Images of cameras c2w (n, 4, 4), fov (n,). keep: a list that gets (t, z_0) after every
         step of the view in the middle of the path, z_0 the clean latent that it promises."""
         T = pose_vectors(self.mode, cond_c2w, c2w, fov, scale)
-        n, batch = len(T), self.batch
-        views, started = [], time.perf_counter()
+        n, views, started = len(T), [], time.perf_counter()
+        before = self.fast.preparing
+        # batches of one size, for which things are prepared once; the last repeats its last view
+        size = math.ceil(n / math.ceil(n / self.batch))
         with tqdm(total=n, unit="view", desc=label, leave=False) as bar:
-            for start in range(0, n, batch):
-                rows = range(start, min(start + batch, n))
-                numbers = [0] * len(rows) if self.same_noise else list(rows)
+            for start in range(0, n, size):
+                rows = [min(i, n - 1) for i in range(start, start + size)]
+                numbers = [0] * size if self.same_noise else rows
                 done = []
 
                 def watch(k, t, z_t, z_0):
@@ -139,12 +162,12 @@ class Render:
                     if n // 2 in rows:
                         keep.append((t, z_0[n // 2 - start, None]))
 
-                images = novel_views(self.net, self.image_cond, T[start:start + batch], numbers,
-                                     watch=watch, **self.options)
-                views += [pictures.image(image) for image in images]
-                bar.update(len(rows))
+                images = encoded_views(self.net, self.z_cond, self.embedding, T[rows], numbers,
+                                       watch=watch, guide=self.fast.guided, **self.options)
+                views += [pictures.image(image) for image in images[:n - start]]
+                bar.update(min(size, n - start))
                 self.evaluations = len(done)
-        self.seconds += time.perf_counter() - started
+        self.seconds += time.perf_counter() - started - (self.fast.preparing - before)
         self.views += n
         return views
 
@@ -154,6 +177,8 @@ class Render:
         options = self.options
         line = (f"{self.seconds / self.views:.2f} s a view ({self.views} views, {self.evaluations} "
                 f"steps of {options['sampler']}, guidance {options['guidance']:g}, {where})")
+        if self.fast.preparing:
+            line += f", {self.fast.preparing:.1f} s of preparation"
         if where.type == "cuda":
             return line + f", {torch.cuda.max_memory_allocated() / MEGABYTE:,.0f} MB of GPU memory"
         try:
@@ -172,7 +197,7 @@ def true_views(render, photo):
     others = spread([i for i in range(len(scene.c2w)) if i != view], TRUE_VIEWS)
     fov = torch.full((len(others),), scene.fov, dtype=torch.float64)
     views = render(scene.c2w[view], scene.c2w[others], fov, photo.scene_scale, "true cameras", [])
-    truth = [pictures.image(data.images(reader.image(number, i))) for i in others]
+    truth = [pictures.image(scenes.images(reader.image(number, i))) for i in others]
     empty = pictures.blank(photo.picture)
     return pictures.sheet([
         [("photo", photo.picture), *((f"truth {i}", x) for i, x in zip(others, truth))],
@@ -301,9 +326,11 @@ def parser():
     machine = p.add_argument_group("machine")
     machine.add_argument("--device", choices=configs.CHOICES["device"], default="auto",
                          help="auto: cuda, then mps, then cpu")
-    machine.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-                         help="of the network (auto: bf16 on cuda, else fp32)")
-    machine.add_argument("--batch", type=numbers_of(int, 1), default=8, metavar="N",
+    machine.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"),
+                         default="auto", help="of the network (auto: bf16 on cuda, else fp32)")
+    machine.add_argument("--compile", action="store_true",
+                         help="torch.compile it: a minute, kept for later runs; then faster")
+    machine.add_argument("--batch", type=numbers_of(int, 1), default=16, metavar="N",
                          help="views made together; fewer need less memory (%(default)s)")
     return p
 
@@ -410,7 +437,7 @@ def run(args):
     out = folder_for(args.out)
     net = load(args.checkpoint, device, precision)[0]
     render = Render(net, config.mode, pictures.tensor(photo.picture), options, args.batch,
-                    args.same_noise)
+                    args.same_noise, args.compile)
     if args.scale_sweep:
         sweep(render, cameras, photo).save(out / "scale-sweep.png")
         written = ["scale-sweep.png"]

@@ -17,6 +17,8 @@ SAMPLERS = ("ddim", "reference", "dpm++", "unipc")
 SPACINGS = ("auto", "leading", "trailing", "logsnr")
 TIMESTEPS = 1000                    # of the schedule that the published models were trained with
 EVERYWHERE = (0, TIMESTEPS)         # guidance interval: the timesteps at which guidance acts
+AHEAD = 10                          # steps whose noise is drawn at once
+DECODED = 8                         # views that are decoded at once, for memory's sake
 
 
 @torch.no_grad()
@@ -28,17 +30,53 @@ def novel_views(model, image_cond, T, numbers, seed=0, sampler="ddim", steps=50,
     (b, d). The noise of row i is a function of (seed, numbers[i]) alone, so equal numbers share
     their noise and the batch size changes nothing. The rest is as in `guided` and `sample`.
     """
+    z_cond, embedding = model.encode(image_cond)[0], model.embed(image_cond)
+    return encoded_views(model, z_cond, embedding, T, numbers, seed, sampler, steps, eta, guidance,
+                         interval, spacing, watch)
+
+
+@torch.no_grad()
+def encoded_views(model, z_cond, embedding, T, numbers, seed=0, sampler="ddim", steps=50, eta=1.0,
+                  guidance=3.0, interval=EVERYWHERE, spacing="auto", watch=None, guide=None):
+    """`novel_views` of an image whose latent (posterior's mode) and embedding are known.
+
+    z_cond (b or 1, c, h, w), embedding (b or 1, e). guide: stands where `guided` does, for a
+    network that is evaluated in another way: guide(z_cond, context, guidance, interval, t) gets the
+    timesteps too, and gives the function that samplers follow.
+    """
     dtype = next(model.model.parameters()).dtype
-    z_cond = model.encode(image_cond)[0].to(dtype).expand(len(T), -1, -1, -1)
-    embedding = model.embed(image_cond).expand(len(T), -1)
-    context = model.context(embedding, T.to(z_cond.device)).to(dtype)
-    shape, device = z_cond.shape[1:], z_cond.device
-    numbers = torch.as_tensor(numbers, device=device)
+    z_cond = z_cond.to(dtype).expand(len(T), -1, -1, -1)
+    context = model.context(embedding.expand(len(T), -1), T.to(z_cond.device)).to(dtype)
+    shape, numbers = z_cond.shape[1:], torch.as_tensor(numbers, device=z_cond.device)
+    if guide is None:
+        follow = guided(model.eps, z_cond, context, guidance, interval)
+    else:
+        t, _ = plan(model.alphas_cumprod, sampler, steps, spacing)
+        follow = guide(z_cond, context, guidance, interval, t)
     z_T = normal(seed, SAMPLE, numbers, shape)
-    z_0 = sample(guided(model.eps, z_cond, context, guidance, interval), z_T, model.alphas_cumprod,
-                 sampler, steps, eta, lambda k: normal(seed, SAMPLE + 1 + k, numbers, shape),
-                 spacing, watch)
-    return model.decode(z_0).clamp(-1, 1)
+    z_0 = sample(follow, z_T, model.alphas_cumprod, sampler, steps, eta,
+                 step_noise(seed, numbers, shape), spacing, watch)
+    return torch.cat([model.decode(part).float().clamp(-1, 1) for part in z_0.split(DECODED)])
+
+
+def step_noise(seed, numbers, shape):
+    """The function k -> noise (b, *shape) of a sampler's step k, for the views `numbers` (b,).
+
+    It draws AHEAD steps at once: one step's few numbers would keep an accelerator waiting.
+    """
+    drawn = {}
+
+    def noise(k):
+        if k not in drawn:
+            drawn.clear()
+            ahead = torch.arange(k, k + AHEAD, device=numbers.device)
+            # every pair of a step and a view is a row
+            rows = normal(seed, SAMPLE + 1 + ahead.repeat_interleave(len(numbers)),
+                          numbers.repeat(AHEAD), shape)
+            drawn.update(zip(range(k, k + AHEAD), rows.unflatten(0, (AHEAD, -1))))
+        return drawn[k]
+
+    return noise
 
 
 def guided(eps, z_cond, context, guidance=3.0, interval=EVERYWHERE):

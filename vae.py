@@ -42,9 +42,9 @@ class AutoencoderKL(nn.Module):
     def decode(self, z):
         """Latent, already divided by SCALE_FACTOR, to an image, not clamped.
 
-        (b, embed_dim, h, w) -> (b, 3, 8h, 8w).
+        (b, embed_dim, h, w) -> (b, 3, 8h, 8w), in the precision of the decoder's weights.
         """
-        return self.decoder(self.post_quant_conv(z))
+        return self.decoder(self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype)))
 
 
 def posterior(moments):

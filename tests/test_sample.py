@@ -22,6 +22,7 @@ import prepare
 import sample
 import samplers
 import vae
+from shards import scenes
 
 SIZE = 16                   # pixels a side of the small run's images
 
@@ -145,8 +146,8 @@ def test_a_bare_command_makes_views_of_a_scene_that_was_held_out(run, tmp_path, 
     cameras = paths.read(tmp_path / "cameras.json", 1.0)
     assert len(cameras) == 4
     # the conditioning view is a stored image of the shards, and truth.png shows others
-    reader = photos.data.SourceReader(sample.load(run, "cpu", "fp32")[1].sources[0],
-                                      run.parent / "data", SIZE, held_out=True)
+    reader = scenes.open_source(sample.load(run, "cpu", "fp32")[1].sources[0],
+                                run.parent / "data", SIZE, held_out=True)
     cond = torch.from_numpy(np.array(Image.open(tmp_path / "cond.png"))).permute(2, 0, 1)
     assert torch.equal(cond, torch.as_tensor(reader.image(0, 2)))
     assert cameras.fov[0].item() == pytest.approx(reader.scene(0).fov)
@@ -201,6 +202,25 @@ def test_progress_is_a_strip_that_ends_in_the_view(run, tmp_path):
     last = strip[pictures.LABEL + pictures.GAP:][:128, -128 - pictures.GAP:-pictures.GAP]
     # the last promise is the view but for rounding, which the enlargement spreads
     assert abs(last.astype(int) - view).max() <= 2
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_makes_nearly_the_same_views(run, tmp_path, precision):
+    for name in ("fp32", precision):
+        sampled(run, tmp_path / name, "--views", "2", "--precision", name, "--guidance", "1")
+    exact, rough = (np.asarray(Image.open(tmp_path / name / "views/001.png")).astype(int)
+                    for name in ("fp32", precision))
+    assert 0 < abs(exact - rough).max() and abs(exact - rough).mean() < 8
+
+
+def test_views_are_the_same_in_batches_that_do_not_divide_them(run, tmp_path):
+    """Batches of one size, the last of them filled up: no view is lost, doubled or shifted."""
+    for batch in ("16", "2"):
+        sampled(run, tmp_path / batch, "--views", "5", "--no-same-noise", "--batch", batch)
+    for i in range(5):
+        together, apart = (np.asarray(Image.open(tmp_path / batch / f"views/00{i}.png")).astype(int)
+                           for batch in ("16", "2"))
+        assert abs(together - apart).max() <= 1      # float32 rounding may turn a byte
 
 
 def test_fresh_noise_makes_views_of_the_same_camera_differ(run, tmp_path):
@@ -377,8 +397,10 @@ def test_a_held_out_view_has_the_pose_vectors_of_training(run, mode):
     config = replace(sample.load(run, "cpu", "fp32")[1], mode=mode)
     photo = next(photo for photo in (photos.held_out(config, number) for number in range(2))
                  if (photo.reader.depth(photo.number, photo.view) > 0).all())
-    pair = photo.reader.pair(photo.number, photo.view, 4, mode)
-    trained = model.pose_vector(torch.utils.data.default_collate([pair]), mode)
+    batch = photo.reader.empty(1, mode)
+    photo.reader.fill(batch, 0, mode, photo.number, photo.view, 4)
+    batch = {name: torch.from_numpy(values) for name, values in batch.items()}
+    trained = model.pose_vector(batch, mode)
     c2w = photo.reader.scene(photo.number).c2w
     fov = torch.tensor([photo.fov], dtype=torch.float64)
     found = sample.pose_vectors(mode, c2w[photo.view], c2w[4:5], fov, photo.scene_scale)

@@ -1,0 +1,153 @@
+"""A ZeroNVS made for sampling: the same numbers, sooner.
+
+Much of a sampler's step does not depend on the noisy latent. With one context token the outputs of
+cross-attention depend on the view alone, and the timestep's projections on the step alone: both are
+computed once and read from tables. Queries, keys and values of self-attention come from one matrix
+product. On CUDA the whole guided evaluation is recorded once as a graph and replayed for every step
+and every batch of views: a step of one view is about a thousand kernels of microseconds each, and
+the time that the CPU takes to launch them would be most of it.
+Letters: `b` views of a batch, `r` rows that the network sees, 2 b (unconditional rows first) or b.
+"""
+
+import time
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import model
+
+WARM_UPS = 3            # runs before a recording, in which libraries choose their kernels
+
+
+class Kept(nn.Module):
+    """In the place of a module whose output is known: the last rows of `value`, one a row of x."""
+    value = None            # (2 b, ...)
+
+    def forward(self, x, context=None):
+        return self.value[-len(x):]
+
+
+class SelfAttention(nn.Module):
+    """A model.Attention of x (r, n, c) over itself, with one matrix for q, k and v."""
+    def __init__(self, attention):
+        super().__init__()
+        self.heads, self.to_out = attention.heads, attention.to_out
+        parts = (attention.to_q, attention.to_k, attention.to_v)
+        self.register_buffer("weight", torch.cat([part.weight for part in parts]))  # (3 c, c)
+
+    def forward(self, x, context):
+        qkv = F.linear(x, self.weight).unflatten(-1, (3, self.heads, -1))
+        out = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))       # (r, heads, n, d)
+        return self.to_out(out.transpose(1, 2).flatten(2))                      # (r, n, c)
+
+
+class Fast:
+    """Changes a model.ZeroNVS for good: it can only sample from now on, and not be saved.
+
+    `guided` is for samplers.encoded_views. compile: torch.compile the UNet too, which takes about a
+    minute, once for each number of rows; a later run finds the result in PyTorch's cache.
+    """
+    def __init__(self, net, compile=False):
+        self.net, self.unet = net, net.model.diffusion_model
+        self.device, self.dtype = net.betas.device, next(self.unet.parameters()).dtype
+        self.by_time, self.by_view = [], []         # (what computes it, the Kept in its place)
+        for block in list(self.unet.modules()):
+            if isinstance(block, model.ResBlock):
+                self.by_time.append((block.emb_layers, Kept()))
+                block.emb_layers = self.by_time[-1][1]
+            elif isinstance(block, model.TransformerBlock):
+                self.by_view.append((block.attn2, Kept()))
+                block.attn2 = self.by_view[-1][1]
+                block.attn1 = SelfAttention(block.attn1)
+        if compile:
+            self.unet.compile(dynamic=False)
+        self.shape, self.graphs = None, {}
+        self.preparing = 0.0        # seconds that warming up and recording took so far
+
+    # ---- what does not depend on the latent
+
+    def allocate(self, shape, context_shape):
+        """The tensors that graphs read, for latents of shape (b, c, h, w)."""
+        rows = 2 * shape[0]
+
+        def blank(*shape, dtype=self.dtype):
+            return torch.zeros(shape, dtype=dtype, device=self.device)
+
+        self.shape, self.graphs = shape, {}
+        self.z_t, self.z_cond = blank(*shape, dtype=torch.float32), blank(rows, *shape[1:])
+        self.t, self.guidance = blank(rows, dtype=torch.float32), blank(dtype=torch.float32)
+        self.context = blank(rows, *context_shape[1:])
+        for attention, kept in self.by_view:
+            kept.value = blank(rows, 1, attention.to_out[0].out_features)
+        # all that depends on time is one tensor, gathered from a row of `times` in one go
+        widths = [layers[-1].out_features for layers, _ in self.by_time]
+        self.at_time = blank(rows * sum(widths))
+        starts = [sum(widths[:i]) for i in range(len(widths))]
+        self.gather = torch.cat([torch.arange(start, start + width).repeat(rows)
+                                 for start, width in zip(starts, widths)]).to(self.device)
+        for (_, kept), start, width in zip(self.by_time, starts, widths):
+            kept.value = self.at_time[rows * start:rows * (start + width)].view(rows, width)
+
+    def prepare(self, z_cond, context, t):
+        """Fills the tables for a batch of views (b, c, h, w), (b, 1, e) and the timesteps t."""
+        if self.shape != z_cond.shape:
+            self.allocate(z_cond.shape, context.shape)
+        b = len(z_cond)
+        self.z_cond[b:] = z_cond            # the unconditional rows before it stay zeros
+        self.context[b:] = context
+        for attention, kept in self.by_view:
+            kept.value.copy_(attention(None, self.context))
+        steps = model.timestep_embedding(torch.tensor(t, device=self.device),
+                                         self.unet.model_channels)
+        emb = self.unet.time_embed(steps.to(self.dtype))
+        self.times = torch.cat([layers(emb) for layers, _ in self.by_time], dim=1)
+        self.row_of = {step: i for i, step in enumerate(t)}
+
+    # ---- a step
+
+    def guided(self, z_cond, context, guidance, interval, t):
+        """What `samplers.guided` gives, for the timesteps t alone.
+
+        On CUDA its results are one and the same tensor, overwritten by the next call.
+        """
+        low, high = interval
+        self.prepare(z_cond, context, t)
+        self.guidance.fill_(guidance)
+
+        def follow(z_t, t):
+            self.z_t.copy_(z_t)
+            self.t.fill_(t)
+            torch.index_select(self.times[self.row_of[t]], 0, self.gather, out=self.at_time)
+            both = guidance != 1 and low <= t <= high
+            return self.replay(both) if self.device.type == "cuda" else self.evaluate(both)
+
+        return follow
+
+    def evaluate(self, both):
+        """The noise (b, c, h, w) float32 in the tables' latent, with guidance or without."""
+        z_t, b = self.z_t.to(self.dtype), self.shape[0]
+        if not both:
+            return self.net.eps(z_t, self.t[b:], self.z_cond[b:], self.context[b:]).float()
+        eps = self.net.eps(torch.cat([z_t, z_t]), self.t, self.z_cond, self.context).float()
+        unconditional, conditional = eps.chunk(2)
+        return unconditional + self.guidance * (conditional - unconditional)
+
+    def replay(self, both):
+        """`evaluate` from a graph, which is recorded at the first call."""
+        if both not in self.graphs:
+            torch.cuda.synchronize(self.device)
+            started = time.perf_counter()
+            aside = torch.cuda.Stream(self.device)
+            with torch.cuda.stream(aside):
+                for _ in range(WARM_UPS):
+                    self.evaluate(both)
+            torch.cuda.synchronize(self.device)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                eps = self.evaluate(both)
+            self.graphs[both] = graph, eps
+            self.preparing += time.perf_counter() - started
+        graph, eps = self.graphs[both]
+        graph.replay()
+        return eps
