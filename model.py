@@ -19,6 +19,7 @@ import depth
 import vae
 from clip import CLIP
 from noise import DROP, NOISE, POSTERIOR, TIMESTEP, normal, uniform
+from norm import group_norm
 
 RES_EPS, TRANSFORMER_EPS = 1e-5, 1e-6       # quirk: the two kinds of block use different eps
 LARGEST_PERIOD = 10_000                     # of the timestep embedding
@@ -45,21 +46,47 @@ def timestep_embedding(t, width):
     return F.pad(torch.cat([angle.cos(), angle.sin()], dim=-1), (0, width % 2))
 
 
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm of x (b, c, h, w), after `shift` (b, c) is added, and before SiLU if `silu`."""
+    def __init__(self, groups, c, eps, silu=False):
+        super().__init__(groups, c, eps)
+        self.silu = silu
+
+    def forward(self, x, shift=None):
+        return group_norm(x, self.weight, self.bias, self.num_groups, self.eps, self.silu, shift)
+
+
+class Conv1x1(nn.Conv2d):
+    """A 1x1 convolution as what it is, a product over the channels of every position. On a
+    channels-last grid nothing moves. x: (b, c, h, w), or tokens (b, n, c) of its positions."""
+    def __init__(self, c_in, c_out):
+        super().__init__(c_in, c_out, 1)
+
+    def forward(self, x):
+        if x.ndim == 3:
+            return F.linear(x, self.weight.flatten(1), self.bias)       # (b, n, c_out)
+        return self.forward(x.flatten(2).mT).mT.unflatten(2, x.shape[2:])
+
+
 class ResBlock(nn.Module):
     """Two 3x3 convs, the timestep embedding added between them. x: (b, c, h, w), emb: (b, e)."""
     def __init__(self, c_in, c_out, c_emb, groups):
         super().__init__()
-        self.in_layers = nn.Sequential(nn.GroupNorm(groups, c_in, RES_EPS), nn.SiLU(),
+        # Identities stand where CompVis has SiLU and dropout, so that the convs keep their keys
+        self.in_layers = nn.Sequential(GroupNorm(groups, c_in, RES_EPS, silu=True), nn.Identity(),
                                        nn.Conv2d(c_in, c_out, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(c_emb, c_out))
-        # Identity stands where CompVis has dropout, so that the conv keeps its key out_layers.3
-        self.out_layers = nn.Sequential(nn.GroupNorm(groups, c_out, RES_EPS), nn.SiLU(),
+        self.out_layers = nn.Sequential(GroupNorm(groups, c_out, RES_EPS, silu=True), nn.Identity(),
                                         nn.Identity(), zero(nn.Conv2d(c_out, c_out, 3, padding=1)))
-        self.skip_connection = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.skip_connection = Conv1x1(c_in, c_out) if c_in != c_out else nn.Identity()
 
     def forward(self, x, emb):
-        h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
-        return self.skip_connection(x) + self.out_layers(h)
+        norm, _, conv = self.in_layers
+        h = F.conv2d(norm(x), conv.weight, padding=1)
+        # The embedding and the conv's bias are one number a channel: the norm adds them as it reads.
+        norm, *_, conv_out = self.out_layers
+        h = norm(h, self.emb_layers(emb) + conv.bias)
+        return self.skip_connection(x) + conv_out(h)
 
 
 class Attention(nn.Module):
@@ -127,19 +154,16 @@ class SpatialTransformer(nn.Module):
     """A transformer block over the grid's positions. x: (b, c, h, w), context: (b, m, e)."""
     def __init__(self, c, c_context, heads, groups):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, c, TRANSFORMER_EPS)
-        self.proj_in = nn.Conv2d(c, c, 1)
+        self.norm = GroupNorm(groups, c, TRANSFORMER_EPS)
+        self.proj_in = Conv1x1(c, c)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(c, c_context, heads)])
-        self.proj_out = zero(nn.Conv2d(c, c, 1))
+        self.proj_out = zero(Conv1x1(c, c))
 
     def forward(self, x, context):
-        # 1x1 convolutions are matrix products over (b, hw, c), as a channels-last grid already is.
-        tokens = self.norm(x).flatten(2).mT                             # (b, hw, c)
-        tokens = F.linear(tokens, self.proj_in.weight.flatten(1), self.proj_in.bias)
+        tokens = self.proj_in(self.norm(x).flatten(2).mT)               # (b, hw, c)
         for block in self.transformer_blocks:
             tokens = block(tokens, context)
-        tokens = F.linear(tokens, self.proj_out.weight.flatten(1), self.proj_out.bias)
-        return x + tokens.mT.unflatten(2, x.shape[2:])                  # (b, c, h, w)
+        return x + self.proj_out(tokens).mT.unflatten(2, x.shape[2:])   # (b, c, h, w)
 
 
 class Downsample(nn.Module):
@@ -219,7 +243,7 @@ class UNet(nn.Module):
                 block += [transformer(c)] * attends(level)
                 block += [Upsample(c)] * (level > 0 and i == num_res_blocks)
                 self.output_blocks.append(Stage(*block))
-        self.out = nn.Sequential(nn.GroupNorm(norm_groups, c, RES_EPS), nn.SiLU(),
+        self.out = nn.Sequential(GroupNorm(norm_groups, c, RES_EPS, silu=True), nn.Identity(),
                                  zero(nn.Conv2d(c, out_channels, 3, padding=1)))
 
     def forward(self, x, t, context):
@@ -461,5 +485,6 @@ def viewer_scale(known, image, depth_net=None, blend=True):
     holes = (known <= 0).flatten(1).any(1)
     if depth_net is not None and (holes.any() or not blend):
         disparity = depth_net(image)
-        return camera.quantile_scale(depth.dense_depth(disparity, known.to(disparity.device), blend))
+        known = depth.dense_depth(disparity, known.to(disparity.device), blend)
+        return camera.quantile_scale(known)
     return camera.quantile_scale(known).where(~holes, torch.nan)

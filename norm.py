@@ -1,0 +1,273 @@
+"""GroupNorm with what stands around it folded in: a shift per channel before it, SiLU after it.
+
+GroupNorm: arXiv:1803.08494. Everywhere it is PyTorch's own; on a GPU, where Triton is installed, a
+few kernels for channels-last grids, which read a grid twice and write it once forward, and read it
+and its gradient twice and write once backward. They work on tiles of ROWS positions by COLUMNS
+channels. Sums are taken in float32 and in a fixed order: the same input gives the same bits.
+Letters: `b` batch, `c` channels, `n` = h w positions, `k` tiles of positions.
+"""
+
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:         # no wheel for this system
+    triton = None
+
+ROWS, COLUMNS = 128, 64     # of a tile, at most: 16 kB of bf16, and lines of whole 128 bytes
+CHUNK = 16                  # tiles that are combined at a time
+PER_WARP = 1024             # values of a tile that 32 threads hold in registers
+KERNEL_TYPES = torch.float32, torch.bfloat16, torch.float16
+
+enabled = triton is not None    # False: PyTorch's own on GPUs too
+
+
+def group_norm(x, weight, bias, groups, eps, silu=False, shift=None):
+    """GroupNorm of x (b, c, h, w), plus `shift` (b, c) if given; then SiLU if asked for.
+
+    weight, bias: (c,). Statistics are float32; the result has x's type, and channels-last strides
+    from the kernels.
+    """
+    if enabled and x.is_cuda and x.dtype in KERNEL_TYPES:
+        return kernel_forward(x, weight, bias, shift, groups, eps, silu)[0]
+    if shift is not None:
+        x = x + shift.to(x.dtype)[:, :, None, None]
+    y = F.group_norm(x, groups, weight, bias, eps)
+    return F.silu(y) if silu else y
+
+
+# ---- kernels. Grids are (b, n, c) in memory. With z what SiLU is applied to, y its result:
+#      z = (x - center) rstd weight + bias, where center is the group's mean less the shift.
+
+if triton is not None:
+    @triton.jit
+    def load_tile(x, sample, n, c, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+        """(values (ROWS, COLUMNS) float32, their offsets, which exist), of this program's tile."""
+        rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+        columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+        exist = (rows < n)[:, None] & (columns < c)[None, :]
+        offsets = rows[:, None] * c + columns[None, :]
+        return tl.load(x + sample * n * c + offsets, exist, 0.0).to(tl.float32), offsets, exist
+
+    @triton.jit
+    def load_channels(table, sample, c, COLUMNS: tl.constexpr):
+        """float32 (1, COLUMNS) of a table (b, c), or of (c,) where `sample` is 0."""
+        columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+        return tl.load(table + sample * c + columns, columns < c, 0.0).to(tl.float32)[None, :]
+
+    @triton.jit
+    def store_sums(sums, sample, first, second, c, COLUMNS: tl.constexpr):
+        """Two rows of a tile (COLUMNS,) into sums (b, k, 2, c)."""
+        columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+        at = sums + (sample * tl.num_programs(1) + tl.program_id(1)) * 2 * c + columns
+        tl.store(at, first, columns < c)
+        tl.store(at + c, second, columns < c)
+
+    @triton.jit
+    def moments_kernel(x, sums, n, c, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+        """Mean and sum of squared deviations of every channel of a tile."""
+        sample = tl.program_id(2).to(tl.int64)
+        values, _, exist = load_tile(x, sample, n, c, ROWS, COLUMNS)
+        mean = tl.sum(values, 0) / tl.minimum(n - tl.program_id(1) * ROWS, ROWS)
+        deviation = tl.where(exist, values - mean[None, :], 0.0)
+        store_sums(sums, sample, mean, tl.sum(deviation * deviation, 0), c, COLUMNS)
+
+    @triton.jit
+    def combine_kernel(sums, shift, moments, n, c, k, width, eps, ROWS: tl.constexpr,
+                       SHIFTED: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+                       CHUNKS: tl.constexpr):
+        """Moments of the tiles -> center, rstd and the channel's mean less the group's.
+
+        Chan's formula: deviations add up, and those of the means with their counts. One program a
+        group of `width` channels; moments: (3, b, c).
+        """
+        sample, exist = tl.program_id(1).to(tl.int64), tl.arange(0, WIDTH) < width
+        channel = tl.program_id(0) * width + tl.arange(0, WIDTH)
+        sums += sample * k * 2 * c + channel[None, :]
+        mean = tl.zeros([WIDTH], tl.float32)
+        for chunk in range(CHUNKS):
+            tile = chunk * CHUNK + tl.arange(0, CHUNK)[:, None]
+            there = (tile < k) & exist[None, :]
+            count = tl.minimum(n - tile * ROWS, ROWS).to(tl.float32)
+            mean += tl.sum(tl.load(sums + tile * 2 * c, there, 0.0) * count, 0)
+        mean /= n
+        squares = tl.zeros([WIDTH], tl.float32)
+        for chunk in range(CHUNKS):
+            tile = chunk * CHUNK + tl.arange(0, CHUNK)[:, None]
+            there = (tile < k) & exist[None, :]
+            count = tl.minimum(n - tile * ROWS, ROWS).to(tl.float32)
+            off = tl.where(there, tl.load(sums + tile * 2 * c, there, 0.0) - mean[None, :], 0.0)
+            squares += tl.sum(tl.load(sums + tile * 2 * c + c, there, 0.0) + count * off * off, 0)
+        moved = tl.zeros([WIDTH], tl.float32)
+        if SHIFTED:
+            moved += tl.load(shift + sample * c + channel, exist, 0.0).to(tl.float32)
+        center = tl.sum(tl.where(exist, mean + moved, 0.0), 0) / width
+        off = tl.where(exist, mean + moved - center, 0.0)
+        variance = tl.sum(squares + n * off * off, 0) / (width * n)
+        rstd = 1 / tl.sqrt_rn(variance + eps)
+        at, table = moments + sample * c + channel, tl.num_programs(1).to(tl.int64) * c
+        tl.store(at, center - moved, exist)
+        tl.store(at + table, tl.zeros([WIDTH], tl.float32) + rstd, exist)
+        tl.store(at + 2 * table, off, exist)
+
+    @triton.jit
+    def apply_kernel(x, weight, bias, moments, y, n, c, SILU: tl.constexpr, ROWS: tl.constexpr,
+                     COLUMNS: tl.constexpr):
+        sample, table = tl.program_id(2).to(tl.int64), tl.num_programs(2).to(tl.int64) * c
+        values, offsets, exist = load_tile(x, sample, n, c, ROWS, COLUMNS)
+        scale = load_channels(moments + table, sample, c, COLUMNS)
+        scale *= load_channels(weight, 0, c, COLUMNS)
+        z = (values - load_channels(moments, sample, c, COLUMNS)) * scale
+        z += load_channels(bias, 0, c, COLUMNS)
+        if SILU:
+            z *= tl.sigmoid(z)
+        tl.store(y + sample * n * c + offsets, z.to(y.dtype.element_ty), exist)
+
+    @triton.jit
+    def load_gradient(dy, x, weight, bias, moments, sample, n, c, SILU: tl.constexpr,
+                      ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+        """(dz, x - center, weight * rstd, offsets, which exist) of this program's tile."""
+        table = tl.num_programs(2).to(tl.int64) * c
+        values, offsets, exist = load_tile(x, sample, n, c, ROWS, COLUMNS)
+        dz, _, _ = load_tile(dy, sample, n, c, ROWS, COLUMNS)
+        scale = load_channels(moments + table, sample, c, COLUMNS)
+        scale *= load_channels(weight, 0, c, COLUMNS)
+        off = values - load_channels(moments, sample, c, COLUMNS)
+        if SILU:
+            z = off * scale + load_channels(bias, 0, c, COLUMNS)
+            gate = tl.sigmoid(z)
+            dz *= gate * (1 + z * (1 - gate))
+        return dz, off, scale, offsets, exist
+
+    @triton.jit
+    def gradient_sums_kernel(dy, x, weight, bias, moments, sums, n, c, SILU: tl.constexpr,
+                             ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+        """Sums of dz and of dz (x - center) over every channel of a tile."""
+        sample = tl.program_id(2).to(tl.int64)
+        dz, off, _, _, _ = load_gradient(dy, x, weight, bias, moments, sample, n, c, SILU, ROWS,
+                                         COLUMNS)       # dz is 0 where there is nothing
+        store_sums(sums, sample, tl.sum(dz, 0), tl.sum(dz * off, 0), c, COLUMNS)
+
+    @triton.jit
+    def gradient_combine_kernel(sums, weight, moments, parts, n, c, k, width, WIDTH: tl.constexpr,
+                                CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+        """Sums of the tiles -> parts (5, b, c): of dweight, of dbias, dshift, and `level` and
+        `slope` of dx = dz rstd weight - level - slope (x - center)."""
+        sample, exist = tl.program_id(1).to(tl.int64), tl.arange(0, WIDTH) < width
+        channel = tl.program_id(0) * width + tl.arange(0, WIDTH)
+        sums += sample * k * 2 * c + channel[None, :]
+        total, product = tl.zeros([WIDTH], tl.float32), tl.zeros([WIDTH], tl.float32)
+        for chunk in range(CHUNKS):
+            tile = chunk * CHUNK + tl.arange(0, CHUNK)[:, None]
+            there = (tile < k) & exist[None, :]
+            total += tl.sum(tl.load(sums + tile * 2 * c, there, 0.0), 0)
+            product += tl.sum(tl.load(sums + tile * 2 * c + c, there, 0.0), 0)
+        table = tl.num_programs(1).to(tl.int64) * c
+        rstd = tl.load(moments + table + sample * c + channel, exist, 0.0)
+        off = tl.load(moments + 2 * table + sample * c + channel, exist, 0.0)
+        gain = tl.load(weight + channel, exist, 0.0).to(tl.float32) * rstd
+        level = tl.sum(gain * total, 0) / (width * n)
+        slope = rstd * rstd * tl.sum(gain * product, 0) / (width * n)
+        at = parts + sample * c + channel
+        tl.store(at, product * rstd, exist)
+        tl.store(at + table, total, exist)
+        tl.store(at + 2 * table, gain * total - n * (level + slope * off), exist)
+        tl.store(at + 3 * table, level, exist)
+        tl.store(at + 4 * table, slope, exist)
+
+    @triton.jit
+    def gradient_kernel(dy, x, weight, bias, moments, parts, dx, n, c, SILU: tl.constexpr,
+                        ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+        sample, table = tl.program_id(2).to(tl.int64), tl.num_programs(2).to(tl.int64) * c
+        dz, off, scale, offsets, exist = load_gradient(dy, x, weight, bias, moments, sample, n, c,
+                                                       SILU, ROWS, COLUMNS)
+        level = load_channels(parts + 3 * table, sample, c, COLUMNS)
+        slope = load_channels(parts + 4 * table, sample, c, COLUMNS)
+        value = dz * scale - level - slope * off
+        tl.store(dx + sample * n * c + offsets, value.to(dx.dtype.element_ty), exist)
+
+
+def tiling(x):
+    """(grid of programs, options of a kernel over tiles) of x (b, c, h, w)."""
+    b, c, h, w = x.shape
+    rows = min(ROWS, triton.next_power_of_2(h * w))
+    columns = COLUMNS if c % (2 * COLUMNS) else 2 * COLUMNS
+    warps = max(1, min(8, rows * columns // PER_WARP))
+    return ((triton.cdiv(c, columns), triton.cdiv(h * w, rows), b),
+            {"ROWS": rows, "COLUMNS": columns, "num_warps": warps})
+
+
+def combining(width, k):
+    """Options of a kernel over groups of `width` channels, of k tiles."""
+    return {"WIDTH": triton.next_power_of_2(width), "CHUNK": CHUNK, "CHUNKS": triton.cdiv(k, CHUNK),
+            "num_warps": 1}
+
+
+def channels_last(x):
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+@torch.library.custom_op("zeronvs::group_norm", mutates_args=())
+def kernel_forward(x: Tensor, weight: Tensor, bias: Tensor, shift: Optional[Tensor], groups: int,
+                   eps: float, silu: bool) -> tuple[Tensor, Tensor]:
+    """(y (b, c, h, w), moments (3, b, c)): see combine_kernel. One node for torch.compile."""
+    x, (b, c, h, w) = channels_last(x), x.shape
+    n, width, (grid, tile) = h * w, c // groups, tiling(x)
+    k, per_group = grid[1], combining(width, grid[1])
+    y, moments = fake_forward(x, weight, bias, shift, groups, eps, silu)
+    sums = moments.new_empty(b, k, 2, c)
+    moments_kernel[grid](x, sums, n, c, **tile)
+    combine_kernel[groups, b](sums, sums if shift is None else shift.contiguous(), moments, n, c, k,
+                              width, eps, tile["ROWS"], shift is not None, **per_group)
+    apply_kernel[grid](x, weight, bias, moments, y, n, c, silu, **tile)
+    return y, moments
+
+
+@kernel_forward.register_fake
+def fake_forward(x, weight, bias, shift, groups, eps, silu):
+    return (torch.empty_like(x, memory_format=torch.channels_last),
+            x.new_empty((3, *x.shape[:2]), dtype=torch.float32))
+
+
+@torch.library.custom_op("zeronvs::group_norm_backward", mutates_args=())
+def kernel_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, moments: Tensor,
+                    groups: int, silu: bool) -> tuple[Tensor, Tensor]:
+    """(dx (b, c, h, w), parts (5, b, c)): see gradient_combine_kernel."""
+    dy, x, (b, c, h, w) = channels_last(dy), channels_last(x), x.shape
+    n, width, (grid, tile) = h * w, c // groups, tiling(x)
+    k, per_group = grid[1], combining(width, grid[1])
+    dx, parts = fake_backward(dy, x, weight, bias, moments, groups, silu)
+    sums = moments.new_empty(b, k, 2, c)
+    gradient_sums_kernel[grid](dy, x, weight, bias, moments, sums, n, c, silu, **tile)
+    gradient_combine_kernel[groups, b](sums, weight, moments, parts, n, c, k, width, **per_group)
+    gradient_kernel[grid](dy, x, weight, bias, moments, parts, dx, n, c, silu, **tile)
+    return dx, parts
+
+
+@kernel_backward.register_fake
+def fake_backward(dy, x, weight, bias, moments, groups, silu):
+    return (torch.empty_like(x, memory_format=torch.channels_last),
+            moments.new_empty(5, *x.shape[:2]))
+
+
+def keep(ctx, inputs, output):
+    x, weight, bias, shift, ctx.groups, _, ctx.silu = inputs
+    ctx.shift_type = None if shift is None else shift.dtype
+    ctx.save_for_backward(x, weight, bias, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def backward(ctx, dy, _):
+    x, weight, bias, moments = ctx.saved_tensors
+    dx, parts = kernel_backward(dy, x, weight, bias, moments, ctx.groups, ctx.silu)
+    dweight, dbias = parts[:2].sum(1).unbind(0)
+    dshift = None if ctx.shift_type is None else parts[2].to(ctx.shift_type)
+    return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), dshift, None, None, None
+
+
+kernel_forward.register_autograd(backward, setup_context=keep)
