@@ -60,7 +60,7 @@ def state_of(config, mode):
     """One line about a run: its step and speed, as it logged them."""
     try:
         lines = (Path(config.out) / mode / "log.jsonl").read_text().splitlines()
-        last = json.loads(lines[-1])
+        last = [line for line in map(json.loads, lines) if "loss" in line][-1]
         left = (config.steps - last["step"]) * config.batch_size / last["pairs_per_s"]
     except (OSError, IndexError, ValueError):       # not there yet, or half written
         return "starting"

@@ -3,8 +3,8 @@
     python data.py inspect data/synth/co3d-*.tar --out inspect.png
     python data.py verify data/synth/*.tar
 
-Which pair number k is follows from (seed, k) alone, whatever the ranks and workers. Where shards lie
-is shards.py's concern, what is known of them index.py's, what a view holds scenes.py's.
+Which pair number k is follows from (seed, k) alone, whatever the ranks and workers. Where shards
+lie, what is known of them and what a view holds is the concern of the files in shards/.
 Letters: `b` pairs of a batch, `s` side of the square images in pixels, `c h w` of a latent.
 """
 
@@ -27,12 +27,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 import camera
-from shards.scenes import DEPTH_MODES, distinct, images, open_source, some  # noqa: F401  (images: for those who take batches)
+from shards.scenes import DEPTH_MODES, distinct, images, open_source, some  # noqa: F401
 from shards.files import Damaged
 
-SourceReader = open_source
 log = logging.getLogger(__name__)
 
+DEAD_WORKER = "a loader process was killed, for want of memory or by somebody"
 MAX_DRAWS = 100                     # draws for one pair before giving up
 SMALL = 1 << 17                     # bytes up to which a tensor is sent between processes as bytes
 MIN_DRAWS = 200                     # draws before the share of damaged ones counts
@@ -191,8 +191,10 @@ def start_worker(ending, worker):
 def packed(batch):
     """A batch for its way out of a worker: small tensors as arrays, which are sent as bytes. Every
     tensor would be a piece of shared memory of its own, which costs more than a copy."""
-    return {name: value.numpy() if isinstance(value, torch.Tensor) and value.nbytes < SMALL
-            else value for name, value in batch.items()}
+    def small(value):       # arrays that are not contiguous would come out in another layout
+        return (isinstance(value, torch.Tensor) and value.nbytes < SMALL and value.is_contiguous())
+
+    return {name: value.numpy() if small(value) else value for name, value in batch.items()}
 
 
 def unpacked(batch):
@@ -201,13 +203,18 @@ def unpacked(batch):
             for name, value in batch.items()}
 
 
+def is_dead_worker(err):
+    """Whether a RuntimeError is torch's, of a loader process that has died."""
+    return "DataLoader worker" in str(err)
+
+
 class Loader(DataLoader):
     """A DataLoader that takes `damage` out of the batches: counts, logs and limits it.
 
     report    {source: Counter of damaged draws by reason}
     """
 
-    def __init__(self, pairs, batches, workers, device, max_damaged):
+    def __init__(self, pairs, batches, workers, device, max_damaged, say):
         ending = multiprocessing.get_context("spawn").Event()      # works under fork too
         atexit.register(ending.set)     # runs before multiprocessing ends and awaits its children
         super().__init__(pairs, batch_sampler=batches, num_workers=workers, collate_fn=packed,
@@ -215,7 +222,7 @@ class Loader(DataLoader):
                          worker_init_fn=functools.partial(start_worker, ending),
                          pin_memory=torch.device(device).type == "cuda")
         self.report = {reader.name: Counter() for reader in pairs.readers}
-        self.max_damaged, self.draws, self.logged = max_damaged, 0, {}
+        self.max_damaged, self.say, self.draws, self.logged = max_damaged, say, 0, {}
 
     def __iter__(self):
         batches = super().__iter__()
@@ -227,11 +234,8 @@ class Loader(DataLoader):
             except ValueError as err:       # a worker's ends in its traceback: keep our line
                 line = str(err).strip().splitlines()[-1]
                 raise ValueError(line.removeprefix("ValueError: ")) from err
-            except RuntimeError as err:
-                if "DataLoader worker" not in str(err):
-                    raise
-                raise ChildProcessError("a loader process was killed, for want of memory or by "
-                                        f"somebody: {str(err).splitlines()[0]}") from err
+            except (EOFError, ConnectionError) as err:      # it died while it sent a batch
+                raise ChildProcessError(DEAD_WORKER) from err
             self.count(batch.pop("damage"))
             yield unpacked(batch)
 
@@ -243,20 +247,21 @@ class Loader(DataLoader):
             self.report[source][reason] += 1
             if where not in self.logged:
                 self.logged[where] = None
-                log.warning("%s: another pair replaces a damaged one: %s", source, where)
+                self.say(f"{source}: another pair replaces a damaged one: {where}")
         damaged = sum(reasons.total() for reasons in self.report.values())
         if self.draws >= MIN_DRAWS and damaged > self.max_damaged * self.draws:
             raise ValueError(f"{damaged} of {self.draws} draws were damaged, more than "
                              f"{self.max_damaged:.0%}: {some(list(self.logged))}")
 
 
-def loader(pairs, batches, workers=0, device="cpu", max_damaged=0.05):
+def loader(pairs, batches, workers=0, device="cpu", max_damaged=0.05, say=log.warning):
     """A DataLoader of the micro-batches of Batches: Pairs' dicts stacked, `uid` a list.
 
-    Memory is pinned for CUDA. Raises ValueError, in the loop, once more than `max_damaged` of the
-    draws were damaged.
+    Memory is pinned for CUDA. say(line) is told of everything damaged, once. Raises ValueError, in
+    the loop, once more than `max_damaged` of the draws were damaged. When a worker dies,
+    ChildProcessError in the loop, or a RuntimeError wherever the main thread is: is_dead_worker.
     """
-    return Loader(pairs, batches, workers, device, max_damaged)
+    return Loader(pairs, batches, workers, device, max_damaged, say)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def baselines(image_cond):
 def held_out_pairs(config, count):
     """`count` fixed pairs of held-out views, spread evenly over the scenes: a Dataset."""
     sources = held_out_sources(config)
-    readers = [data.SourceReader(s, config.data, config.image_size, held_out=True) for s in sources]
+    readers = [data.open_source(s, config.data, config.image_size, held_out=True) for s in sources]
     total = sum(s.probability for s in sources)
     pairs = data.Pairs(readers, [s.probability / total for s in sources], config.seed,
                        config.image_size, config.mode, ordered=True)

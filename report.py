@@ -98,15 +98,21 @@ def hit(cells, share, draws, size=None):
     return (cells if size is None else size) * (1 - missed)
 
 
-def state(config, step, numbers, needs, peak, ranks, device, readers):
-    """What the log tells beside the loss: rate, share of the chip's ceiling, memory, time, data."""
+def state(config, step, numbers, needs, peak, ranks, device, readers, damage):
+    """What the log tells beside the loss: rate, share of the chip's ceiling, memory, time, data.
+
+    damage: this rank's {source: Counter of damaged draws by reason}.
+    """
     seconds_a_step = config.batch_size / numbers["pairs_per_s"]
     flops = (1 + cost.BACKWARD) * needs.flops * numbers["pairs_per_s"] / ranks.world
-    scenes, _, pairs, _ = seen([s.probability for s in config.sources],
-                               [reader.counts for reader in readers], step * config.batch_size)
-    return {"ceiling_share": flops / peak, "memory_gb": peak_memory(device),
-            "remaining_s": (config.steps - step) * seconds_a_step,
-            "scenes_seen": scenes, "pairs_seen": pairs}
+    numbers = {"ceiling_share": flops / peak, "memory_gb": peak_memory(device),
+               "remaining_s": (config.steps - step) * seconds_a_step}
+    if all(hasattr(reader, "counts") for reader in readers):        # nobody counts a stream
+        scenes, _, pairs, _ = seen([s.probability for s in config.sources],
+                                   [reader.counts for reader in readers], step * config.batch_size)
+        numbers |= {"scenes_seen": scenes, "pairs_seen": pairs}
+    damaged = sum(sum(reasons.values()) for reasons in damage.values())
+    return numbers | {"damaged": damaged} if damaged else numbers
 
 
 def peak_memory(device):
@@ -156,10 +162,11 @@ class Log:
     def __init__(self, config, ranks):
         self.main, self.out, self.steps = ranks.rank == 0, Path(config.out), config.steps
         self.bar = self.board = self.trace = None
-        self.troubles = set()
+        self.troubles, self.step = set(), 0
 
     def start(self, step, trace_steps=0):
         """Begins after `step`: what a killed run logged beyond it is taken out of log.jsonl."""
+        self.step = step
         if self.main and sys.stderr.isatty():
             self.bar = tqdm(total=self.steps, initial=step, unit="step", smoothing=0.05,
                             dynamic_ncols=True)
@@ -187,6 +194,7 @@ class Log:
 
     def __call__(self, step, **numbers):
         """Shows and keeps the numbers of a step, some of them dicts of numbers."""
+        self.step = step
         if not self.main:
             return
         shown = ", ".join(form.format(numbers[name]) for name, form in SHOWN.items()
@@ -215,6 +223,13 @@ class Log:
             if self.board:
                 self.board.add_image(name, np.asarray(image), step, dataformats="HWC")
         return path
+
+    def note(self, line):
+        """Says a line and keeps it in log.jsonl, as a note of the step that was logged last."""
+        self.say(line)
+        if self.main:
+            with self.tolerant(self.out / "log.jsonl"), open(self.out / "log.jsonl", "a") as file:
+                file.write(json.dumps({"step": self.step, "note": line}) + "\n")
 
     def say(self, line):
         if self.main:

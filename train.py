@@ -41,8 +41,9 @@ NAMED_PAIRS = 5         # of those whose loss is not finite
 STOP = signal.SIGINT, signal.SIGTERM    # save and end; sent again they change nothing
 # Fields that may change when a run goes on: they do not change what it learns from the same pairs.
 FREE = {"data", "out", "steps", "device", "compile", "checkpoint_activations", "micro_batch",
-        "divide_optimizer", "workers", "log_every", "save_every", "keep", "keep_every",
-        "sample_every", "eval_pairs", "validate_every", "validate_pairs", "validate_steps",
+        "divide_optimizer", "workers", "max_damaged", "log_every", "save_every", "keep",
+        "keep_every", "sample_every", "eval_pairs", "validate_every", "validate_pairs",
+        "validate_steps",
         "sampler", "sample_steps", "guidance", "eta", "init", "depth_weights", "precision"}
 
 
@@ -309,9 +310,10 @@ def show(config, step, net, held_out, depth_net, log):
 
 def score(config, net, held_out, depth_net):
     """Scores the model on the held-out pairs: metrics.json, and the last lines on the screen."""
-    scores = evaluate.evaluate(net, held_out, config, depth_net)
+    pairs = torch.utils.data.Subset(held_out, range(config.eval_pairs))
+    scores = evaluate.evaluate(net, pairs, config, depth_net)
     means = {name: row.mean().item() for name, row in scores.items()}
-    metrics = {"psnr": means, "pairs": len(held_out)}
+    metrics = {"psnr": means, "pairs": len(pairs)}
     (Path(config.out) / "metrics.json").write_text(json.dumps(metrics, indent=1))
     print("\n".join(evaluate.report(scores)))
 
@@ -363,7 +365,7 @@ def train(config, ranks, device, log, writer, traced, dry_run):
     log.say(report.summary(config, ranks, device, needs, micro_batch, micro_steps))
     cost.check(needs, config, ranks, device, log.say)
     # data before the model: a wrong path is found before anything is built
-    readers = [data.SourceReader(s, config.data, config.image_size) for s in config.sources]
+    readers = [data.open_source(s, config.data, config.image_size) for s in config.sources]
     pairs = data.Pairs(readers, [s.probability for s in config.sources], config.seed,
                        config.image_size, config.mode)
     check_sources(pairs, config)
@@ -397,7 +399,8 @@ def train(config, ranks, device, log, writer, traced, dry_run):
         signal.signal(signum, lambda number, frame: asked_to_stop.append(number))
     batches = data.Batches(start, config.steps, config.batch_size, micro_batch, ranks.rank,
                            ranks.world)
-    loader = iter(data.loader(pairs, batches, config.workers, device))
+    loader = data.loader(pairs, batches, config.workers, device, config.max_damaged, log.note)
+    damage, loader = loader.report, iter(loader)
     shape = model.latent_shape(config)
     drop = config.drop_clip, config.drop_both, config.drop_latent
     log.start(start, traced)
@@ -439,7 +442,7 @@ def train(config, ranks, device, log, writer, traced, dry_run):
                     if ranks.rank == 0:
                         numbers |= evaluate.validate(net, held_out, config, depth_net)
             log(done, **numbers, lr=learning_rate(done - 1, config) * config.lr,
-                **report.state(config, done, numbers, needs, peak, ranks, device, readers))
+                **report.state(config, done, numbers, needs, peak, ranks, device, readers, damage))
             logged = done
             meter.restart()
         if saves:
@@ -471,6 +474,9 @@ if __name__ == "__main__":
         print("train.py: stopped before the first step", file=sys.stderr)
         sys.exit(130)
     except RuntimeError as err:
+        if data.is_dead_worker(err):        # raised wherever the training thread happens to be
+            print(f"train.py: {data.DEAD_WORKER}: {str(err).splitlines()[0]}", file=sys.stderr)
+            sys.exit(1)
         if not distributed.is_loss_of_a_rank(err):
             raise
         print(f"train.py: rank {os.environ.get('RANK', 0)}: another rank is gone, so this one "

@@ -185,7 +185,7 @@ def index_rate(folder, format):
 
 
 def write_many(folder, scenes, views):
-    """Indexes of a set of the published size, a shard each 200 scenes; the shards are empty holes."""
+    """Indexes of a set of the published size, 200 scenes a shard; the shards are empty holes."""
     per_shard = 200
     for shard in range(-(-scenes // per_shard)):
         path = Path(folder) / f"many-{shard:06}.tar"

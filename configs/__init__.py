@@ -34,11 +34,11 @@ class Source:
     """One dataset of the mixture."""
     name: str
     format: str                      # co3d | re10k | acid | encoded
-    shards: str                      # training shards: glob or {000..126} pattern, from Config.data,
-                                     # http(s)://, pipe:COMMAND or -; see shards.py
+    shards: str                      # training shards: glob or {000..126} pattern from Config.data,
+                                     # http(s)://, pipe:COMMAND or -; see shards/files.py
     probability: float               # share of the pairs of a step; the sources' shares sum to 1
     held_out: str = ""               # shards of scenes kept from training, for pictures and scores
-    held_out_format: str = ""        # of these, if another: encoded sources are scored on raw shards
+    held_out_format: str = ""        # of these, if another: encoded sources have raw ones
     window: int = 8                  # shards open at a time, of `pipe:` shards alone
     pairs_per_shard: int = 2000      # pairs drawn from each of these before another takes its place
 
@@ -111,6 +111,7 @@ class Config:
     checkpoint_activations: bool = False    # recompute in the backward pass: less memory, slower
     divide_optimizer: bool = False          # ranks share moments and average (ZeRO-1): less memory
     workers: int = 4                        # loader processes a rank
+    max_damaged: float = 0.05               # share of damaged pairs at which a run stops
 
     # what is written
     log_every: int = 10                     # steps between log lines
@@ -120,7 +121,7 @@ class Config:
     sample_every: int = 1000                # steps between image grids
     eval_pairs: int = 128                   # held-out pairs that are scored at the end
     validate_every: int = 1000              # steps between validations; 0 has none
-    validate_pairs: int = 64                # held-out pairs of a validation, always the same ones
+    validate_pairs: int = 64                # held-out pairs of each validation, of the eval_pairs
     validate_steps: int = 8                 # network evaluations a sample of it, at most
     sampler: str = "ddim"                   # ddim | reference | dpm++ | unipc
     sample_steps: int = 50                  # network evaluations a sample

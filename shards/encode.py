@@ -233,7 +233,7 @@ def add_options(sub):
         "and CLIP")
     add("--depth-weights", default="", help="dpt_swin2_tiny_256.pt, which fills holes of depth")
     add("--no-quantile-blend", dest="quantile_blend", action="store_false",
-        help="the scale is that of the depth network alone, not of known depths where there are any")
+        help="the scale is that of the depth network alone, known depths or not")
     add("--out", default="data/encoded", help="folder of the encoded shards")
     add("--format", default="", choices=("", *inspector.FORMATS[:-1]),
         help="of the raw shards; else it is detected")

@@ -77,7 +77,8 @@ def groups(patterns, format, side):
 def spread(values, count):
     """At most `count` of the values, evenly apart, the first and the last among them."""
     values = list(values)
-    return [values[i] for i in np.unique(np.linspace(0, len(values) - 1, count).round().astype(int))]
+    places = np.linspace(0, len(values) - 1, count).round().astype(int)
+    return [values[i] for i in np.unique(places)]
 
 
 def quantiles(values, form):

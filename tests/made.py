@@ -67,7 +67,7 @@ def write_tar(path, members, format=tarfile.USTAR_FORMAT):
 
 
 def write_source(folder, name, scenes, shards=1, **options):
-    """Shards NAME-000000.tar ... of `scenes` scenes each; returns their SourceReader."""
+    """Shards NAME-000000.tar ... of `scenes` scenes each; returns a reader of them."""
     for shard in range(shards):
         members = {}
         for scene in range(scenes):

@@ -303,7 +303,7 @@ def made(miniatures, tmp_path_factory):
 def reader(folder, kind):
     """data.py's reader of the training shards of a folder."""
     layout = kind if kind in ("re10k", "acid") else "co3d"
-    return data.SourceReader(configs.Source(kind, layout, "train-*.tar", 1.0), str(folder), SIZE)
+    return data.open_source(configs.Source(kind, layout, "train-*.tar", 1.0), str(folder), SIZE)
 
 
 def scenes(folder, kind, truths):

@@ -160,7 +160,8 @@ def test_images_are_cropped_where_the_reference_crops():
         place = np.stack(np.mgrid[:height, :width], axis=-1).astype(np.uint16)
         file = encoded(np.ascontiguousarray(place[..., 0]))
         if case["raises"]:
-            with pytest.raises(files.Damaged, match=f"{width}x{height}, the short side must be 256"):
+            size = f"{width}x{height}, the short side must be 256"
+            with pytest.raises(files.Damaged, match=size):
                 scenes.decode_image(file, 256)
         else:
             assert scenes.decode_image(file, 256).shape == (256, 256, 3)
@@ -440,7 +441,7 @@ write_tar(MUTATED, scene_members("a/b", views=2))
 # ---- index
 
 def forbid_reading(monkeypatch):
-    monkeypatch.setattr(index, "tar_members", lambda path: pytest.fail("the archive was read again"))
+    monkeypatch.setattr(index, "tar_members", lambda path: pytest.fail("it was read again"))
 
 
 def same_index(a, b):
@@ -591,11 +592,26 @@ def test_the_sequence_is_the_same_for_any_ranks_workers_and_restarts(pairs):
     assert seen | rest == whole and list(rest) == list(range(24, 48))
 
 
-def test_a_loader_process_that_dies_is_reported(pairs):
-    loader = data.loader(pairs, data.Batches(0, 10_000, 4, 4), workers=1)
-    with pytest.raises(ChildProcessError, match="a loader process was killed"):
-        for batch in loader:
-            os.kill(loader._iterator._workers[0].pid, signal.SIGKILL)
+DYING = """
+import os, pickle, signal, sys
+sys.path[:0] = {path!r}
+import data
+loader = data.loader(pickle.loads(sys.stdin.buffer.read()), data.Batches(0, 10**6, 4, 4), 1)
+try:
+    for batch in loader:
+        os.kill(loader._iterator._workers[0].pid, signal.SIGKILL)
+except (RuntimeError, ChildProcessError) as err:
+    print(data.is_dead_worker(err) or str(err) == data.DEAD_WORKER, flush=True)
+    os._exit(0)
+"""
+
+
+def test_a_loader_process_that_dies_ends_the_loop(pairs):
+    path = [os.path.dirname(data.__file__), os.path.dirname(__file__)]
+    done = subprocess.run([sys.executable, "-c", DYING.format(path=path)], timeout=60,
+                          input=pickle.dumps(pairs), capture_output=True)
+    assert done.stdout == b"True\n", done.stderr
+    assert not data.is_dead_worker(RuntimeError("CUDA out of memory"))
 
 
 def test_another_seed_gives_other_pairs(mixture, pairs):

@@ -86,8 +86,8 @@ def test_every_view_is_what_the_networks_make_of_it(rendered, encoded, format):
 @pytest.mark.parametrize("mode", ["7dof_quantile_scale", "7dof", "7dof_stereomag_scale", "3dof"])
 def test_training_on_encoded_shards_has_the_loss_of_training_on_raw_ones(rendered, encoded, mode):
     networks = small_networks()
-    config = Config((Source("s", "co3d", "*.tar", 1.0),), mode=mode, image_size=SIDE, channel_mult=(1,),
-                    context_dim=16)
+    config = Config((Source("s", "co3d", "*.tar", 1.0),), mode=mode, image_size=SIDE,
+                    channel_mult=(1,), context_dim=16)
     torch.manual_seed(1)
     unet = model.UNet(8, 4, 32, (1, 2), 1, (1, 2), 2, 16)
     net = model.ZeroNVS(unet, networks.first_stage_model, networks.cond_stage_model.model, mode,
@@ -158,7 +158,8 @@ def test_holes_of_depth_need_the_depth_network(rendered, tmp_path, capsys):
     made = read_source(tmp_path / "with", "a.tar", format="encoded", side=SIDE)
     image, depth = encode.images(raw.image(0, 1))[None], torch.from_numpy(raw.depth(0, 1))[None]
     expected = model.viewer_scale(depth, image, filled.depth_net, True)
-    assert (depth == 0).any() and made.shards[0].scale[1] == pytest.approx(expected.item(), rel=1e-6)
+    assert (depth == 0).any()
+    assert made.shards[0].scale[1] == pytest.approx(expected.item(), rel=1e-6)
 
 
 def with_hole(content):

@@ -573,7 +573,7 @@ def test_the_loss_by_timestep_is_that_of_the_samples_in_the_band():
 
 def test_scenes_and_pairs_seen_are_those_of_the_draws(shards):
     config = configs.Config(SOURCES)
-    readers = [data.SourceReader(source, str(shards), 16) for source in SOURCES]
+    readers = [data.open_source(source, str(shards), 16) for source in SOURCES]
     pairs = data.Pairs(readers, [0.5, 0.5], 1, 16, config.mode)
     drawn = [pairs.draw(k) for k in range(100)]
     scenes, all_scenes, views, all_views = report.seen(
