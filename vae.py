@@ -10,6 +10,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from norm import group_norm
+
 SCALE_FACTOR = 0.18215         # Stable Diffusion's: latents times this have a deviation near 1
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
 NORM_GROUPS, NORM_EPS = 32, 1e-6
@@ -73,7 +75,7 @@ class Encoder(nn.Module):
             self.down.append(down)
             c = ch * mult
         self.mid = Middle(c)
-        self.norm_out = norm(c)
+        self.norm_out = Norm(c, silu=True)
         self.conv_out = nn.Conv2d(c, c_out, 3, padding=1)
 
     def forward(self, x):
@@ -82,7 +84,7 @@ class Encoder(nn.Module):
             h = down(h)
             if hasattr(down, "downsample"):
                 h = down.downsample(h)                                   # (b, c, h/2, w/2)
-        return self.conv_out(swish(self.norm_out(self.mid(h))))
+        return self.conv_out(self.norm_out(self.mid(h)))
 
 
 class Decoder(nn.Module):
@@ -103,7 +105,7 @@ class Decoder(nn.Module):
                 up[0].upsample = Upsample(ch * mult)
             c = ch * mult
         self.up = nn.ModuleList(up)
-        self.norm_out = norm(c)
+        self.norm_out = Norm(c, silu=True)
         self.conv_out = nn.Conv2d(c, 3, 3, padding=1)
 
     def forward(self, z):
@@ -112,7 +114,7 @@ class Decoder(nn.Module):
             h = up(h)
             if hasattr(up, "upsample"):
                 h = up.upsample(h)                                       # (b, c, 2h, 2w)
-        return self.conv_out(swish(self.norm_out(h)))
+        return self.conv_out(self.norm_out(h))
 
 
 class Level(nn.Module):
@@ -146,16 +148,17 @@ class ResBlock(nn.Module):
     """Two 3x3 convs around a skip connection. (b, c_in, h, w) -> (b, c_out, h, w)."""
     def __init__(self, c_in, c_out):
         super().__init__()
-        self.norm1 = norm(c_in)
+        self.norm1 = Norm(c_in, silu=True)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2 = norm(c_out)
+        self.norm2 = Norm(c_out, silu=True)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         if c_in != c_out:
             self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x):
-        h = self.conv1(swish(self.norm1(x)))
-        h = self.conv2(swish(self.norm2(h)))
+        h = F.conv2d(self.norm1(x), self.conv1.weight, padding=1)
+        # the conv's bias is one number a channel: the norm adds it as it reads
+        h = self.conv2(self.norm2(h, self.conv1.bias.expand(len(x), -1)))
         return h.add_(self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
 
@@ -163,7 +166,7 @@ class Attention(nn.Module):
     """Single-head self-attention over all grid positions. (b, c, h, w) -> same."""
     def __init__(self, c):
         super().__init__()
-        self.norm = norm(c)
+        self.norm = Norm(c)
         self.q = nn.Conv2d(c, c, 1)
         self.k = nn.Conv2d(c, c, 1)
         self.v = nn.Conv2d(c, c, 1)
@@ -197,10 +200,11 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
-def norm(c):
-    return nn.GroupNorm(NORM_GROUPS, c, eps=NORM_EPS)
+class Norm(nn.GroupNorm):
+    """GroupNorm of x (b, c, h, w), after `shift` (b, c) is added, and before SiLU if `silu`."""
+    def __init__(self, c, silu=False):
+        super().__init__(NORM_GROUPS, c, NORM_EPS)
+        self.silu = silu
 
-
-def swish(x):
-    """x * sigmoid(x), in place: it is only given a norm's output, which nothing else reads."""
-    return F.silu(x, inplace=True)
+    def forward(self, x, shift=None):
+        return group_norm(x, self.weight, self.bias, self.num_groups, self.eps, self.silu, shift)

@@ -50,6 +50,12 @@ def test_guidance_and_its_interval_are_those_of_the_plain_network(networks, opti
     assert_same_views(networks, "view", 2, **options)
 
 
+def test_a_network_that_predicts_the_clean_latent_is_told_the_timestep(networks, monkeypatch):
+    for net in (networks[0], networks[1].net):
+        monkeypatch.setattr(net, "prediction", "z")
+    assert_same_views(networks, "view", 2)
+
+
 def test_tables_follow_the_view_the_batch_and_the_steps(networks):
     first = assert_same_views(networks, "view", 2)
     other = assert_same_views(networks, "other", 2)

@@ -216,7 +216,8 @@ def test_half_precision_makes_nearly_the_same_views(run, tmp_path, precision):
 def test_views_are_the_same_in_batches_that_do_not_divide_them(run, tmp_path):
     """Batches of one size, the last of them filled up: no view is lost, doubled or shifted."""
     for batch in ("16", "2"):
-        sampled(run, tmp_path / batch, "--views", "5", "--no-same-noise", "--batch", batch)
+        files = sampled(run, tmp_path / batch, "--views", "5", "--no-same-noise", "--batch", batch)
+        assert sum(name.startswith("views/") for name in files) == 5
     for i in range(5):
         together, apart = (np.asarray(Image.open(tmp_path / batch / f"views/00{i}.png")).astype(int)
                            for batch in ("16", "2"))
