@@ -268,3 +268,11 @@ def test_a_view_that_follows_one_of_the_other_cameras_is_not_taken_for_right(pai
                                 pairs.fov)
     wrong = followed(follow(pairs, metrics.other_cameras(pairs.pose)[name]))
     assert wrong["camera_found"].nanmean() < 0.2 and wrong["camera_margin"].nanmean() < -3
+
+
+def test_psnr_is_of_each_image_and_not_of_the_batch():
+    truth = torch.zeros(2, 3, 8, 8)
+    near, far = truth[:1] + 0.1, truth[1:] + 0.9
+    both = metrics.psnr(torch.cat([near, far]), truth)
+    assert torch.equal(both[:1], metrics.psnr(near, truth[:1]))
+    assert torch.equal(both[1:], metrics.psnr(far, truth[1:])) and both[0] > both[1] + 15
