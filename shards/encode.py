@@ -174,13 +174,13 @@ def run(args):
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     shards = plan(args)
+    networks = load(args.weights, args.depth_weights, args.quantile_blend, device)
     if rank == 0:
         arguments = {"version": ENCODE_VERSION, "weights": Path(args.weights).name,
                      "depth-weights": Path(args.depth_weights).name, "precision": args.precision,
                      "quantile-blend": args.quantile_blend}
         check_out(Path(args.out) / "encode.json", arguments, list(Path(args.out).rglob("*.tar")),
                   args.overwrite)
-    networks = load(args.weights, args.depth_weights, args.quantile_blend, device)
     if args.compile:
         for part in (networks.first_stage_model.encoder, networks.cond_stage_model.model.visual):
             part.compile()
