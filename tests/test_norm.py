@@ -1,0 +1,138 @@
+"""norm.py: the kernels against PyTorch's GroupNorm in float64. Without a GPU they run in Triton's
+interpreter (conftest.py); without Triton these tests are skipped."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model
+import norm
+
+needs_triton = pytest.mark.skipif(norm.triton is None, reason="Triton is not installed")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EPS = 1e-5
+
+
+def drawn(b, c, h, w, dtype=torch.float32, mean=0.0):
+    """[x, weight, bias, shift] and a gradient."""
+    torch.manual_seed(0)
+    x = (torch.randn(b, c, h, w, device=DEVICE) + mean).to(dtype)
+    x = x.to(memory_format=torch.channels_last)
+    weight, bias, shift = (torch.randn(*shape, device=DEVICE) for shape in ((c,), (c,), (b, c)))
+    return [x, 1 + 0.1 * weight, bias, shift], torch.randn_like(x)
+
+
+def forward_and_gradients(function, inputs, dy, *options):
+    inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+    x, weight, bias, *shift = inputs
+    y = function(x, weight, bias, *options, *shift)
+    return [y, *torch.autograd.grad(y, inputs, dy)]
+
+
+def kernels(x, weight, bias, groups, silu, shift=None):
+    return norm.kernel_forward(x, weight, bias, shift, groups, EPS, silu)[0]
+
+
+def exact(x, weight, bias, groups, silu, shift=None):
+    if shift is not None:
+        x = x + shift[:, :, None, None]
+    y = F.group_norm(x, groups, weight, bias, EPS)
+    return y * y.sigmoid() if silu else y
+
+
+def worst(found, inputs, dy, *options):
+    """Largest difference from float64, of each result in its largest value."""
+    wanted = forward_and_gradients(exact, [i.double() for i in inputs], dy.double(), *options)
+    return max(((a.double() - b).abs().max() / b.abs().max()).item()
+               for a, b in zip(found, wanted, strict=True))
+
+
+@needs_triton
+@pytest.mark.parametrize("shape, groups", [
+    ((2, 32, 3, 3), 8), ((2, 320, 5, 7), 32), ((1, 640, 4, 4), 32), ((1, 960, 12, 12), 32),
+    ((1, 1280, 2, 2), 32), ((1, 1920, 2, 3), 32), ((1, 2560, 4, 4), 32), ((1, 32, 50, 43), 8)])
+@pytest.mark.parametrize("silu", [True, False])
+def test_kernels_equal_float64_forward_and_backward(shape, groups, silu):
+    inputs, dy = drawn(*shape)
+    found = forward_and_gradients(kernels, inputs, dy, groups, silu)
+    assert found[0].is_contiguous(memory_format=torch.channels_last)
+    assert worst(found, inputs, dy, groups, silu) < 3e-6    # float32 has 6e-8, sums of up to 2150
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 8e-3), (torch.float16, 1e-3)])
+def test_kernels_round_to_the_input_s_type_only_at_the_end(dtype, bound):
+    inputs, dy = drawn(2, 64, 9, 9, dtype)
+    found = forward_and_gradients(kernels, inputs, dy, 32, True)
+    assert found[0].dtype == found[1].dtype == dtype and found[2].dtype == torch.float32
+    assert worst(found, inputs, dy, 32, True) < bound       # twice the type's own rounding
+    wanted = forward_and_gradients(exact, [i.double() for i in inputs], dy.double(), 32, True)
+    for sums, expected in zip(found[2:], wanted[2:]):       # float32 sums of what is not rounded
+        assert (sums - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@needs_triton
+def test_a_mean_far_from_zero_leaves_the_deviations_exact():
+    """Sums of squares would lose all of them: 1e3 squared is 1e6, and float32 has seven digits."""
+    inputs, dy = drawn(1, 64, 13, 11, mean=1e3)
+    found = forward_and_gradients(kernels, inputs, dy, 8, True)
+    assert worst(found, inputs, dy, 8, True) < 2e-4         # of x itself float32 knows 6e-5
+
+
+@needs_triton
+def test_without_shift_there_is_none_and_other_strides_are_taken():
+    (x, weight, bias, _), dy = drawn(2, 64, 6, 5)
+    inputs = [x.contiguous(), weight, bias]
+    found = forward_and_gradients(kernels, inputs, dy.contiguous(), 8, True)
+    assert worst(found, inputs, dy, 8, True) < 3e-6
+
+
+@needs_triton
+def test_the_same_input_gives_the_same_bits():
+    inputs, dy = drawn(2, 96, 12, 12)
+    first, second = (forward_and_gradients(kernels, inputs, dy, 32, True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@needs_triton
+def test_torch_library_finds_nothing_wrong_with_the_operators():
+    (x, weight, bias, shift), dy = drawn(2, 32, 4, 4)
+    x, weight, bias, shift = (t.requires_grad_() for t in (x, weight, bias, shift))
+    checks = "test_schema", "test_autograd_registration", "test_faketensor"
+    torch.library.opcheck(norm.kernel_forward, (x, weight, bias, shift, 8, EPS, True),
+                          test_utils=checks)
+    moments = norm.kernel_forward(x, weight, bias, shift, 8, EPS, True)[1].detach()
+    torch.library.opcheck(norm.kernel_backward, (dy, x.detach(), weight.detach(), bias.detach(),
+                                                 moments, 8, True), test_utils=checks)
+
+
+@needs_triton
+def test_a_network_with_kernels_learns_as_one_without(monkeypatch):
+    """UNet output and every gradient; with the kernels on, on any device."""
+    torch.manual_seed(0)
+    unet = model.UNet(8, 4, 32, (1, 2), 1, (1,), 2, 8, norm_groups=8).to(DEVICE)
+    for parameter in unet.parameters():
+        torch.nn.init.normal_(parameter, 0.0, 0.1)
+    x, context = torch.randn(2, 8, 4, 4, device=DEVICE), torch.randn(2, 1, 8, device=DEVICE)
+    results = []
+    for enabled in (False, True):
+        if enabled:
+            monkeypatch.setattr(model, "group_norm", lambda x, w, b, groups, eps, silu, shift:
+                                norm.kernel_forward(x, w, b, shift, groups, eps, silu)[0])
+        monkeypatch.setattr(norm, "enabled", enabled)
+        unet.zero_grad()
+        out = unet(x, torch.tensor([3, 500], device=DEVICE), context)
+        out.square().mean().backward()
+        results.append([out, *(p.grad for p in unet.parameters() if p.grad is not None)])
+    for plain, kernel in zip(*results, strict=True):
+        # rounding of float32 through some thirty layers
+        torch.testing.assert_close(kernel, plain, rtol=0, atol=1e-4 * plain.abs().max().item())
+
+
+def test_the_plain_form_is_group_norm_and_silu_bit_for_bit():
+    x, weight, bias, shift = (tensor.cpu() for tensor in drawn(2, 32, 5, 4)[0])
+    found = norm.group_norm(x, weight, bias, 8, EPS, True, shift)
+    moved = x + shift[:, :, None, None]
+    assert torch.equal(found, F.silu(F.group_norm(moved, 8, weight, bias, EPS)))
+    assert torch.equal(norm.group_norm(x, weight, bias, 8, EPS),
+                       F.group_norm(x, 8, weight, bias, EPS))
