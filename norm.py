@@ -3,7 +3,7 @@
 GroupNorm: arXiv:1803.08494. Everywhere it is PyTorch's own; on a GPU, where Triton is installed, a
 few kernels for channels-last grids, which read a grid twice and write it once forward, and read it
 and its gradient twice and write once backward. They work on tiles of ROWS positions by COLUMNS
-channels. Sums are taken in float32 and in a fixed order: the same input gives the same bits.
+channels, or half by twice as many. Sums are taken in float32 and in a fixed order: the same input gives the same bits.
 Letters: `b` batch, `c` channels, `n` = h w positions, `k` tiles of positions.
 """
 
@@ -195,8 +195,8 @@ if triton is not None:
 def tiling(x):
     """(grid of programs, options of a kernel over tiles) of x (b, c, h, w)."""
     b, c, h, w = x.shape
-    rows = min(ROWS, triton.next_power_of_2(h * w))
     columns = COLUMNS if c % (2 * COLUMNS) else 2 * COLUMNS
+    rows = min(ROWS * COLUMNS // columns, triton.next_power_of_2(h * w))
     warps = max(1, min(8, rows * columns // PER_WARP))
     return ((triton.cdiv(c, columns), triton.cdiv(h * w, rows), b),
             {"ROWS": rows, "COLUMNS": columns, "num_warps": warps})
@@ -204,7 +204,8 @@ def tiling(x):
 
 def combining(width, k):
     """Options of a kernel over groups of `width` channels, of k tiles."""
-    return {"WIDTH": triton.next_power_of_2(width), "CHUNK": CHUNK, "CHUNKS": triton.cdiv(k, CHUNK),
+    chunk = min(CHUNK, triton.next_power_of_2(k))
+    return {"WIDTH": triton.next_power_of_2(width), "CHUNK": chunk, "CHUNKS": triton.cdiv(k, chunk),
             "num_warps": 1}
 
 
