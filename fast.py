@@ -45,10 +45,11 @@ class SelfAttention(nn.Module):
 class Fast:
     """Changes a model.ZeroNVS for good: it can only sample from now on, and not be saved.
 
-    `guided` is for samplers.encoded_views. compile: torch.compile the UNet too, which takes about a
-    minute, once for each number of rows; a later run finds the result in PyTorch's cache.
+    It is for samplers.encoded_views. compile: torch.compile the UNet and the decoder too, which
+    takes a minute or two, once for each size of batch; a later run finds it in PyTorch's cache.
+    graphs: record and replay, where there is CUDA.
     """
-    def __init__(self, net, compile=False):
+    def __init__(self, net, compile=False, graphs=True):
         self.net, self.unet = net, net.model.diffusion_model
         self.device, self.dtype = net.betas.device, next(self.unet.parameters()).dtype
         self.by_time, self.by_view = [], []         # (what computes it, the Kept in its place)
@@ -62,7 +63,12 @@ class Fast:
                 block.attn1 = SelfAttention(block.attn1)
         if compile:
             self.unet.compile(dynamic=False)
-        self.shape, self.graphs = None, {}
+            if hasattr(net.first_stage_model, "decoder"):
+                net.first_stage_model.decoder.compile(dynamic=False)
+        self.graphs = graphs and self.device.type == "cuda"
+        self.shape, self.steps, self.decoders = None, {}, {}    # graphs by `both`, by shape
+        # graphs never run at once, so they share their memory
+        self.pool = torch.cuda.graph_pool_handle() if self.graphs else None
         self.preparing = 0.0        # seconds that warming up and recording took so far
 
     # ---- what does not depend on the latent
@@ -74,7 +80,7 @@ class Fast:
         def blank(*shape, dtype=self.dtype):
             return torch.zeros(shape, dtype=dtype, device=self.device)
 
-        self.shape, self.graphs = shape, {}
+        self.shape, self.steps = shape, {}
         self.z_t, self.z_cond = blank(*shape, dtype=torch.float32), blank(rows, *shape[1:])
         self.t, self.guidance = blank(rows, dtype=torch.float32), blank(dtype=torch.float32)
         self.context = blank(rows, *context_shape[1:])
@@ -120,7 +126,13 @@ class Fast:
             self.t.fill_(t)
             torch.index_select(self.times[self.row_of[t]], 0, self.gather, out=self.at_time)
             both = guidance != 1 and low <= t <= high
-            return self.replay(both) if self.device.type == "cuda" else self.evaluate(both)
+            if not self.graphs:
+                return self.evaluate(both)
+            if both not in self.steps:
+                self.steps[both] = self.recorded(lambda: self.evaluate(both))
+            graph, eps = self.steps[both]
+            graph.replay()
+            return eps
 
         return follow
 
@@ -133,21 +145,28 @@ class Fast:
         unconditional, conditional = eps.chunk(2)
         return unconditional + self.guidance * (conditional - unconditional)
 
-    def replay(self, both):
-        """`evaluate` from a graph, which is recorded at the first call."""
-        if both not in self.graphs:
-            torch.cuda.synchronize(self.device)
-            started = time.perf_counter()
-            aside = torch.cuda.Stream(self.device)
-            with torch.cuda.stream(aside):
-                for _ in range(WARM_UPS):
-                    self.evaluate(both)
-            torch.cuda.synchronize(self.device)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                eps = self.evaluate(both)
-            self.graphs[both] = graph, eps
-            self.preparing += time.perf_counter() - started
-        graph, eps = self.graphs[both]
+    def decode(self, z):
+        """Latents (b, c, h, w) -> images; on CUDA overwritten by the next call for this shape."""
+        if not self.graphs:
+            return self.net.decode(z)
+        if z.shape not in self.decoders:
+            latent = z.clone()
+            self.decoders[z.shape] = latent, *self.recorded(lambda: self.net.decode(latent))
+        latent, graph, image = self.decoders[z.shape]
+        latent.copy_(z)
         graph.replay()
-        return eps
+        return image
+
+    def recorded(self, function):
+        """(graph, result) of a function without arguments. A replay writes the result anew."""
+        torch.cuda.synchronize(self.device)
+        started = time.perf_counter()
+        with torch.cuda.stream(torch.cuda.Stream(self.device)):
+            for _ in range(WARM_UPS):
+                function()
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            result = function()
+        self.preparing += time.perf_counter() - started
+        return graph, result

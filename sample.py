@@ -26,7 +26,6 @@ import model
 import paths
 import photos
 import pictures
-import vae
 from fast import Fast
 from samplers import EVERYWHERE, SAMPLERS, SPACINGS, TIMESTEPS, encoded_views, plan
 from shards import scenes
@@ -84,10 +83,9 @@ def place(net, device, precision):
     The photo is encoded in fp32, once. No more than what stays there is on the device at any time.
     """
     net.eval().requires_grad_(False)
-    parts = [net.model]
-    if isinstance(net.first_stage_model, vae.AutoencoderKL):
-        parts += [net.first_stage_model.decoder, net.first_stage_model.post_quant_conv]
-    for part in parts:
+    autoencoder = dict(net.first_stage_model.named_children())      # none, of pixels
+    decoding = [autoencoder[name] for name in ("decoder", "post_quant_conv") if name in autoencoder]
+    for part in (net.model, *decoding):
         part.to(device, checkpoint.PRECISIONS[precision], memory_format=torch.channels_last)
     net.to(device)
     # convolutions of one view are small, and which kernel is best for them is not to be guessed
@@ -163,7 +161,7 @@ class Render:
                         keep.append((t, z_0[n // 2 - start, None]))
 
                 images = encoded_views(self.net, self.z_cond, self.embedding, T[rows], numbers,
-                                       watch=watch, guide=self.fast.guided, **self.options)
+                                       watch=watch, fast=self.fast, **self.options)
                 views += [pictures.image(image) for image in images[:n - start]]
                 bar.update(min(size, n - start))
                 self.evaluations = len(done)

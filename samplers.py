@@ -37,26 +37,25 @@ def novel_views(model, image_cond, T, numbers, seed=0, sampler="ddim", steps=50,
 
 @torch.no_grad()
 def encoded_views(model, z_cond, embedding, T, numbers, seed=0, sampler="ddim", steps=50, eta=1.0,
-                  guidance=3.0, interval=EVERYWHERE, spacing="auto", watch=None, guide=None):
+                  guidance=3.0, interval=EVERYWHERE, spacing="auto", watch=None, fast=None):
     """`novel_views` of an image whose latent (posterior's mode) and embedding are known.
 
-    z_cond (b or 1, c, h, w), embedding (b or 1, e). guide: stands where `guided` does, for a
-    network that is evaluated in another way: guide(z_cond, context, guidance, interval, t) gets the
-    timesteps too, and gives the function that samplers follow.
+    z_cond (b or 1, c, h, w), embedding (b or 1, e). fast: the fast.Fast of the model.
     """
     dtype = next(model.model.parameters()).dtype
     z_cond = z_cond.to(dtype).expand(len(T), -1, -1, -1)
     context = model.context(embedding.expand(len(T), -1), T.to(z_cond.device)).to(dtype)
     shape, numbers = z_cond.shape[1:], torch.as_tensor(numbers, device=z_cond.device)
-    if guide is None:
+    if fast is None:
         follow = guided(model.eps, z_cond, context, guidance, interval)
     else:
         t, _ = plan(model.alphas_cumprod, sampler, steps, spacing)
-        follow = guide(z_cond, context, guidance, interval, t)
+        follow = fast.guided(z_cond, context, guidance, interval, t)
     z_T = normal(seed, SAMPLE, numbers, shape)
     z_0 = sample(follow, z_T, model.alphas_cumprod, sampler, steps, eta,
                  step_noise(seed, numbers, shape), spacing, watch)
-    return torch.cat([model.decode(part).float().clamp(-1, 1) for part in z_0.split(DECODED)])
+    decode = fast.decode if fast else model.decode
+    return torch.cat([decode(part).float().clamp(-1, 1) for part in z_0.split(DECODED)])
 
 
 def step_noise(seed, numbers, shape):

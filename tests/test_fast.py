@@ -29,7 +29,7 @@ def assert_same_views(networks, name, views, **options):
     given = *conditions(name, views), list(range(views))
     options = {"steps": 3, "eta": 0.5, **options}
     expected = samplers.encoded_views(plain, *given, **options)
-    found = samplers.encoded_views(fast.net, *given, guide=fast.guided, **options)
+    found = samplers.encoded_views(fast.net, *given, fast=fast, **options)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
     return found
 
@@ -98,7 +98,7 @@ def test_graphs_replay_the_views_of_the_plain_network():
         given = *(x.cuda() for x in conditions(name, views)), list(range(views))
         options = {"steps": 4, "eta": 0.5, "guidance": guidance}
         expected = samplers.encoded_views(plain, *given, **options)
-        found = samplers.encoded_views(fast.net, *given, guide=fast.guided, **options)
+        found = samplers.encoded_views(fast.net, *given, fast=fast, **options)
         # TensorFloat-32 convolutions, whose kernels may differ
         torch.testing.assert_close(found, expected, rtol=0, atol=0.05)
         assert fast.preparing > 0
