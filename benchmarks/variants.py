@@ -1,4 +1,4 @@
-"""Variants of a benchmark, each in a process of its own with a time limit, told as they are measured.
+"""Variants of a benchmark, each in a process of its own, with a time limit, told as measured.
 
 What fails or compiles for too long costs the others nothing. A benchmark calls `ask`, with its
 module's name and a job; that module, run as a script, calls `answer(job)`, which calls `tell`.
