@@ -196,3 +196,48 @@ def test_predicting_the_latent_or_the_noise_says_the_same():
     draws = model.Draws(t, torch.ones(4), torch.zeros_like(z), noise)
     loss = whole(z, torch.zeros_like(z), z, torch.zeros(4, 0), torch.zeros(4, 4), draws)
     assert loss.tolist() == [0, 0, 0, 0]
+
+
+# ---- compiled
+
+def compiled_graphs(unet, *inputs):
+    """The forward and the backward graph that torch.compile makes of a UNet under bf16 autocast."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.aot_autograd import make_boxed_func
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    graphs = []
+
+    def keep(module, _):
+        graphs.append(module.graph)
+        return make_boxed_func(module.forward)
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep,
+                           partition_fn=min_cut_rematerialization_partition)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = torch.compile(unet, fullgraph=True, backend=backend)(*inputs)
+        out.float().square().mean().backward()
+    torch._dynamo.reset()
+    return graphs
+
+
+def test_a_compiled_step_moves_no_layouts_scatters_nothing_and_casts_each_weight_once():
+    unet = model.UNet(8, 4, 32, (1, 2), 1, (1,), 2, 16).to(memory_format=torch.channels_last)
+    for parameter in unet.idle_parameters().values():
+        parameter.requires_grad_(False)
+    x = torch.randn(2, 8, 16, 16).to(memory_format=torch.channels_last)
+    calls = [[node for node in graph.nodes if node.op == "call_function"] for graph in
+             compiled_graphs(unet, x, torch.tensor([1, 2]), torch.randn(2, 1, 16))]
+    convolutions = 0
+    for node in sum(calls, []):
+        assert "index_put" not in str(node.target), "atomic additions, in any order"
+        if "aten.convolution" in str(node.target):
+            convolutions += 1
+            for value in (argument.meta["val"] for argument in node.args[:2]):
+                # a gradient may be a slice of a concatenation's: channels are last, with gaps
+                assert value.stride(1) == 1, f"{node.target} of strides {value.stride()}"
+    assert convolutions > 20
+    shapes = {p.shape for p in unet.parameters() if p.requires_grad and p.ndim > 1}
+    casts = [[node.args[0].name for node in nodes if "_to_copy" in str(node.target)
+              and node.args[0].op == "placeholder" and node.args[0].meta["val"].shape in shapes
+              and node.args[0].meta["val"].dtype == torch.float32] for nodes in calls]
+    assert casts[0] and len(set(casts[0])) == len(casts[0]) and not casts[1]
