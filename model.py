@@ -83,7 +83,7 @@ class ResBlock(nn.Module):
     def forward(self, x, emb):
         norm, _, conv = self.in_layers
         h = F.conv2d(norm(x), conv.weight, padding=1)
-        # The embedding and the conv's bias are one number a channel: the norm adds them as it reads.
+        # The embedding and the conv's bias are one number a channel: the norm adds them as it reads
         norm, *_, conv_out = self.out_layers
         h = norm(h, self.emb_layers(emb) + conv.bias)
         return self.skip_connection(x) + conv_out(h)

@@ -3,7 +3,8 @@
 GroupNorm: arXiv:1803.08494. Everywhere it is PyTorch's own; on a GPU, where Triton is installed, a
 few kernels for channels-last grids, which read a grid twice and write it once forward, and read it
 and its gradient twice and write once backward. They work on tiles of ROWS positions by COLUMNS
-channels, or half by twice as many. Sums are taken in float32 and in a fixed order: the same input gives the same bits.
+channels, or half by twice as many. Sums are taken in float32 and in a fixed order: the same input
+gives the same bits.
 Letters: `b` batch, `c` channels, `n` = h w positions, `k` tiles of positions.
 """
 
