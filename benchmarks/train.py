@@ -12,17 +12,11 @@ costs the others nothing. The most telling come first.
 import copy
 import json
 import math
-import os
 import re
-import signal
-import subprocess
 import sys
-import tempfile
-import threading
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -32,16 +26,14 @@ import camera
 import model
 import norm
 import vae
-from benchmarks import GB, row
+from benchmarks import GB, row, variants
+from benchmarks.variants import ask, sync
 from configs import Config, Source
 
-ROOT = Path(__file__).parents[1]
-MARK = "ROW "                           # begins the lines that a variant's process answers with
 EMBEDDING = 768
 WARM, LEAST_STEPS, MEASURED = 3, 5, 4.0         # steps; steps; seconds
 SUSTAINED = 4.0                         # seconds of products, after which a GPU runs at its limit
 PROFILED, SHOWN = 3, 30                 # steps; kernels listed
-SHORTEST, LAST_LINES = 5, 12            # seconds worth beginning with; lines shown of an error
 ONCE_SECONDS = 90                       # that ceilings or kernels may take
 BACKWARD = 2                            # FLOPs of a backward pass, in forward passes
 EMA_DECAY = 0.9999
@@ -102,7 +94,7 @@ def run(given):
     end = time.monotonic() + given.seconds_limit
     rows, ceiling, work = [], None, flops_a_pair(given.tiny)
     for job in jobs(given):
-        for found in answers(job, end):
+        for found in ask("benchmarks.train", job, min(end - time.monotonic(), limit_of(job))):
             if found["name"] == "train: bf16 product, sustained":
                 ceiling = found["value"]
             if found["unit"] == "pairs/s" and ceiling:
@@ -114,63 +106,22 @@ def run(given):
 
 
 def jobs(given):
-    """What to measure: {variant, batch, tiny, where}. Every variant at the first batch, then the
-    first of them at the others, and so on."""
-    if given.where:
-        return [{"variant": given.where, "batch": given.batch[0], "tiny": given.tiny,
-                 "where": True}]
+    """What to measure: {name, variant, batch, tiny, where}. What has no steps, then the first variant
+    at every batch, then the others batch by batch."""
     once = [name for name in given.variants if name in (CEILINGS, KERNELS)]
     steps = [name for name in given.variants if name not in once]
     order = [(name, given.batch[0]) for name in once]
     order += [(name, batch) for name in steps[:1] for batch in given.batch]
     order += [(name, batch) for batch in given.batch for name in steps[1:]]
-    return [{"variant": name, "batch": batch, "tiny": given.tiny, "where": False}
-            for name, batch in order]
+    if given.where:
+        order = [(given.where, given.batch[0])]
+    return [{"name": f"{name} at batch {batch}", "variant": name, "batch": batch,
+             "tiny": given.tiny, "where": bool(given.where)} for name, batch in order]
 
 
-def answers(job, end):
-    """Yields the rows of a job, as its process gives them; says why where it gives no more."""
-    label = f"{job['variant']} at batch {job['batch']}"
-    limit = min(end - time.monotonic(),
-                VARIANTS[job["variant"]].seconds if job["variant"] in VARIANTS else ONCE_SECONDS)
-    if limit < SHORTEST:
-        print(f"-- {label}: no time left for it", flush=True)
-        return
-    print(f"-- {label}, at most {limit:.0f} s", flush=True)
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
-        process = subprocess.Popen([sys.executable, "-m", "benchmarks.train", json.dumps(job)],
-                                   cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True,
-                                   start_new_session=True)
-        late = threading.Event()
-        alarm = threading.Timer(limit, lambda: (late.set(), stop(process)))
-        alarm.start()
-        try:
-            for line in process.stdout:
-                if line.startswith(MARK):
-                    yield json.loads(line.removeprefix(MARK))
-                else:
-                    print(line, end="", flush=True)
-            process.wait()
-        finally:
-            alarm.cancel()
-            stop(process)
-        if late.is_set():
-            print(f"-- {label}: stopped after {limit:.0f} s", flush=True)
-        elif process.returncode:
-            errors.seek(0)
-            print(f"-- {label}: failed\n{''.join(errors.readlines()[-LAST_LINES:])}", flush=True)
-
-
-def stop(process):
-    """Ends a process and, where the system has groups, the compilers that it started."""
-    if hasattr(os, "killpg"):
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:      # all of the group have ended by themselves
-            pass
-    else:
-        process.kill()
-    process.wait()
+def limit_of(job):
+    """Seconds that a job may take."""
+    return VARIANTS[job["variant"]].seconds if job["variant"] in VARIANTS else ONCE_SECONDS
 
 
 def flops_a_pair(tiny):
@@ -198,27 +149,20 @@ def answer(job):
         training(VARIANTS[job["variant"]], device, job["batch"], job["tiny"], job["where"])
 
 
-def tell(name, value, unit, **more):
-    """Sends a row to the process that asked."""
-    print(MARK + json.dumps({"name": f"train: {name}", "value": value, "unit": unit, **more}),
-          flush=True)
-
-
-def sync(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def tell(name, value, unit):
+    variants.tell(f"train: {name}", value, unit)
 
 
 def seconds_of(function, device, least=LEAST_STEPS, seconds=MEASURED):
     """Mean seconds of a call, over `seconds` or `least` calls, whichever is more."""
     function()
-    sync(device)
+    sync()
     start, calls = time.perf_counter(), 0
     while calls < least or time.perf_counter() - start < seconds:
         for _ in range(least):
             function()
         calls += least
-        sync(device)
+        sync()
     return (time.perf_counter() - start) / calls
 
 
@@ -332,8 +276,8 @@ def pairs(config, batch, device):
 
 
 class Halves:
-    """bf16 weights in a module, beside the fp32 masters that were in it and that are trained: each is
-    cast once a step. Vectors (norms, biases) stay as they are."""
+    """bf16 weights in a module, beside the fp32 masters that were in it and that are trained: one
+    cast a step. Vectors (norms, biases) stay as they are."""
     def __init__(self, module):
         self.masters, self.halves = [], []
         for part in module.modules():
@@ -448,6 +392,7 @@ def captured(step):
     torch.cuda.current_stream().wait_stream(aside)
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
@@ -515,7 +460,7 @@ def profile(step, device, name, batch, seconds):
     with torch.profiler.profile(activities=[activity.CUDA] if cuda else [activity.CPU]) as profiled:
         for _ in range(PROFILED):
             step()
-        sync(device)
+        sync()
     kernels, totals = [], {}
     for event in profiled.key_averages():
         ms = (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e3 / PROFILED

@@ -16,6 +16,7 @@ import model
 from benchmarks import data as bench_data
 from benchmarks import load
 from benchmarks import train as bench_train
+from benchmarks import variants
 
 
 @pytest.fixture
@@ -117,16 +118,13 @@ def test_the_first_variant_is_measured_at_every_batch_before_the_others():
         ("ceilings", 192), ("compiled", 192), ("compiled", 48), ("eager", 192), ("eager", 48)]
 
 
-def test_a_variant_that_fails_or_hangs_says_so(capsys, monkeypatch):
-    job = {"variant": "none such", "batch": 1, "tiny": True, "where": False}
-    assert list(bench_train.answers(job, float("inf"))) == []
-    assert "failed\nTraceback" in capsys.readouterr().out
+def test_a_variant_that_fails_or_hangs_says_so(capsys):
+    job = {"name": "it", "variant": "none such", "batch": 1, "tiny": True, "where": False}
+    assert list(variants.ask("benchmarks.train", job, 60)) == []
+    assert "it failed:\nTraceback" in capsys.readouterr().out
     job["variant"] = "reference"
-    monkeypatch.setattr(bench_train, "SHORTEST", 0)
-    monkeypatch.setitem(bench_train.VARIANTS, "reference",
-                        replace(bench_train.VARIANTS["reference"], seconds=0.2))
-    assert list(bench_train.answers(job, float("inf"))) == []
-    assert "stopped after 0 s" in capsys.readouterr().out
+    assert list(variants.ask("benchmarks.train", {**job, "batch": 10**6}, variants.SHORTEST)) == []
+    assert "it: stopped after 5 s" in capsys.readouterr().out
 
 
 def test_where_the_time_goes_adds_up_to_a_step(tmp_path, capsys):
