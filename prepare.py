@@ -31,7 +31,7 @@ from tqdm import tqdm
 from captures import datasets
 from shards import encode
 from captures import resample, synth
-from shards.writer import IMAGE_FORMATS, check_out, make, raw_scene, write_text
+from shards.writer import IMAGE_FORMATS, ahead, check_out, make, raw_scene, write_text
 
 LAYOUTS = ("co3d", "re10k")
 SYNTH_VERSION = 2               # goes up when the same arguments give other pictures
@@ -39,7 +39,8 @@ CAPTURES_VERSION = 1
 HELD_OUT = 2**30                # number of the first held-out scene; training scenes count from 0
 SMALLEST = 8                    # pixels a side
 VIEWS_AT_ONCE = 128             # views a render call on a GPU takes
-MOST_ON_GPU = 8                 # processes that share a GPU, unless told: each takes 2 GB of it
+MOST_ON_GPU = 6                 # processes that share a GPU, unless told: each takes 3 GB of it
+BATCHES_AHEAD = 2               # of rendered views, waiting for threads that encode them
 FEWEST_VIEWS = 2                # of a scene: a pair
 # bytes of a photo's pixel, and of a dense depth map's, as measured: what shards are planned by
 BYTES_A_PIXEL, DEPTH_BYTES_A_PIXEL = {"png": 2.0, "jpg": 0.5, "webp": 0.33}, 0.8
@@ -70,19 +71,22 @@ def synth_plan(args):
 
 
 def render_scenes(numbers, args, device):
-    """Renders scenes. Returns (scenes, images (s, v, h, w, 3) uint8, depths, c2w, seconds)."""
-    started = time.perf_counter()
+    """Renders scenes: a list of (scene, images (v, h, w, 3) uint8, depths (v, h, w), c2w)."""
     scenes = [synth.scene(args.seed, number) for number in numbers]
     c2w = torch.stack([synth.cameras(scene, args.views, args.motion) for scene in scenes])
     fov = torch.tensor([scene.fov for scene in scenes], dtype=torch.float64)
     images, depths = synth.render(scenes, c2w.to(device), fov, args.size)
     images = images.add_(1).mul_(127.5).round_().to(torch.uint8).permute(0, 1, 3, 4, 2).contiguous()
-    images, depths = images.cpu().numpy(), depths.cpu().numpy()
-    return scenes, images, depths, c2w.numpy(), time.perf_counter() - started
+    # not waiting, torch copies into pinned memory, which is several times faster
+    images, depths = images.to("cpu", non_blocking=True), depths.to("cpu", non_blocking=True)
+    if device.type == "cuda":
+        torch.cuda.current_stream().synchronize()
+    return list(zip(scenes, images.numpy(), depths.numpy(), c2w.numpy()))
 
 
-def synth_scene(scene, images, depths, c2w, args):
+def synth_scene(rendered, args):
     """The members of one rendered scene: even numbers, which are arcs, are co3d, odd ones re10k."""
+    scene, images, depths, c2w = rendered
     layout = LAYOUTS[scene.number % len(LAYOUTS)]
     # readers multiply it in again: any value must give the same depth
     scale_adjustment = float(np.random.default_rng([args.seed, scene.number, 1]).uniform(0.5, 2))
@@ -91,14 +95,20 @@ def synth_scene(scene, images, depths, c2w, args):
                      scale_adjustment)
 
 
-def synth_scenes(args, device, path, numbers, report):
-    """Yields the members of every scene in order; calls report(views, seconds of rendering)."""
+def synth_scenes(args, device, threads, path, numbers, report):
+    """Yields the members of every scene in order; calls report(views).
+
+    Three at a time: a thread renders, `threads` encode (packing leaves Python's lock to others),
+    and the caller writes.
+    """
     batch = 1 if device.type == "cpu" else max(1, VIEWS_AT_ONCE // args.views)
-    for i in range(0, len(numbers), batch):
-        scenes, *arrays, seconds = render_scenes(numbers[i:i + batch], args, device)
-        for scene, *views in zip(scenes, *arrays):
-            yield synth_scene(scene, *views, args)
-        report(len(scenes) * args.views, seconds)
+    batches = (numbers[i:i + batch] for i in range(0, len(numbers), batch))
+    render = functools.partial(render_scenes, args=args, device=device)
+    encode_scene = functools.partial(synth_scene, args=args)
+    rendered = itertools.chain.from_iterable(ahead(render, batches, 1, BATCHES_AHEAD))
+    for members in ahead(encode_scene, rendered, threads, 2 * threads):
+        yield members
+        report(args.views)
 
 
 def run_synth(args):
@@ -118,9 +128,10 @@ def run_synth(args):
     total = args.views * sum(len(shard[3]) for shard in plan)
     views = args.views * sum(len(numbers) for _, numbers in todo)
     workers = min(args.workers or default_workers(device), max(1, len(todo)))
+    threads = max(1, (os.cpu_count() or 1) // workers)
     started = time.perf_counter()
     with tqdm(total=total, initial=total - views, unit=" views", desc=f"synth on {device}") as bar:
-        rendering = make(todo, functools.partial(synth_scenes, args, device), workers, bar)
+        rate = make(todo, functools.partial(synth_scenes, args, device, threads), workers, bar)
     for split in SPLITS:
         for layout in LAYOUTS:
             shards = [shard for shard in plan if shard[1:3] == (split, layout)]
@@ -131,8 +142,8 @@ def run_synth(args):
     if views:
         seconds = time.perf_counter() - started
         print(f"{views} views of {args.size}x{args.size} in {seconds:.1f} s: "
-              f"{views / seconds:.0f} views/s, rendering alone "
-              f"{workers * views / rendering:.0f} views/s ({workers} processes on {device})")
+              f"{views / seconds:.0f} views/s, {rate:.0f} since the first were there "
+              f"({workers} processes on {device}, {threads} threads each)")
     else:
         print("all of them were there already")
 
@@ -249,7 +260,7 @@ def capture_scenes(args, path, found, report):
         except resample.LeftOut as err:
             mine.append(err)
         out += mine
-        report(count_views(capture, args), 0.0)
+        report(count_views(capture, args))
     if not scenes:
         raise ValueError(f"{path}: none of its {len(found)} scenes can be used: {out[-1]}")
     write_text(path.with_suffix(".json"), json.dumps({
@@ -364,7 +375,7 @@ def parser():
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to render")
     add("--image-format", choices=IMAGE_FORMATS, default="png", help="of the colour images")
     add("--scenes-per-shard", type=int, default=100, help="scenes in a shard, at most")
-    add("--workers", type=int, default=0, help="processes; 0: one a core, on a GPU at most 8")
+    add("--workers", type=int, default=0, help="processes; 0: one a core, on a GPU at most 6")
     add("--overwrite", action="store_true", help="replace shards made with other arguments")
     sub.set_defaults(run=run_synth)
     add_captures(commands, help_format)

@@ -35,7 +35,7 @@ DARKEST_CORNER = 0.15   # of the ambient light, however much stands around
 SECOND_COLOR = 0.85     # how far a texture goes to its second colour
 TINY = 1e-30
 NEVER = -1000.0         # height of what fills the empty slots of a batch
-RAYS_AT_ONCE = {"cpu": 2**16, "cuda": 2**22}    # fit the caches; several processes a GPU
+RAYS_AT_ONCE = {"cpu": 2**16, "cuda": 2**23}    # fit the caches; outlast a kernel's launch
 
 # A material's numbers: centre, turn and 1 / half extents of its coordinates, shape, own light,
 # fade, the texture's (see `texture`), second colour. Its faces are -x +x -y +y -z +z.
@@ -307,9 +307,10 @@ class World:
             return torch.from_numpy(array).to(device, torch.float32).unbind()
 
         self.solids = []                # (shape, row, center, half, cos, sin)
+        numbers = torch.from_numpy(slots).to(device, torch.float32)[..., None, None]
         for shape in range(3):
             for row in range(first[shape], first[shape + 1]):
-                x, y, z, a, b, c, cos, sin = tensors(slots[row, :, :, None, None])
+                x, y, z, a, b, c, cos, sin = numbers[row].unbind()
                 self.solids.append((shape, row, (x, y, z), (a, b, c), cos, sin))
         self.material = dict(zip(MATERIAL, tensors(material.reshape(len(MATERIAL), -1))))
         self.colors = tensors(colors.reshape(3, -1))
@@ -505,9 +506,10 @@ def render(scenes, c2w, fov, size):
     depths = torch.empty(s, v, size, size, device=device)
     # scenes of like solids together: fewer empty slots
     order = sorted(range(s), key=lambda i: np.bincount(scenes[i].shape, minlength=3).tolist())
-    for i in range(0, s, scene_step):
-        part = order[i:i + scene_step]
-        world = World([scenes[each] for each in part], device)
+    parts = [order[i:i + scene_step] for i in range(0, s, scene_step)]
+    # numbers go to a GPU before any drawing: each copy waits for all that was asked of it
+    worlds = [World([scenes[i] for i in part], device) for part in parts]
+    for world, part in zip(worlds, torch.tensor(order, device=device).split(scene_step)):
         for j in range(0, v, view_step):
             some = part, slice(j, j + view_step)
             images[some], depths[some] = picture(world, inner[some], fov[part], size)

@@ -15,6 +15,8 @@ import struct
 import tarfile
 import time
 import zlib
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,7 @@ POLL = 0.1                      # seconds between looks at the processes
 PYTORCH3D = np.diag([-1.0, 1.0, -1.0])
 LOSSY = {"jpg": dict(format="JPEG", quality=95), "webp": dict(format="WEBP", quality=92)}
 IMAGE_FORMATS = ("png", *LOSSY)
+HALF_INFINITY = 0x7C00          # its float16 bits; those of NaN, and of less than 0, are larger
 
 
 def write_shard(path, scenes):
@@ -41,12 +44,14 @@ def write_shard(path, scenes):
     partial = path.with_name(path.name + PARTIAL)
     try:
         with open(partial, "wb") as file:
-            with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-                for scene in scenes:
-                    for name, content in scene:
-                        member = tarfile.TarInfo(name)      # time, owner and group are 0
-                        member.size = len(content)
-                        tar.addfile(member, io.BytesIO(content))
+            for scene in scenes:
+                for name, content in scene:
+                    member = tarfile.TarInfo(name)          # time, owner and group are 0
+                    member.size = len(content)
+                    padding = bytes(-len(content) % tarfile.BLOCKSIZE)
+                    file.write(member.tobuf(tarfile.USTAR_FORMAT) + content + padding)
+            file.write(bytes(2 * tarfile.BLOCKSIZE))        # the end
+            file.write(bytes(-file.tell() % tarfile.RECORDSIZE))
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -99,11 +104,11 @@ def image_bytes(image, image_format):
 
 
 def depth_bytes(depth):
-    """The 16-bit PNG of a depth (h, w): float16 bits; what is unknown or does not fit is 0."""
-    with np.errstate(over="ignore"):
-        half = depth.astype(np.float16)
-    half[~np.isfinite(half) | (half < 0)] = 0
-    return png_bytes(half.view(np.uint16))
+    """The 16-bit PNG of a depth (h, w) float32: float16 bits; what is unknown or too large is 0."""
+    # torch rounds as numpy does, in a twentieth of the time
+    words = torch.from_numpy(depth).half().view(torch.uint16).numpy()
+    words[words >= HALF_INFINITY] = 0
+    return png_bytes(words)
 
 
 def co3d_metadata(c2w, fov, scale_adjustment):
@@ -154,18 +159,32 @@ def raw_scene(layout, name, images, depths, c2w, fov, image_format="png", scale_
 
 # ---- shards by the dozen
 
+def ahead(function, items, threads, count):
+    """Yields function(item) of the items in order, worked out by threads up to `count` ahead."""
+    pool, results = ThreadPoolExecutor(threads), deque()
+    try:
+        for item in items:
+            results.append(pool.submit(function, item))
+            if len(results) > count:
+                yield results.popleft().result()
+        while results:
+            yield results.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def make_shards(todo, scenes_of, report):
-    """Makes shards one after the other, on one core.
+    """Makes shards one after the other; torch takes one core.
 
     todo: (path, content)s, perhaps a generator. scenes_of(path, content, report) yields the members
-    of each scene, and calls report(views, seconds of rendering) as they get done.
+    of each scene, and calls report(views) as they get done.
     """
     torch.set_num_threads(1)
     for path, content in todo:
         write_shard(path, scenes_of(path, content, report))
 
 
-def worker(todo, scenes_of, taken, views, seconds, errors):
+def worker(todo, scenes_of, taken, views, errors):
     """One of several processes: makes the shards that no other has taken; dies with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -177,9 +196,9 @@ def worker(todo, scenes_of, taken, views, seconds, errors):
                 return
             yield todo[k]
 
-    def report(more_views, more_seconds):
+    def report(more):
         with views.get_lock():
-            views.value, seconds.value = views.value + more_views, seconds.value + more_seconds
+            views.value += more
         if not multiprocessing.parent_process().is_alive():
             os._exit(1)
 
@@ -190,25 +209,24 @@ def worker(todo, scenes_of, taken, views, seconds, errors):
 
 
 def make_shards_together(todo, scenes_of, workers, report):
-    """Makes shards in several processes, each on one core. OSError where one of them fails.
+    """Makes shards in several processes. OSError where one of them fails.
 
     Processes, not threads: most calls into torch are so short that threads would queue up for them.
     """
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    context.set_forkserver_preload(["captures.datasets", "captures.synth"])
-    taken, views = context.Value("q", 0), context.Value("q", 0)
-    seconds, errors = context.Value("d", 0.0), context.SimpleQueue()
-    shared = (todo, scenes_of, taken, views, seconds, errors)
+    context.set_forkserver_preload(["prepare"])     # all that it imports, once for all processes
+    taken, views, errors = context.Value("q", 0), context.Value("q", 0), context.SimpleQueue()
+    shared = (todo, scenes_of, taken, views, errors)
     processes = [context.Process(target=worker, args=shared, daemon=True) for _ in range(workers)]
     for process in processes:
         process.start()
-    reported, running = (0, 0.0), True
+    reported, running = 0, True
     while running:
         time.sleep(POLL)
         running = any(process.is_alive() for process in processes)
-        now = views.value, seconds.value
-        report(now[0] - reported[0], now[1] - reported[1])
+        now = views.value
+        report(now - reported)
         reported = now
         if not errors.empty():
             raise OSError(errors.get())
@@ -244,17 +262,18 @@ def check_out(note, arguments, shards, overwrite):
 
 
 def make(todo, scenes_of, workers, bar):
-    """Makes shards in as many processes as there are shards or workers; returns the seconds that
-    rendering took in all of them."""
-    rendering = 0.0
+    """Makes shards in as many processes as there are workers; returns the views a second since the
+    first were done, which leaves out what processes and device took to start."""
+    first = None            # (time, views) when some were done
 
-    def report(more_views, more_seconds):
-        nonlocal rendering
-        bar.update(more_views)
-        rendering += more_seconds
+    def report(more):
+        nonlocal first
+        bar.update(more)
+        if more and not first:
+            first = time.perf_counter(), bar.n
 
     if workers == 1:
         make_shards(todo, scenes_of, report)
     else:
         make_shards_together(todo, scenes_of, workers, report)
-    return rendering
+    return (bar.n - first[1]) / (time.perf_counter() - first[0]) if first else 0.0

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -382,6 +383,36 @@ def test_a_shard_has_its_name_only_when_it_is_complete(tmp_path):
     assert not list(tmp_path.glob("*.tar"))
     writer.write_shard(tmp_path / "train-000000.tar", [[("a/b/frame000001.png", b"1")]])
     assert [path.name for path in tmp_path.iterdir()] == ["train-000000.tar"]
+
+
+def test_a_shard_has_the_bytes_that_tarfile_writes(tmp_path):
+    members = [(f"a/b/frame{i:06d}.png", bytes([i + 1]) * size)
+               for i, size in enumerate([0, 1, 511, 512, 513, 9000])]
+    writer.write_shard(tmp_path / "ours.tar", [members[:2], members[2:]])
+    with tarfile.open(tmp_path / "theirs.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    assert (tmp_path / "ours.tar").read_bytes() == (tmp_path / "theirs.tar").read_bytes()
+
+
+def test_work_ahead_comes_in_order_no_further_than_asked_and_stops_with_its_reader():
+    begun = []
+
+    def slow_at_first(i):
+        begun.append(i)
+        time.sleep(0.05 if i == 0 else 0.001)
+        return i * i
+
+    assert list(writer.ahead(slow_at_first, range(20), 4, 6)) == [i * i for i in range(20)]
+    begun.clear()
+    results = writer.ahead(slow_at_first, range(20), 1, 3)
+    assert [next(results), next(results)] == [0, 1]
+    results.close()
+    assert len(begun) <= 2 + 3
+    with pytest.raises(ZeroDivisionError):
+        list(writer.ahead(lambda i: 1 // (2 - i), range(20), 2, 3))
 
 
 def test_other_arguments_are_refused_by_name_unless_overwritten(made, tmp_path, capsys):
