@@ -39,7 +39,7 @@ CAPTURES_VERSION = 1
 HELD_OUT = 2**30                # number of the first held-out scene; training scenes count from 0
 SMALLEST = 8                    # pixels a side
 VIEWS_AT_ONCE = 128             # views a render call on a GPU takes
-MOST_ON_GPU = 6                 # processes that share a GPU, unless told: each takes 3 GB of it
+MOST_ON_GPU = 6                 # processes that share a GPU, unless told: each takes 2 GB of it
 BATCHES_AHEAD = 2               # of rendered views, waiting for threads that encode them
 FEWEST_VIEWS = 2                # of a scene: a pair
 # bytes of a photo's pixel, and of a dense depth map's, as measured: what shards are planned by

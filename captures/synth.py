@@ -35,7 +35,7 @@ DARKEST_CORNER = 0.15   # of the ambient light, however much stands around
 SECOND_COLOR = 0.85     # how far a texture goes to its second colour
 TINY = 1e-30
 NEVER = -1000.0         # height of what fills the empty slots of a batch
-RAYS_AT_ONCE = {"cpu": 2**16, "cuda": 2**23}    # fit the caches; outlast a kernel's launch
+RAYS_AT_ONCE = {"cpu": 2**16, "cuda": 2**22}    # fit the caches; outlast a kernel's launch
 
 # A material's numbers: centre, turn and 1 / half extents of its coordinates, shape, own light,
 # fade, the texture's (see `texture`), second colour. Its faces are -x +x -y +y -z +z.

@@ -368,7 +368,8 @@ def test_a_run_that_was_cut_short_goes_on_and_ends_the_same(made, tmp_path, caps
     run(out)
     assert contents(out) == contents(made)
     assert all(path.stat().st_mtime_ns == when for path, when in finished.items())
-    capsys.readouterr()
+    rates = r"^3 views of 16x16 in [\d.]+ s: \d+ views/s, \d+ since the first were there \("
+    assert re.search(rates, capsys.readouterr().out, re.M)
     run(out)
     assert "all of them were there already" in capsys.readouterr().out
 
