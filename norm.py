@@ -1,11 +1,12 @@
 """GroupNorm with what stands around it folded in: a shift per channel before it, SiLU after it.
 
 GroupNorm: arXiv:1803.08494. Everywhere it is PyTorch's own; on a GPU, where Triton is installed, a
-few kernels for channels-last grids, which read a grid twice and write it once forward, and read it
-and its gradient twice and write once backward. They work on tiles of ROWS positions by COLUMNS
-channels, or half by twice as many. Sums are taken in float32 and in a fixed order: the same input
-gives the same bits.
-Letters: `b` batch, `c` channels, `n` = h w positions, `k` tiles of positions.
+few kernels for channels-last grids. Small grids are read once, by one program a group, which holds
+it in registers. Others are read twice and written once forward; backward the grid and its gradient
+are read twice and one is written. First come the sums over blocks of positions, then the result,
+from the last sample to the first, as the cache still has the last ones. Sums are taken in float32
+and in a fixed order: the same input gives the same bits.
+Letters: `b` batch, `c` channels, `n` = h w positions, `k` blocks of positions.
 """
 
 from typing import Optional
@@ -18,11 +19,17 @@ try:
     import triton
     import triton.language as tl
 except ImportError:         # no wheel for this system
-    triton = None
+    triton = tl = None
 
-ROWS, COLUMNS = 128, 64     # of a tile, at most: 16 kB of bf16, and lines of whole 128 bytes
-CHUNK = 16                  # tiles that are combined at a time
-PER_WARP = 1024             # values of a tile that 32 threads hold in registers
+COLUMNS = 64                # channels of a tile: lines of whole 128 bytes of bf16
+TILE, PER_WARP = 2048, 512  # values of a tile that is read and written, and of its 32 threads
+SLICE = 1024                # values of a tile that is summed over
+MOMENTS, SUMS = (16, 256), (8, 512)     # of these: tiles one after the other, values of 32 threads
+PROGRAMS = 256              # that keep a GPU busy
+CHUNK = 16                  # blocks that are combined at a time
+# A group that one program holds at once, and its values per 32 threads; a grid that is small enough
+# for the cache, where reading a few channels of every position costs nothing
+WHOLE, WHOLE_PER_WARP, CACHED = 2**14, 1024, 2**22
 KERNEL_TYPES = torch.float32, torch.bfloat16, torch.float16
 
 enabled = triton is not None    # False: PyTorch's own on GPUs too
@@ -47,9 +54,10 @@ def group_norm(x, weight, bias, groups, eps, silu=False, shift=None):
 
 if triton is not None:
     @triton.jit
-    def load_tile(x, sample, n, c, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-        """(values (ROWS, COLUMNS) float32, their offsets, which exist), of this program's tile."""
-        rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    def load_tile(x, sample, first, n, c, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+        """(values (ROWS, COLUMNS) float32, their offsets, which exist) from position `first` on, of
+        this program's channels."""
+        rows = first + tl.arange(0, ROWS)
         columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
         exist = (rows < n)[:, None] & (columns < c)[None, :]
         offsets = rows[:, None] * c + columns[None, :]
@@ -63,26 +71,39 @@ if triton is not None:
 
     @triton.jit
     def store_sums(sums, sample, first, second, c, COLUMNS: tl.constexpr):
-        """Two rows of a tile (COLUMNS,) into sums (b, k, 2, c)."""
+        """Two rows of a block (COLUMNS,) into sums (b, k, 2, c)."""
         columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
         at = sums + (sample * tl.num_programs(1) + tl.program_id(1)) * 2 * c + columns
         tl.store(at, first, columns < c)
         tl.store(at + c, second, columns < c)
 
     @triton.jit
-    def moments_kernel(x, sums, n, c, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-        """Mean and sum of squared deviations of every channel of a tile."""
-        sample = tl.program_id(2).to(tl.int64)
-        values, _, exist = load_tile(x, sample, n, c, ROWS, COLUMNS)
-        mean = tl.sum(values, 0) / tl.minimum(n - tl.program_id(1) * ROWS, ROWS)
-        deviation = tl.where(exist, values - mean[None, :], 0.0)
-        store_sums(sums, sample, mean, tl.sum(deviation * deviation, 0), c, COLUMNS)
+    def moments_kernel(x, sums, n, c, ROWS: tl.constexpr, SLICES: tl.constexpr,
+                       COLUMNS: tl.constexpr):
+        """Mean and sum of squared deviations of every channel of a block.
+
+        Deviations are first taken from the block's first value, which is as near to the mean as
+        any: what the sum of their squares then loses is about as large as what is left of it.
+        """
+        sample, first = tl.program_id(2).to(tl.int64), tl.program_id(1) * SLICES * ROWS
+        start = load_channels(x + (sample * n + first) * c, 0, c, COLUMNS)
+        total = tl.zeros([ROWS, COLUMNS], tl.float32)
+        squares = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for i in tl.static_range(SLICES):
+            values, _, exist = load_tile(x, sample, first + i * ROWS, n, c, ROWS, COLUMNS)
+            off = tl.where(exist, values - start, 0.0)
+            total += off
+            squares += off * off
+        count = tl.minimum(n - first, SLICES * ROWS)
+        mean = tl.sum(total, 0) / count
+        squared = tl.maximum(tl.sum(squares, 0) - count * mean * mean, 0.0)
+        store_sums(sums, sample, tl.sum(start, 0) + mean, squared, c, COLUMNS)
 
     @triton.jit
     def combine_kernel(sums, shift, moments, n, c, k, width, eps, ROWS: tl.constexpr,
                        SHIFTED: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
                        CHUNKS: tl.constexpr):
-        """Moments of the tiles -> center, rstd and the channel's mean less the group's.
+        """Moments of the blocks of ROWS -> center, rstd and the channel's mean less the group's.
 
         Chan's formula: deviations add up, and those of the means with their counts. One program a
         group of `width` channels; moments: (3, b, c).
@@ -117,10 +138,37 @@ if triton is not None:
         tl.store(at + 2 * table, off, exist)
 
     @triton.jit
+    def whole_kernel(x, weight, bias, shift, moments, y, n, c, width, eps, SILU: tl.constexpr,
+                     SHIFTED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+        """All of the forward pass, one program a group (ROWS >= n, WIDTH >= width)."""
+        sample, rows = tl.program_id(1).to(tl.int64), tl.arange(0, ROWS)[:, None]
+        among = tl.arange(0, WIDTH)[None, :]
+        channel = tl.program_id(0) * width + among
+        exist, there = (rows < n) & (among < width), among < width
+        offsets = sample * n * c + rows * c + channel
+        values = tl.load(x + offsets, exist, 0.0).to(tl.float32)
+        moved = tl.zeros([1, WIDTH], tl.float32)
+        if SHIFTED:
+            moved += tl.load(shift + sample * c + channel, there, 0.0).to(tl.float32)
+        center = tl.sum(tl.where(exist, values + moved, 0.0)) / (width * n)
+        off = tl.where(exist, values + moved - center, 0.0)
+        rstd = 1 / tl.sqrt_rn(tl.sum(off * off) / (width * n) + eps)
+        z = off * (rstd * tl.load(weight + channel, there, 0.0).to(tl.float32))
+        z += tl.load(bias + channel, there, 0.0).to(tl.float32)
+        if SILU:
+            z *= tl.sigmoid(z)
+        tl.store(y + offsets, z.to(y.dtype.element_ty), exist)
+        at, table = moments + sample * c + channel, tl.num_programs(1).to(tl.int64) * c
+        tl.store(at, center - moved, there)
+        tl.store(at + table, tl.zeros([1, WIDTH], tl.float32) + rstd, there)
+        tl.store(at + 2 * table, tl.sum(off, 0)[None, :] / n, there)
+
+    @triton.jit
     def apply_kernel(x, weight, bias, moments, y, n, c, SILU: tl.constexpr, ROWS: tl.constexpr,
                      COLUMNS: tl.constexpr):
-        sample, table = tl.program_id(2).to(tl.int64), tl.num_programs(2).to(tl.int64) * c
-        values, offsets, exist = load_tile(x, sample, n, c, ROWS, COLUMNS)
+        sample = tl.num_programs(2) - 1 - tl.program_id(2).to(tl.int64)
+        table = tl.num_programs(2).to(tl.int64) * c
+        values, offsets, exist = load_tile(x, sample, tl.program_id(1) * ROWS, n, c, ROWS, COLUMNS)
         scale = load_channels(moments + table, sample, c, COLUMNS)
         scale *= load_channels(weight, 0, c, COLUMNS)
         z = (values - load_channels(moments, sample, c, COLUMNS)) * scale
@@ -130,34 +178,39 @@ if triton is not None:
         tl.store(y + sample * n * c + offsets, z.to(y.dtype.element_ty), exist)
 
     @triton.jit
-    def load_gradient(dy, x, weight, bias, moments, sample, n, c, SILU: tl.constexpr,
-                      ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-        """(dz, x - center, weight * rstd, offsets, which exist) of this program's tile."""
-        table = tl.num_programs(2).to(tl.int64) * c
-        values, offsets, exist = load_tile(x, sample, n, c, ROWS, COLUMNS)
-        dz, _, _ = load_tile(dy, sample, n, c, ROWS, COLUMNS)
-        scale = load_channels(moments + table, sample, c, COLUMNS)
-        scale *= load_channels(weight, 0, c, COLUMNS)
-        off = values - load_channels(moments, sample, c, COLUMNS)
+    def through_silu(dz, off, scale, bias, SILU: tl.constexpr):
+        """The gradient of z, from that of y."""
         if SILU:
-            z = off * scale + load_channels(bias, 0, c, COLUMNS)
+            z = off * scale + bias
             gate = tl.sigmoid(z)
             dz *= gate * (1 + z * (1 - gate))
-        return dz, off, scale, offsets, exist
+        return dz
 
     @triton.jit
     def gradient_sums_kernel(dy, x, weight, bias, moments, sums, n, c, SILU: tl.constexpr,
-                             ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-        """Sums of dz and of dz (x - center) over every channel of a tile."""
-        sample = tl.program_id(2).to(tl.int64)
-        dz, off, _, _, _ = load_gradient(dy, x, weight, bias, moments, sample, n, c, SILU, ROWS,
-                                         COLUMNS)       # dz is 0 where there is nothing
-        store_sums(sums, sample, tl.sum(dz, 0), tl.sum(dz * off, 0), c, COLUMNS)
+                             ROWS: tl.constexpr, SLICES: tl.constexpr, COLUMNS: tl.constexpr):
+        """Sums of dz and of dz (x - center) over every channel of a block."""
+        sample, first = tl.program_id(2).to(tl.int64), tl.program_id(1) * SLICES * ROWS
+        table = tl.num_programs(2).to(tl.int64) * c
+        center = load_channels(moments, sample, c, COLUMNS)
+        scale = load_channels(moments + table, sample, c, COLUMNS)
+        scale *= load_channels(weight, 0, c, COLUMNS)
+        start = load_channels(bias, 0, c, COLUMNS)
+        total = tl.zeros([ROWS, COLUMNS], tl.float32)
+        product = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for i in tl.static_range(SLICES):
+            values, _, _ = load_tile(x, sample, first + i * ROWS, n, c, ROWS, COLUMNS)
+            dz, _, _ = load_tile(dy, sample, first + i * ROWS, n, c, ROWS, COLUMNS)
+            off = values - center
+            dz = through_silu(dz, off, scale, start, SILU)      # 0 where there is nothing
+            total += dz
+            product += dz * off
+        store_sums(sums, sample, tl.sum(total, 0), tl.sum(product, 0), c, COLUMNS)
 
     @triton.jit
     def gradient_combine_kernel(sums, weight, moments, parts, n, c, k, width, WIDTH: tl.constexpr,
                                 CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
-        """Sums of the tiles -> parts (5, b, c): of dweight, of dbias, dshift, and `level` and
+        """Sums of the blocks -> parts (5, b, c): of dweight, of dbias, dshift, and `level` and
         `slope` of dx = dz rstd weight - level - slope (x - center)."""
         sample, exist = tl.program_id(1).to(tl.int64), tl.arange(0, WIDTH) < width
         channel = tl.program_id(0) * width + tl.arange(0, WIDTH)
@@ -184,29 +237,53 @@ if triton is not None:
     @triton.jit
     def gradient_kernel(dy, x, weight, bias, moments, parts, dx, n, c, SILU: tl.constexpr,
                         ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-        sample, table = tl.program_id(2).to(tl.int64), tl.num_programs(2).to(tl.int64) * c
-        dz, off, scale, offsets, exist = load_gradient(dy, x, weight, bias, moments, sample, n, c,
-                                                       SILU, ROWS, COLUMNS)
+        sample = tl.num_programs(2) - 1 - tl.program_id(2).to(tl.int64)
+        table, first = tl.num_programs(2).to(tl.int64) * c, tl.program_id(1) * ROWS
+        values, offsets, exist = load_tile(x, sample, first, n, c, ROWS, COLUMNS)
+        dz, _, _ = load_tile(dy, sample, first, n, c, ROWS, COLUMNS)
+        scale = load_channels(moments + table, sample, c, COLUMNS)
+        scale *= load_channels(weight, 0, c, COLUMNS)
+        off = values - load_channels(moments, sample, c, COLUMNS)
+        dz = through_silu(dz, off, scale, load_channels(bias, 0, c, COLUMNS), SILU)
         level = load_channels(parts + 3 * table, sample, c, COLUMNS)
         slope = load_channels(parts + 4 * table, sample, c, COLUMNS)
         value = dz * scale - level - slope * off
         tl.store(dx + sample * n * c + offsets, value.to(dx.dtype.element_ty), exist)
 
 
-def tiling(x):
-    """(grid of programs, options of a kernel over tiles) of x (b, c, h, w)."""
-    b, c, h, w = x.shape
+def power_of_2(count):
+    return triton.next_power_of_2(count)
+
+
+def warps(values, each):
+    """How many hold so many values."""
+    return max(1, min(16, values // each))
+
+
+def tiling(b, c, n):
+    """(grid of programs, options) of a kernel that reads and writes tiles of grids (b, c, n)."""
     columns = COLUMNS if c % (2 * COLUMNS) else 2 * COLUMNS
-    rows = min(ROWS * COLUMNS // columns, triton.next_power_of_2(h * w))
-    warps = max(1, min(8, rows * columns // PER_WARP))
-    return ((triton.cdiv(c, columns), triton.cdiv(h * w, rows), b),
-            {"ROWS": rows, "COLUMNS": columns, "num_warps": warps})
+    rows = min(TILE // columns, power_of_2(n))
+    return ((triton.cdiv(c, columns), triton.cdiv(n, rows), b),
+            {"ROWS": rows, "COLUMNS": columns, "num_warps": warps(rows * columns, PER_WARP)})
+
+
+def summing(b, c, n, slices, per_warp):
+    """(grid of programs, options) of a kernel that sums over blocks of positions."""
+    columns = COLUMNS if c % (2 * COLUMNS) else 2 * COLUMNS
+    rows = min(SLICE // columns, power_of_2(n))
+    while slices > 1 and (rows * slices >= 2 * n or
+                          b * triton.cdiv(c, columns) * triton.cdiv(n, rows * slices) < PROGRAMS):
+        slices //= 2
+    return ((triton.cdiv(c, columns), triton.cdiv(n, rows * slices), b),
+            {"ROWS": rows, "SLICES": slices, "COLUMNS": columns,
+             "num_warps": warps(rows * columns, per_warp)})
 
 
 def combining(width, k):
-    """Options of a kernel over groups of `width` channels, of k tiles."""
-    chunk = min(CHUNK, triton.next_power_of_2(k))
-    return {"WIDTH": triton.next_power_of_2(width), "CHUNK": chunk, "CHUNKS": triton.cdiv(k, chunk),
+    """Options of a kernel over groups of `width` channels, of k blocks."""
+    chunk = min(CHUNK, power_of_2(k))
+    return {"WIDTH": power_of_2(width), "CHUNK": chunk, "CHUNKS": triton.cdiv(k, chunk),
             "num_warps": 1}
 
 
@@ -219,13 +296,21 @@ def kernel_forward(x: Tensor, weight: Tensor, bias: Tensor, shift: Optional[Tens
                    eps: float, silu: bool) -> tuple[Tensor, Tensor]:
     """(y (b, c, h, w), moments (3, b, c)): see combine_kernel. One node for torch.compile."""
     x, (b, c, h, w) = channels_last(x), x.shape
-    n, width, (grid, tile) = h * w, c // groups, tiling(x)
-    k, per_group = grid[1], combining(width, grid[1])
+    n, width, shifted = h * w, c // groups, shift is not None
     y, moments = fake_forward(x, weight, bias, shift, groups, eps, silu)
-    sums = moments.new_empty(b, k, 2, c)
-    moments_kernel[grid](x, sums, n, c, **tile)
-    combine_kernel[groups, b](sums, sums if shift is None else shift.contiguous(), moments, n, c, k,
-                              width, eps, tile["ROWS"], shift is not None, **per_group)
+    shift = shift.contiguous() if shifted else moments
+    held = power_of_2(n) * power_of_2(width)
+    if held <= WHOLE and x.numel() <= CACHED:
+        whole_kernel[groups, b](x, weight, bias, shift, moments, y, n, c, width, eps, silu, shifted,
+                                power_of_2(n), power_of_2(width),
+                                num_warps=warps(held, WHOLE_PER_WARP))
+        return y, moments
+    grid, block = summing(b, c, n, *MOMENTS)
+    sums = moments.new_empty(b, grid[1], 2, c)
+    moments_kernel[grid](x, sums, n, c, **block)
+    combine_kernel[groups, b](sums, shift, moments, n, c, grid[1], width, eps,
+                              block["ROWS"] * block["SLICES"], shifted, **combining(width, grid[1]))
+    grid, tile = tiling(b, c, n)
     apply_kernel[grid](x, weight, bias, moments, y, n, c, silu, **tile)
     return y, moments
 
@@ -241,12 +326,14 @@ def kernel_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, moments
                     groups: int, silu: bool) -> tuple[Tensor, Tensor]:
     """(dx (b, c, h, w), parts (5, b, c)): see gradient_combine_kernel."""
     dy, x, (b, c, h, w) = channels_last(dy), channels_last(x), x.shape
-    n, width, (grid, tile) = h * w, c // groups, tiling(x)
-    k, per_group = grid[1], combining(width, grid[1])
+    n, width = h * w, c // groups
     dx, parts = fake_backward(dy, x, weight, bias, moments, groups, silu)
-    sums = moments.new_empty(b, k, 2, c)
-    gradient_sums_kernel[grid](dy, x, weight, bias, moments, sums, n, c, silu, **tile)
-    gradient_combine_kernel[groups, b](sums, weight, moments, parts, n, c, k, width, **per_group)
+    grid, block = summing(b, c, n, *SUMS)
+    sums = moments.new_empty(b, grid[1], 2, c)
+    gradient_sums_kernel[grid](dy, x, weight, bias, moments, sums, n, c, silu, **block)
+    gradient_combine_kernel[groups, b](sums, weight, moments, parts, n, c, grid[1], width,
+                                       **combining(width, grid[1]))
+    grid, tile = tiling(b, c, n)
     gradient_kernel[grid](dy, x, weight, bias, moments, parts, dx, n, c, silu, **tile)
     return dx, parts
 

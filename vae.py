@@ -79,7 +79,11 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(c, c_out, 3, padding=1)
 
     def forward(self, x):
-        h = self.conv_in(x)
+        # The first bias as the weight of a channel of ones: added by itself it would be read and
+        # written once more, on the largest grid there is
+        ones = F.pad(self.conv_in.bias[:, None, None, None], (1, 1, 1, 1))      # (c, 1, 3, 3)
+        h = F.conv2d(F.pad(x, (0, 0, 0, 0, 0, 1), value=1.0),
+                     torch.cat([self.conv_in.weight, ones], dim=1), padding=1)
         for down in self.down:
             h = down(h)
             if hasattr(down, "downsample"):

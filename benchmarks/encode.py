@@ -1,8 +1,8 @@
 """`bench.py encode`: views/s through the frozen encoders, beside diffusers and transformers.
 
 Views are 256 x 256, on the device, in batches; the autoencoder gives its posterior, CLIP (at 224)
-its embedding; weights are random. bf16: the weights are. autocast: fp32 weights, as
-`prepare.py encode` has them. Every variant runs in a process of its own (variants.py).
+its embedding; weights are random, in bf16. autocast: as `prepare.py encode` has it, vectors and
+what autocast keeps in fp32. Every variant runs in a process of its own (variants.py).
 
     python bench.py encode --variants ceiling compiled peers-compiled
     python bench.py encode --where compiled         GPU time by kind of kernel
@@ -10,6 +10,7 @@ its embedding; weights are random. bf16: the weights are. autocast: fp32 weights
 
 import json
 import sys
+import time
 from contextlib import nullcontext
 
 import torch
@@ -18,10 +19,11 @@ import clip
 import norm
 import vae
 from benchmarks import variants
-from benchmarks.variants import median_seconds, tell
+from benchmarks.variants import median_seconds, sync, tell
+from shards.encode import halve_weights
 
 BATCH, TINY_BATCH, SIDE = 64, 2, 256
-RUNS, SECONDS = 5, 2.0
+RUNS, SECONDS = 5, 3.0
 CEILING = "encode: bf16 product, sustained"
 TINY_CLIP = {"embed_dim": 32, "image_resolution": 32, "vision_layers": 1, "vision_width": 64,
              "vision_patch_size": 16, "transformer_width": 64, "transformer_heads": 1}
@@ -103,7 +105,9 @@ def measure(job, part):
         module, encode = (PEERS if name.startswith("peers") else OURS)[part](tiny)
         side = 32 if tiny else SIDE
         views = torch.rand(job["batch"], 3, side, side) * 2 - 1
-    module.to(dtype=dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
+    module.to(device, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
+    if autocast and half != dtype:
+        halve_weights(module)
     views = views.to(dtype=dtype, memory_format=torch.channels_last)
     if compiled:
         encode = torch.compile(encode, dynamic=False)
@@ -119,12 +123,25 @@ def measure(job, part):
     first = median_seconds(function, 1)
     if not function().isfinite().all():
         raise ValueError(f"{title(name, part)}: results are not finite")
-    rate = job["batch"] / median_seconds(function, 1 if tiny else RUNS, 0 if tiny else SECONDS)
+    rate = job["batch"] / seconds_in_a_row(function, *((1, 0) if tiny else (RUNS, SECONDS)))
     work = (flops or uncompiled_flops(name, part, tiny, dtype, views)) / job["batch"]
     tell(title(name, part), rate, "views/s", flops=rate * work)
     tell(f"{title(name, part)}: first call", first, "s")
     if device.type == "cuda":
         tell(f"{title(name, part)}: peak memory", variants.peak_gb(), "GB")
+
+
+def seconds_in_a_row(function, runs, seconds):
+    """Mean seconds of calls that follow each other, as those of shards do: at least `runs` calls,
+    and `seconds`."""
+    sync()
+    start, calls = time.perf_counter(), 0
+    while calls < runs or time.perf_counter() - start < seconds:
+        for _ in range(runs):
+            function()
+        calls += runs
+        sync()
+    return (time.perf_counter() - start) / calls
 
 
 def flops_of(module, function):
@@ -138,7 +155,7 @@ def uncompiled_flops(name, part, tiny, dtype, views):
     """Of a fresh network without values, as a compiled one does not tell."""
     with torch.device("meta"):
         module, encode = (PEERS if name.startswith("peers") else OURS)[part](tiny)
-        module.to(dtype)
+        module.to("meta", dtype).eval().requires_grad_(False)
         return flops_of(module, lambda: encode(torch.empty(views.shape, dtype=dtype)))
 
 
@@ -170,10 +187,9 @@ def transformers_clip(tiny):
             dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
                  num_attention_heads=16, image_size=224, patch_size=14, projection_dim=768))
     module = CLIPVisionModelWithProjection(CLIPVisionConfig(hidden_act="quick_gelu", **size))
-    before = clip.CLIP(transformer_layers=0, vision_layers=0,
-                       **{key: value for key, value in TINY_CLIP.items() if key != "vision_layers"}
-                       ) if tiny else clip.CLIP(transformer_layers=0, vision_layers=0)
-    return module, lambda x: module(before.to(x.dtype).preprocess(x)).image_embeds
+    before = clip.CLIP(transformer_layers=0, **{**(TINY_CLIP if tiny else {}), "vision_layers": 0})
+    module.add_module("before", before)         # so that it goes where the module goes
+    return module, lambda x: module(before.preprocess(x)).image_embeds
 
 
 OURS = {"VAE": our_vae, "CLIP": our_clip}

@@ -33,7 +33,7 @@ from configs import Config, Source
 EMBEDDING = 768
 WARM, LEAST_STEPS, MEASURED = 3, 5, 4.0         # steps; steps; seconds
 SUSTAINED = 4.0                         # seconds of products, after which a GPU runs at its limit
-PROFILED, SHOWN = 3, 30                 # steps; kernels listed
+PROFILED, SHOWN = 3, 150                # steps; kernels listed
 ONCE_SECONDS = 90                       # that ceilings or kernels may take
 BACKWARD = 2                            # FLOPs of a backward pass, in forward passes
 EMA_DECAY = 0.9999
@@ -49,7 +49,7 @@ class Variant:
     what: str
     network: str = "ours"       # ours | diffusers
     compiled: str = ""          # "" eager | whole | blocks, each of its own
-    layout: bool = True         # channels-last forced on the compiler
+    layout: str = "off"         # of the compiler: off, ours is kept | on, channels-last | its own
     kernels: bool = True        # norm.py's, not PyTorch's GroupNorm
     halves: bool = False        # bf16 weights beside fp32 masters, not a cast by autocast
     tuned: bool = False         # the compiler tries out sizes of its kernels
@@ -62,11 +62,12 @@ VARIANTS = {
     "compiled": Variant("compiled", compiled="whole"),
     "halves": Variant("compiled, weights in bf16 beside masters", compiled="whole", halves=True),
     "eager": Variant("eager", seconds=90),
-    "diffusers": Variant("diffusers, compiled", "diffusers", "whole", layout=False),
-    "diffusers-layout": Variant("diffusers, compiled, channels-last forced", "diffusers", "whole"),
+    "diffusers": Variant("diffusers, compiled", "diffusers", "whole", layout="own"),
+    "diffusers-layout": Variant("diffusers, compiled, channels-last forced", "diffusers", "whole",
+                                layout="on"),
     "blocks": Variant("compiled block by block", compiled="blocks"),
     "plain-norm": Variant("compiled, PyTorch's GroupNorm", compiled="whole", kernels=False),
-    "no-layout": Variant("compiled, layouts left to the compiler", compiled="whole", layout=False),
+    "layout": Variant("compiled, channels-last forced", compiled="whole", layout="on"),
     "tuned": Variant("compiled, kernels' sizes tried out", compiled="whole", tuned=True,
                      seconds=500),
     "diffusers-eager": Variant("diffusers, eager", "diffusers", seconds=90),
@@ -216,31 +217,25 @@ def attention_ceilings(device, batch, channels, random):
 
 
 def norm_kernels(device, batch, tiny):
-    """norm.py's kernels: bytes that must move (5 passes forward and backward at best, as kernels
-    that kept a grid in registers would need) a second; for several tiles; and PyTorch's own."""
+    """norm.py's kernels beside PyTorch's own: bytes that must move, forward and backward (5 passes
+    at best, as kernels that kept a grid in registers would need), a second."""
     if not (norm.enabled and device.type == "cuda"):
         print("norm.py's kernels need a GPU and Triton", flush=True)
         return
-    tile = norm.ROWS, norm.COLUMNS
-    sizes = ((320, 32), (960, 32), (640, 16), (1280, 8), (2560, 4))
-    for rows, columns in (tile, (64, 64), (256, 64), (32, 128), (128, 128), (64, 32)):
-        for channels, grid in sizes[:1 if tiny else None]:
-            norm.ROWS, norm.COLUMNS = rows, columns
-            x = torch.randn(batch, channels, grid, grid, device=device, dtype=torch.bfloat16)
-            x = x.to(memory_format=torch.channels_last).requires_grad_()
-            weight, bias, shift = (torch.ones(*shape, device=device, requires_grad=True)
-                                   for shape in ((channels,), (channels,), (batch, channels)))
-            dy = torch.randn_like(x)
+    for channels, grid in ((320, 32), (960, 32), (640, 16), (1280, 8), (2560, 4))[:1 if tiny else 5]:
+        x = torch.randn(batch, channels, grid, grid, device=device, dtype=torch.bfloat16)
+        x = x.to(memory_format=torch.channels_last).requires_grad_()
+        weight, bias, shift = (torch.ones(*shape, device=device, requires_grad=True)
+                               for shape in ((channels,), (channels,), (batch, channels)))
+        dy = torch.randn_like(x)
 
-            def both():
-                y = norm.group_norm(x, weight, bias, 32, 1e-5, True, shift)
-                torch.autograd.grad(y, (x, weight, bias, shift), dy)
-            for enabled in (True, False) if (rows, columns) == tile else (True,):
-                norm.enabled = enabled
-                name = f"{rows} x {columns}" if enabled else "PyTorch"
-                tell(f"GroupNorm and SiLU, {channels} x {grid} x {grid}, {name}",
-                     5 * x.nbytes / seconds_of(both, device, 10, 0.15) / GB, "GB/s")
-            norm.enabled = True
+        def both():
+            y = norm.group_norm(x, weight, bias, 32, 1e-5, True, shift)
+            torch.autograd.grad(y, (x, weight, bias, shift), dy)
+        for norm.enabled in (False, True):
+            tell(f"GroupNorm and SiLU, {channels} x {grid} x {grid}"
+                 f"{'' if norm.enabled else ', PyTorch'}",
+                 5 * x.nbytes / seconds_of(both, device, 10, 0.15) / GB, "GB/s")
 
 
 # ---- a step
@@ -403,7 +398,8 @@ def training(variant, device, batch, tiny, where):
     """Tells pairs a second, time to the first step, peak memory; then the same as a CUDA graph."""
     import torch._dynamo as dynamo
     import torch._inductor.config as inductor
-    inductor.force_layout_optimization = variant.layout
+    inductor.layout_optimization = variant.layout != "off"
+    inductor.force_layout_optimization = variant.layout == "on"
     inductor.max_autotune_pointwise = inductor.coordinate_descent_tuning = variant.tuned
     dynamo.config.recompile_limit = 64      # blocks of every shape share their code
     norm.enabled &= variant.kernels
@@ -436,16 +432,16 @@ def training(variant, device, batch, tiny, where):
 
 ARITHMETIC = r"add|mul|gelu|silu|sub|div|sigmoid|erf|sum|exp|pow|mean|where|cos"
 KINDS = (       # the first whose pattern is found in a kernel's name
-    ("attention", r"flash|fmha|sdpa|attention"),
+    ("attention", r"^(?!triton).*(flash|fmha|sdpa|attention|compute_dot_do_o|convert_dq)"),
     ("optimizer and average", r"adam|lerp|multi_tensor|foreach"),
-    ("norms", r"moments_kernel|combine_kernel|apply_kernel|gradient_(sums_)?kernel|"
+    ("norms", r"moments_kernel|combine_kernel|apply_kernel|whole_kernel|gradient_(sums_)?kernel|"
               r"(group|layer)_norm|RowwiseMoments|GammaBeta|norm_kernel"),
     ("convolutions and products",
      r"gemm|nvjet|cutlass|xmma|wgrad|dgrad|fprop|implicit|^(?!triton).*conv|addmm|\bmm\b|splitK"),
     ("copies and layouts", r"[Mm]emcpy|[Mm]emset|nchwToNhwc|nhwcToNchw|transpose|copy_kernel|"
                            rf"direct_copy|CatArray|triton_poi_fused(?!.*({ARITHMETIC}))"),
     ("reductions", r"triton_(red|per)|reduce"),
-    ("pointwise", r"triton|elementwise"),
+    ("pointwise", r"triton|elementwise|geglu"),
 )
 
 

@@ -22,15 +22,16 @@ from benchmarks import GB, row
 ROOT = Path(__file__).parents[1]
 MARK = "ROW "                           # begins the lines that a variant's process answers with
 SHORTEST = 5                            # seconds that are worth beginning with
-SHOWN = 12                              # lines of an error, and kernels of a profile
+SHOWN = 12                              # lines of an error that are shown
+LISTED = 60                             # kernels of a profile
 SIDES = {"cuda": 8192, "cpu": 512}      # of the matrices of `ceiling`
 SUSTAINED = 2.0                         # seconds of products, after which a GPU runs at its limit
 
 # The first whose pattern is found in a kernel's name
 KINDS = (
-    ("attention", r"flash|fmha|sdpa|attention"),
-    ("norms", r"moments_kernel|combine_kernel|apply_kernel|(group|layer)_norm|RowwiseMoments|"
-              r"norm_kernel"),
+    ("attention", r"^(?!triton).*(flash|fmha|sdpa|attention)"),
+    ("norms", r"moments_kernel|combine_kernel|apply_kernel|whole_kernel|(group|layer)_norm|"
+              r"RowwiseMoments|norm_kernel"),
     ("products and convolutions", r"gemm|nvjet|cutlass|xmma|fprop|implicit|cudnn|splitK|"
                                   r"^(?!triton).*conv|addmm|\bmm\b"),
     ("copies and layouts", r"[Mm]emcpy|[Mm]emset|nchwToNhwc|nhwcToNchw|transpose|copy_kernel|"
@@ -180,5 +181,5 @@ def where(name, function):
     for kind, ms in sorted(totals.items(), key=lambda item: -item[1]):
         tell(f"{name}: {kind}", ms, "ms")
     tell(f"{name}: gaps", max(0.0, 1e3 * seconds - sum(totals.values())), "ms")
-    for ms, count, kind, kernel in sorted(kernels, reverse=True)[:SHOWN]:
+    for ms, count, kind, kernel in sorted(kernels, reverse=True)[:LISTED]:
         print(f"{ms:9.3f} ms {count:6} x  [{kind}]  {kernel[:140]}", flush=True)

@@ -83,6 +83,14 @@ def load(weights, depth_weights, blend, device):
     return networks.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
+def halve_weights(network):
+    """Products and convolutions get weights in bf16: what autocast would cast them to for every
+    batch, so that the results are the same, bit for bit."""
+    for part in network.modules():
+        if isinstance(part, (nn.Conv2d, nn.Linear)):
+            part.weight.data = part.weight.data.bfloat16()
+
+
 # ---- a shard
 
 class Views(Dataset):
@@ -181,6 +189,9 @@ def run(args):
                      "quantile-blend": args.quantile_blend}
         check_out(Path(args.out) / "encode.json", arguments, list(Path(args.out).rglob("*.tar")),
                   args.overwrite)
+    if args.precision == "bf16":
+        halve_weights(networks.first_stage_model)
+        halve_weights(networks.cond_stage_model)
     if args.compile:
         for part in (networks.first_stage_model.encoder, networks.cond_stage_model.model.visual):
             part.compile()

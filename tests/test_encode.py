@@ -102,6 +102,19 @@ def test_training_on_encoded_shards_has_the_loss_of_training_on_raw_ones(rendere
     torch.testing.assert_close(losses[0], losses[1], rtol=2e-3, atol=0)     # float16's rounding
 
 
+def test_weights_that_are_halved_once_change_no_bit():
+    networks, known = small_networks(), torch.ones(2, SIDE, SIDE)
+    image = torch.rand(2, 3, SIDE, SIDE) * 2 - 1
+    found = []
+    for halve in (False, True):
+        if halve:
+            encode.halve_weights(networks)
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(networks(image, known))
+    assert networks.first_stage_model.encoder.conv_in.weight.dtype == torch.bfloat16
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_a_run_goes_on_where_it_stopped_with_the_same_bytes(rendered, tmp_path, encoded):
     out = run(rendered, tmp_path / "out", pattern="co3d/train-*.tar")
     paths = sorted(out.glob("*.tar"))

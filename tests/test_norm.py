@@ -47,12 +47,18 @@ def worst(found, inputs, dy, *options):
                for a, b in zip(found, wanted, strict=True))
 
 
+PATHS = {"whole": {}, "blocks": {"WHOLE": 0}, "long blocks": {"WHOLE": 0, "PROGRAMS": 1, "SLICE": 128}}
+
+
 @needs_triton
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("shape, groups", [
     ((2, 32, 3, 3), 8), ((2, 320, 5, 7), 32), ((1, 640, 4, 4), 32), ((1, 960, 12, 12), 32),
     ((1, 1280, 2, 2), 32), ((1, 1920, 2, 3), 32), ((1, 2560, 4, 4), 32), ((1, 32, 50, 43), 8)])
 @pytest.mark.parametrize("silu", [True, False])
-def test_kernels_equal_float64_forward_and_backward(shape, groups, silu):
+def test_kernels_equal_float64_forward_and_backward(shape, groups, silu, path, monkeypatch):
+    for name, value in PATHS[path].items():
+        monkeypatch.setattr(norm, name, value)
     inputs, dy = drawn(*shape)
     found = forward_and_gradients(kernels, inputs, dy, groups, silu)
     assert found[0].is_contiguous(memory_format=torch.channels_last)
@@ -72,8 +78,11 @@ def test_kernels_round_to_the_input_s_type_only_at_the_end(dtype, bound):
 
 
 @needs_triton
-def test_a_mean_far_from_zero_leaves_the_deviations_exact():
+@pytest.mark.parametrize("path", PATHS)
+def test_a_mean_far_from_zero_leaves_the_deviations_exact(path, monkeypatch):
     """Sums of squares would lose all of them: 1e3 squared is 1e6, and float32 has seven digits."""
+    for name, value in PATHS[path].items():
+        monkeypatch.setattr(norm, name, value)
     inputs, dy = drawn(1, 64, 13, 11, mean=1e3)
     found = forward_and_gradients(kernels, inputs, dy, 8, True)
     assert worst(found, inputs, dy, 8, True) < 2e-4         # of x itself float32 knows 6e-5
