@@ -32,8 +32,8 @@ if triton is not None:
     @triton.jit
     def tile_of(m, c, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
         """(row, column, whether it exists) of this program's tile of (m, c)."""
-        rows = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-        columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+        columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
         return rows, columns, (rows < m) & (columns < c)
 
     @triton.jit
@@ -59,8 +59,9 @@ if triton is not None:
 
 
 def tiling(m, c):
-    """(grid of programs, options) of a kernel over (m, c)."""
-    return ((triton.cdiv(c, COLUMNS), triton.cdiv(m, ROWS)),
+    """(grid of programs, options) of a kernel over (m, c). Only a grid's first axis can be longer
+    than 65,535."""
+    return ((triton.cdiv(m, ROWS), triton.cdiv(c, COLUMNS)),
             {"ROWS": ROWS, "COLUMNS": COLUMNS, "num_warps": WARPS})
 
 

@@ -18,6 +18,7 @@ import camera
 import depth
 import vae
 from clip import CLIP
+from geglu import geglu
 from noise import DROP, NOISE, POSTERIOR, TIMESTEP, normal, uniform
 from norm import group_norm
 
@@ -119,8 +120,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(c, 2 * c_hidden)
 
     def forward(self, x):
-        x, gate = self.proj(x).chunk(2, dim=-1)
-        return x * F.gelu(gate)
+        return geglu(self.proj(x))
 
 
 class FeedForward(nn.Module):

@@ -1,4 +1,4 @@
-"""GroupNorm with what stands around it folded in: a shift per channel before it, SiLU after it.
+"""GroupNorm with what stands around it folded in: a sum or a shift before it, SiLU after it.
 
 GroupNorm: arXiv:1803.08494. Everywhere it is PyTorch's own; on a GPU, where Triton is installed, a
 few kernels for channels-last grids. Small grids are read once, by one program a group, which holds
@@ -9,6 +9,7 @@ and in a fixed order: the same input gives the same bits.
 Letters: `b` batch, `c` channels, `n` = h w positions, `k` blocks of positions.
 """
 
+import math
 from typing import Optional
 
 import torch
@@ -31,22 +32,35 @@ CHUNK = 16                  # blocks that are combined at a time
 # for the cache, where reading a few channels of every position costs nothing
 WHOLE, WHOLE_PER_WARP, CACHED = 2**14, 1024, 2**22
 KERNEL_TYPES = torch.float32, torch.bfloat16, torch.float16
+MOST = 2**19                # positions: the second axis of a launch has up to 65,535 programs
 
 enabled = triton is not None    # False: PyTorch's own on GPUs too
 
 
-def group_norm(x, weight, bias, groups, eps, silu=False, shift=None):
+def group_norm(x, weight, bias, groups, eps, silu=False, shift=None, sums=None):
     """GroupNorm of x (b, c, h, w), plus `shift` (b, c) if given; then SiLU if asked for.
 
-    weight, bias: (c,). Statistics are float32; the result has x's type, and channels-last strides
-    from the kernels.
+    weight, bias: (c,); sums: what `add` said of x. Statistics are float32; the result has x's type,
+    and channels-last strides from the kernels.
     """
-    if enabled and x.is_cuda and x.dtype in KERNEL_TYPES:
-        return kernel_forward(x, weight, bias, shift, groups, eps, silu)[0]
+    if enabled and x.is_cuda and x.dtype in KERNEL_TYPES and x[0, 0].numel() <= MOST:
+        return kernel_forward(x, weight, bias, shift, groups, eps, silu, sums)[0]
     if shift is not None:
         x = x + shift.to(x.dtype)[:, :, None, None]
     y = F.group_norm(x, groups, weight, bias, eps)
     return F.silu(y) if silu else y
+
+
+def add(x, h, bias):
+    """(x + h + bias, its sums for `group_norm` or None) of x, h (b, c, h, w) and bias (c,).
+
+    The sums are taken while the result is written, where no gradient is asked for. h is overwritten
+    elsewhere.
+    """
+    if (enabled and h.is_cuda and x.dtype == h.dtype in KERNEL_TYPES and h[0, 0].numel() <= MOST
+            and not torch.is_grad_enabled()):
+        return kernel_add(x, h, bias)
+    return h.add_(bias[:, None, None]).add_(x), None
 
 
 # ---- kernels. Grids are (b, n, c) in memory. With z what SiLU is applied to, y its result:
@@ -78,19 +92,28 @@ if triton is not None:
         tl.store(at + c, second, columns < c)
 
     @triton.jit
-    def moments_kernel(x, sums, n, c, ROWS: tl.constexpr, SLICES: tl.constexpr,
-                       COLUMNS: tl.constexpr):
-        """Mean and sum of squared deviations of every channel of a block.
+    def moments_kernel(x, h, bias, y, sums, n, c, ADDED: tl.constexpr, ROWS: tl.constexpr,
+                       SLICES: tl.constexpr, COLUMNS: tl.constexpr):
+        """Mean and sum of squared deviations of every channel of a block; if ADDED, of x + h +
+        bias, which is y.
 
         Deviations are first taken from the block's first value, which is as near to the mean as
         any: what the sum of their squares then loses is about as large as what is left of it.
         """
         sample, first = tl.program_id(2).to(tl.int64), tl.program_id(1) * SLICES * ROWS
         start = load_channels(x + (sample * n + first) * c, 0, c, COLUMNS)
+        if ADDED:
+            constant = load_channels(bias, 0, c, COLUMNS)
+            start += load_channels(h + (sample * n + first) * c, 0, c, COLUMNS) + constant
         total = tl.zeros([ROWS, COLUMNS], tl.float32)
         squares = tl.zeros([ROWS, COLUMNS], tl.float32)
         for i in tl.static_range(SLICES):
-            values, _, exist = load_tile(x, sample, first + i * ROWS, n, c, ROWS, COLUMNS)
+            values, offsets, exist = load_tile(x, sample, first + i * ROWS, n, c, ROWS, COLUMNS)
+            if ADDED:
+                more, _, _ = load_tile(h, sample, first + i * ROWS, n, c, ROWS, COLUMNS)
+                rounded = (values + more + constant).to(y.dtype.element_ty)
+                tl.store(y + sample * n * c + offsets, rounded, exist)
+                values = rounded.to(tl.float32)
             off = tl.where(exist, values - start, 0.0)
             total += off
             squares += off * off
@@ -293,21 +316,22 @@ def channels_last(x):
 
 @torch.library.custom_op("zeronvs::group_norm", mutates_args=())
 def kernel_forward(x: Tensor, weight: Tensor, bias: Tensor, shift: Optional[Tensor], groups: int,
-                   eps: float, silu: bool) -> tuple[Tensor, Tensor]:
+                   eps: float, silu: bool, sums: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
     """(y (b, c, h, w), moments (3, b, c)): see combine_kernel. One node for torch.compile."""
     x, (b, c, h, w) = channels_last(x), x.shape
     n, width, shifted = h * w, c // groups, shift is not None
     y, moments = fake_forward(x, weight, bias, shift, groups, eps, silu)
     shift = shift.contiguous() if shifted else moments
     held = power_of_2(n) * power_of_2(width)
-    if held <= WHOLE and x.numel() <= CACHED:
+    if held <= WHOLE and x.numel() <= CACHED and sums is None:
         whole_kernel[groups, b](x, weight, bias, shift, moments, y, n, c, width, eps, silu, shifted,
                                 power_of_2(n), power_of_2(width),
                                 num_warps=warps(held, WHOLE_PER_WARP))
         return y, moments
     grid, block = summing(b, c, n, *MOMENTS)
-    sums = moments.new_empty(b, grid[1], 2, c)
-    moments_kernel[grid](x, sums, n, c, **block)
+    if sums is None:
+        sums = moments.new_empty(b, grid[1], 2, c)
+        moments_kernel[grid](x, x, x, x, sums, n, c, False, **block)
     combine_kernel[groups, b](sums, shift, moments, n, c, grid[1], width, eps,
                               block["ROWS"] * block["SLICES"], shifted, **combining(width, grid[1]))
     grid, tile = tiling(b, c, n)
@@ -316,9 +340,27 @@ def kernel_forward(x: Tensor, weight: Tensor, bias: Tensor, shift: Optional[Tens
 
 
 @kernel_forward.register_fake
-def fake_forward(x, weight, bias, shift, groups, eps, silu):
+def fake_forward(x, weight, bias, shift, groups, eps, silu, sums=None):
     return (torch.empty_like(x, memory_format=torch.channels_last),
             x.new_empty((3, *x.shape[:2]), dtype=torch.float32))
+
+
+@torch.library.custom_op("zeronvs::add", mutates_args=())
+def kernel_add(x: Tensor, h: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """See add. It has no backward pass."""
+    x, h, (b, c, *sides) = channels_last(x), channels_last(h), x.shape
+    n, (y, sums) = math.prod(sides), fake_add(x, h, bias)
+    grid, block = summing(b, c, n, *MOMENTS)
+    moments_kernel[grid](x, h, bias, y, sums, n, c, True, **block)
+    return y, sums
+
+
+@kernel_add.register_fake
+def fake_add(x, h, bias):
+    b, c, *sides = x.shape
+    k = summing(b, c, math.prod(sides), *MOMENTS)[0][1]
+    return (torch.empty_like(x, memory_format=torch.channels_last),
+            x.new_empty((b, k, 2, c), dtype=torch.float32))
 
 
 @torch.library.custom_op("zeronvs::group_norm_backward", mutates_args=())
@@ -345,7 +387,7 @@ def fake_backward(dy, x, weight, bias, moments, groups, silu):
 
 
 def keep(ctx, inputs, output):
-    x, weight, bias, shift, ctx.groups, _, ctx.silu = inputs
+    x, weight, bias, shift, ctx.groups, _, ctx.silu, _ = inputs
     ctx.shift_type = None if shift is None else shift.dtype
     ctx.save_for_backward(x, weight, bias, output[1])
     ctx.set_materialize_grads(False)
@@ -356,7 +398,7 @@ def backward(ctx, dy, _):
     dx, parts = kernel_backward(dy, x, weight, bias, moments, ctx.groups, ctx.silu)
     dweight, dbias = parts[:2].sum(1).unbind(0)
     dshift = None if ctx.shift_type is None else parts[2].to(ctx.shift_type)
-    return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), dshift, None, None, None
+    return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), dshift, None, None, None, None
 
 
 kernel_forward.register_autograd(backward, setup_context=keep)

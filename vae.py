@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from norm import group_norm
+from norm import add, group_norm
 
 SCALE_FACTOR = 0.18215         # Stable Diffusion's: latents times this have a deviation near 1
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
@@ -79,16 +79,26 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(c, c_out, 3, padding=1)
 
     def forward(self, x):
-        # The first bias as the weight of a channel of ones: added by itself it would be read and
-        # written once more, on the largest grid there is
-        ones = F.pad(self.conv_in.bias[:, None, None, None], (1, 1, 1, 1))      # (c, 1, 3, 3)
-        h = F.conv2d(F.pad(x, (0, 0, 0, 0, 0, 1), value=1.0),
-                     torch.cat([self.conv_in.weight, ones], dim=1), padding=1)
+        h = first_conv(self.conv_in, x)
         for down in self.down:
-            h = down(h)
+            h, sums = down(h)
             if hasattr(down, "downsample"):
                 h = down.downsample(h)                                   # (b, c, h/2, w/2)
-        return self.conv_out(self.norm_out(self.mid(h)))
+        return self.conv_out(self.norm_out(*self.mid(h, sums)))
+
+
+def first_conv(conv, x):
+    """The 3x3 conv of padding 1 as one product of every pixel's 27 numbers and more, with zeros.
+
+    On a GPU, convolutions of three channels are those of eight; and a bias that is added by itself
+    is one more pass over the largest grid there is.
+    """
+    b, c, h, w = x.shape
+    windows = F.pad(x, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1)    # (b, c, h, w, 3, 3)
+    windows = windows.permute(0, 2, 3, 1, 4, 5).flatten(3)              # (b, h, w, 9c)
+    short = -9 * c % 8                                                  # rows of whole 16 bytes
+    return F.linear(F.pad(windows, (0, short)), F.pad(conv.weight.flatten(1), (0, short)),
+                    conv.bias).permute(0, 3, 1, 2)                      # (b, d, h, w)
 
 
 class Decoder(nn.Module):
@@ -113,27 +123,30 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(c, 3, 3, padding=1)
 
     def forward(self, z):
-        h = self.mid(self.conv_in(z))
+        h, sums = self.mid(self.conv_in(z))
         for up in reversed(self.up):
-            h = up(h)
+            h, sums = up(h, sums)
             if hasattr(up, "upsample"):
-                h = up.upsample(h)                                       # (b, c, 2h, 2w)
-        return self.conv_out(self.norm_out(h))
+                h, sums = up.upsample(h), None                           # (b, c, 2h, 2w)
+        return self.conv_out(self.norm_out(h, sums))
 
 
 class Level(nn.Module):
-    """Residual blocks at one grid size, each followed by attention where the level has it."""
+    """Residual blocks at one grid size, each followed by attention where the level has it.
+
+    As its blocks and Middle, it takes a grid and gives one, both with the sums of norm.add or None.
+    """
     def __init__(self, c_in, c_out, blocks, attention):
         super().__init__()
         self.block = nn.ModuleList(ResBlock(c_out if i else c_in, c_out) for i in range(blocks))
         self.attn = nn.ModuleList(Attention(c_out) for _ in range(blocks) if attention)
 
-    def forward(self, x):
+    def forward(self, x, sums=None):
         for i, block in enumerate(self.block):
-            x = block(x)
+            x, sums = block(x, sums)
             if self.attn:
-                x = self.attn[i](x)
-        return x
+                x, sums = self.attn[i](x, sums)
+        return x, sums
 
 
 class Middle(nn.Module):
@@ -144,8 +157,8 @@ class Middle(nn.Module):
         self.attn_1 = Attention(c)
         self.block_2 = ResBlock(c, c)
 
-    def forward(self, x):
-        return self.block_2(self.attn_1(self.block_1(x)))
+    def forward(self, x, sums=None):
+        return self.block_2(*self.attn_1(*self.block_1(x, sums)))
 
 
 class ResBlock(nn.Module):
@@ -159,11 +172,14 @@ class ResBlock(nn.Module):
         if c_in != c_out:
             self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
 
-    def forward(self, x):
-        h = F.conv2d(self.norm1(x), self.conv1.weight, padding=1)
-        # the conv's bias is one number a channel: the norm adds it as it reads
-        h = self.conv2(self.norm2(h, self.conv1.bias.expand(len(x), -1)))
-        return h.add_(self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+    def forward(self, x, sums):
+        # biases are numbers a channel: the norm, and the sum, add them as they read
+        h = F.conv2d(self.norm1(x, sums), self.conv1.weight, padding=1)
+        h = self.norm2(h, shift=self.conv1.bias.expand(len(x), -1))
+        h, bias = F.conv2d(h, self.conv2.weight, padding=1), self.conv2.bias
+        if hasattr(self, "nin_shortcut"):
+            x, bias = F.conv2d(x, self.nin_shortcut.weight), bias + self.nin_shortcut.bias
+        return add(x, h, bias)
 
 
 class Attention(nn.Module):
@@ -176,11 +192,12 @@ class Attention(nn.Module):
         self.v = nn.Conv2d(c, c, 1)
         self.proj_out = nn.Conv2d(c, c, 1)
 
-    def forward(self, x):
-        h = self.norm(x)
+    def forward(self, x, sums):
+        h = self.norm(x, sums)
         q, k, v = (f(h).flatten(2).mT[:, None] for f in (self.q, self.k, self.v))   # (b, 1, hw, c)
         h = F.scaled_dot_product_attention(q, k, v)
-        return self.proj_out(h[:, 0].mT.unflatten(2, x.shape[2:])).add_(x)          # (b, c, h, w)
+        h = F.conv2d(h[:, 0].mT.unflatten(2, x.shape[2:]), self.proj_out.weight)    # (b, c, h, w)
+        return add(x, h, self.proj_out.bias)
 
 
 class Downsample(nn.Module):
@@ -205,10 +222,12 @@ class Upsample(nn.Module):
 
 
 class Norm(nn.GroupNorm):
-    """GroupNorm of x (b, c, h, w), after `shift` (b, c) is added, and before SiLU if `silu`."""
+    """GroupNorm of x (b, c, h, w), whose `sums` norm.add may have said, after `shift` (b, c) is
+    added, and before SiLU if `silu`."""
     def __init__(self, c, silu=False):
         super().__init__(NORM_GROUPS, c, NORM_EPS)
         self.silu = silu
 
-    def forward(self, x, shift=None):
-        return group_norm(x, self.weight, self.bias, self.num_groups, self.eps, self.silu, shift)
+    def forward(self, x, sums=None, shift=None):
+        return group_norm(x, self.weight, self.bias, self.num_groups, self.eps, self.silu, shift,
+                          sums)

@@ -45,6 +45,12 @@ def test_gates_far_from_zero_pass_all_or_nothing():
     assert dx.tolist() == [[40.0, 0.0, 0.0, 2.0, 0.0, 2.5]]     # Phi(0) = 1/2
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter would take hours")
+def test_more_tokens_than_a_short_axis_of_a_grid_has_programs():
+    x = torch.randn(65_536 * geglu.ROWS, 4, device=DEVICE)
+    torch.testing.assert_close(geglu.kernel_forward(x), exact(x))
+
+
 @needs_triton
 def test_other_strides_are_taken_and_torch_library_finds_nothing_wrong():
     x = torch.randn(6, 4, device=DEVICE).T.requires_grad_()     # (4, 6), strides (1, 4)

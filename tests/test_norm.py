@@ -145,3 +145,26 @@ def test_the_plain_form_is_group_norm_and_silu_bit_for_bit():
     assert torch.equal(found, F.silu(F.group_norm(moved, 8, weight, bias, EPS)))
     assert torch.equal(norm.group_norm(x, weight, bias, 8, EPS),
                        F.group_norm(x, 8, weight, bias, EPS))
+
+
+@needs_triton
+@pytest.mark.parametrize("path", PATHS)
+def test_a_sum_says_the_moments_of_what_it_wrote(path, monkeypatch):
+    for name, value in PATHS[path].items():
+        monkeypatch.setattr(norm, name, value)
+    (x, weight, bias, _), h = drawn(2, 96, 12, 13, torch.bfloat16, mean=3.0)
+    total, sums = norm.kernel_add(x, h, bias)
+    wanted = x.double() + h.double() + bias.double()[:, None, None]
+    assert (total - wanted).abs().max() < 8e-3 * wanted.abs().max()
+    found = norm.kernel_forward(total, weight, bias, None, 32, EPS, True, sums)
+    torch.testing.assert_close(found, norm.kernel_forward(total, weight, bias, None, 32, EPS, True),
+                               rtol=8e-3, atol=1e-4)        # two ways to the same moments
+    checks = "test_schema", "test_faketensor"
+    torch.library.opcheck(norm.kernel_add, (x, h, bias), test_utils=checks)
+
+
+def test_a_plain_sum_has_no_sums():
+    x, h = torch.randn(2, 2, 8, 3, 4)
+    total, sums = norm.add(x, h.clone(), torch.arange(8.0))
+    assert sums is None
+    torch.testing.assert_close(total, x + h + torch.arange(8.0)[:, None, None])
