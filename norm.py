@@ -51,14 +51,14 @@ def group_norm(x, weight, bias, groups, eps, silu=False, shift=None, sums=None):
     return F.silu(y) if silu else y
 
 
-def add(x, h, bias):
+def add(x, h, bias, summed=True):
     """(x + h + bias, its sums for `group_norm` or None) of x, h (b, c, h, w) and bias (c,).
 
-    The sums are taken while the result is written, where no gradient is asked for. h is overwritten
-    elsewhere.
+    If `summed`, and no gradient is asked for, the kernels take the sums while they write the
+    result. Elsewhere h is overwritten.
     """
-    if (enabled and h.is_cuda and x.dtype == h.dtype in KERNEL_TYPES and h[0, 0].numel() <= MOST
-            and not torch.is_grad_enabled()):
+    if (summed and enabled and h.is_cuda and x.dtype == h.dtype in KERNEL_TYPES
+            and h[0, 0].numel() <= MOST and not torch.is_grad_enabled()):
         return kernel_add(x, h, bias)
     return h.add_(bias[:, None, None]).add_(x), None
 

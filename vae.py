@@ -142,8 +142,10 @@ class Level(nn.Module):
         self.attn = nn.ModuleList(Attention(c_out) for _ in range(blocks) if attention)
 
     def forward(self, x, sums=None):
+        resized = hasattr(self, "downsample") or hasattr(self, "upsample")
         for i, block in enumerate(self.block):
-            x, sums = block(x, sums)
+            # before a change of size there is no norm; and compiled, it takes the sum in
+            x, sums = block(x, sums, summed=i < len(self.block) - 1 or not resized)
             if self.attn:
                 x, sums = self.attn[i](x, sums)
         return x, sums
@@ -172,14 +174,14 @@ class ResBlock(nn.Module):
         if c_in != c_out:
             self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
 
-    def forward(self, x, sums):
+    def forward(self, x, sums, summed=True):
         # biases are numbers a channel: the norm, and the sum, add them as they read
         h = F.conv2d(self.norm1(x, sums), self.conv1.weight, padding=1)
         h = self.norm2(h, shift=self.conv1.bias.expand(len(x), -1))
         h, bias = F.conv2d(h, self.conv2.weight, padding=1), self.conv2.bias
         if hasattr(self, "nin_shortcut"):
             x, bias = F.conv2d(x, self.nin_shortcut.weight), bias + self.nin_shortcut.bias
-        return add(x, h, bias)
+        return add(x, h, bias, summed)
 
 
 class Attention(nn.Module):
@@ -194,9 +196,10 @@ class Attention(nn.Module):
 
     def forward(self, x, sums):
         h = self.norm(x, sums)
-        q, k, v = (f(h).flatten(2).mT[:, None] for f in (self.q, self.k, self.v))   # (b, 1, hw, c)
-        h = F.scaled_dot_product_attention(q, k, v)
-        h = F.conv2d(h[:, 0].mT.unflatten(2, x.shape[2:]), self.proj_out.weight)    # (b, c, h, w)
+        q, k, v = (f(h).flatten(2).mT for f in (self.q, self.k, self.v))            # (b, hw, c)
+        # in so many words, as no fast kernel of attention has heads this wide
+        h = (q * q.shape[-1]**-0.5 @ k.mT).softmax(-1).to(v.dtype) @ v
+        h = F.conv2d(h.mT.unflatten(2, x.shape[2:]), self.proj_out.weight)          # (b, c, h, w)
         return add(x, h, self.proj_out.bias)
 
 
