@@ -95,11 +95,13 @@ def of(config, ranks, micro_batch):
                          for r in set(d.owner.values())) for d in divisions]
         averaged = sum(p.numel() for p in unet.parameters())
     depth = Path(config.depth_weights) if config.depth_weights else None
+    # several ranks: those that are sent, and with micro-steps those that are summed up until then
+    summed = ranks.world > 1 and config.batch_size > ranks.world * micro_batch
     return Cost(
         trained=sizes["trained"], frozen=sizes["all"] - sizes["trained"],
         weights=FLOAT * sizes["all"] + sizes["buffers"],
         depth=depth.stat().st_size if depth and depth.exists() else 0,
-        gradients=FLOAT * sizes["trained"], moments=2 * FLOAT * kept_most[0],
+        gradients=FLOAT * sizes["trained"] * (1 + summed), moments=2 * FLOAT * kept_most[0],
         average=FLOAT * kept_most[1], copies=HALF * sizes["trained"] if bf16 else 0,
         activations=activations // PAIRS * micro_batch,
         host=FLOAT * (3 * sizes["trained"] + averaged), flops=counted.get_total_flops() // PAIRS)

@@ -24,6 +24,11 @@ from torch.nn.parallel import DistributedDataParallel
 SOLO = timedelta(minutes=60)        # the longest that one rank may work alone, scoring included
 STUCK = timedelta(minutes=1)        # of a transfer between GPUs: all ranks enter it together
 COMPILING = timedelta(minutes=15)   # the same where ranks may still be compiling their first step
+# Gradients that are sent together, in MiB. A compiled network is cut into a graph for every bucket
+# (torch._dynamo.backends.distributed), so that one is sent while the next graph's backward pass
+# runs. The full-size UNet's 3.4 GB are 13 graphs of about a stage of the widest level; the default
+# of 25 would make a hundred, within blocks. The last, which nothing hides, takes a millisecond.
+BUCKET = 256
 
 
 class Alone:
@@ -50,8 +55,8 @@ class Alone:
         """The module whose backward pass averages gradients over the ranks."""
         return net
 
-    def close(self):
-        """Leaves the group."""
+    def close(self, stuck=False):
+        """Leaves the group. stuck: a transfer may be under way that never ends."""
 
 
 class Ranks(Alone):
@@ -87,19 +92,27 @@ class Ranks(Alone):
         return box[0]
 
     def broadcast(self, values, owner):
-        whole = values.contiguous()         # itself where it is so already
+        # weights of convolutions are channels-last on all ranks or none, and sent as they lie
+        channels_last = (values.ndim == 4
+                         and values.is_contiguous(memory_format=torch.channels_last))
+        lies = values.permute(0, 2, 3, 1) if channels_last else values
+        whole = lies.contiguous()           # itself where it is so already
         dist.broadcast(whole, owner)
-        return values if whole is values else values.copy_(whole)
+        if whole is not lies:
+            lies.copy_(whole)
+        return values
 
     def wrap(self, net):
         # the schedule's tables never change, so there are no buffers to broadcast every step;
         # torch 2.13 has another name for that
         known = inspect.signature(DistributedDataParallel).parameters
         name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        return DistributedDataParallel(net, gradient_as_bucket_view=True, **{name: False})
+        return DistributedDataParallel(net, gradient_as_bucket_view=True, bucket_cap_mb=BUCKET,
+                                       **{name: False})
 
-    def close(self):
-        dist.destroy_process_group()
+    def close(self, stuck=False):
+        if not stuck or self.hosts is dist.group.WORLD:     # NCCL would wait for the transfer
+            dist.destroy_process_group()
 
 
 ALONE = Alone()
