@@ -16,6 +16,7 @@ import json
 import math
 import os
 import signal
+import subprocess
 import sys
 import time
 import warnings
@@ -150,12 +151,14 @@ class Optimizer:
     def restore(self, tensors):
         """Takes this rank's part of what `tensors` gave, which may be lazy."""
         for name, p in self.mine.items():
-            state = {key: tensors[f"{name}.{key}"].clone() for key in
+            state = {key: tensors[f"{name}.{key}"] for key in
                      ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in tensors}
             if state:
-                # fused AdamW counts on the device, the others on the host
-                self.adamw.state[p] = {key: value.to(p.device) for key, value in state.items()}
                 self.count = int(state["step"])
+                # fused AdamW counts on the device, and wants moments laid out as the parameter is
+                self.adamw.state[p] = {
+                    "step": state.pop("step").clone().to(p.device),
+                    **{key: torch.empty_like(p).copy_(value) for key, value in state.items()}}
 
 
 def inputs(net, batch, config, depth_net, device):
@@ -171,6 +174,38 @@ def inputs(net, batch, config, depth_net, device):
                           config.quantile_blend)
     mean, logvar = net.encode(image_target)
     return mean, logvar, net.encode(image_cond)[0], net.embed(image_cond), T.to(device)
+
+
+# ---- the machine
+
+def channels_last(net):
+    """Lays out the weights of convolutions as GPUs compute with them. Values, and so checkpoints,
+    stay; to come before averages and moments, which are laid out as their parameters are."""
+    for p in net.parameters():
+        # 1x1 kernels lie so anyway, and their gradients come with the strides that they have
+        if p.ndim == 4 and p.shape[2:].numel() > 1:
+            p.data = p.data.contiguous(memory_format=torch.channels_last)
+
+
+def compile_unet(net):
+    """Lets the first step compile the UNet."""
+    import torch._inductor.config as inductor
+    # Else every 4-D tensor is put channels-last, attention's q, k and v too, by copies
+    inductor.layout_optimization = False
+    net.model.diffusion_model.compile()
+
+
+def check_compiler(device):
+    """Compiles a line, so that what is missing is known at start. ValueError says what."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
+    except (RuntimeError, ImportError, OSError, subprocess.SubprocessError) as err:
+        raise ValueError(f"torch.compile does not work here ({first_line(err)}); "
+                         "--compile=false trains without it, slower") from err
+
+
+def first_line(err):
+    return next(iter(str(err).splitlines()), type(err).__name__)
 
 
 # ---- the run
@@ -236,6 +271,8 @@ def begin(config, net, run, ranks):
         weights = net.state_dict()
         for name, tensor in run.model.items():
             weights[name].copy_(tensor)
+    if net.betas.device.type == "cuda":
+        channels_last(net)
     ema = Ema(net.model.diffusion_model, config.ema_decay, ranks, config.divide_optimizer)
     optimizer = Optimizer(net, config, ranks)
     averages, updates = {}, 0
@@ -287,13 +324,15 @@ def check_finite(bad, losses, first_step, pairs, config, ranks):
 
 
 @contextmanager
-def averaged(net, ema, ranks):
+def averaged(net, ema, config, ranks):
     """The model with the averaged weights in place, in evaluation mode. All ranks enter and leave
     it together, whatever one of them does inside."""
     ema.swap()
     net.eval()
     try:
-        yield net
+        # not compiled: batches of other sizes would each take minutes
+        with torch.compiler.set_stance("force_eager") if config.compile else nullcontext():
+            yield net
     finally:
         net.train()
     ranks.any(False)
@@ -338,18 +377,23 @@ def main(argv):
     log = report.Log(config, ranks)
     writer = checkpoint.Writer(log.say)
     handlers = {signum: signal.getsignal(signum) for signum in STOP}
+    stuck = False
     try:
         train(config, ranks, device, log, writer, traced, dry_run)
     except torch.OutOfMemoryError as err:
+        stuck = True
         needs = cost.of(config, ranks, split(config, ranks.world)[0])
         raise ValueError(f"out of memory on {device}: the estimate was {needs}; lower it by "
                          f"{cost.advice(config, ranks.world)}") from err
+    except RuntimeError as err:
+        stuck = distributed.is_loss_of_a_rank(err)
+        raise
     finally:
         writer.wait()
         log.close()
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
-        ranks.close()
+        ranks.close(stuck)
     if writer.problem:
         raise OSError(f"the end of the run could not be saved: {writer.problem}")
 
@@ -364,6 +408,8 @@ def train(config, ranks, device, log, writer, traced, dry_run):
     needs = cost.of(config, ranks, micro_batch)
     log.say(report.summary(config, ranks, device, needs, micro_batch, micro_steps))
     cost.check(needs, config, ranks, device, log.say)
+    if config.compile:
+        check_compiler(device)
     # data before the model: a wrong path is found before anything is built
     readers = [data.open_source(s, config.data, config.image_size) for s in config.sources]
     pairs = data.Pairs(readers, [s.probability for s in config.sources], config.seed,
@@ -389,8 +435,11 @@ def train(config, ranks, device, log, writer, traced, dry_run):
     depth_net = evaluate.load_depth(config, device)
     ema, optimizer = begin(config, net, run, ranks)
     del run         # and its mapped files: they may be removed
+    # tries out kernels at the first step; a GPU's sums differ from run to run in any case
+    torch.backends.cudnn.benchmark = device.type == "cuda"
     if config.compile:
-        net.model.diffusion_model.compile()
+        compile_unet(net)
+        log.say("compile  the first step takes minutes, in later runs seconds")
     wrapped = ranks.wrap(net)
     peak = cost.ceiling(device, config.precision) if ranks.rank == 0 else 1.0
 
@@ -438,7 +487,7 @@ def train(config, ranks, device, log, writer, traced, dry_run):
             if norm is not None:
                 numbers["grad_norm"] = norm.item()
             if validates:
-                with averaged(net, ema, ranks):
+                with averaged(net, ema, config, ranks):
                     if ranks.rank == 0:
                         numbers |= evaluate.validate(net, held_out, config, depth_net)
             log(done, **numbers, lr=learning_rate(done - 1, config) * config.lr,
@@ -449,7 +498,7 @@ def train(config, ranks, device, log, writer, traced, dry_run):
             save(writer, config, done, net, ema, optimizer, ranks)
             saved = done
         if shows:
-            with averaged(net, ema, ranks):
+            with averaged(net, ema, config, ranks):
                 if ranks.rank == 0:
                     show(config, done, net, held_out, depth_net, log)
         if saves or shows or validates:
@@ -459,7 +508,7 @@ def train(config, ranks, device, log, writer, traced, dry_run):
         log.say(f"stopped by signal after step {done}, {'not ' * bool(writer.problem)}saved; "
                 "the same command goes on from the newest checkpoint")
     elif config.eval_pairs and pictures:
-        with averaged(net, ema, ranks):
+        with averaged(net, ema, config, ranks):
             if ranks.rank == 0:
                 score(config, net, held_out, depth_net)
 
@@ -468,7 +517,9 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except (ValueError, OSError) as err:
-        print(f"train.py: {err}", file=sys.stderr)
+        print(f"train.py: {err}", file=sys.stderr, flush=True)
+        if isinstance(err.__cause__, torch.OutOfMemoryError):
+            os._exit(2)     # the others may be waiting for this rank in a transfer
         sys.exit(2)
     except KeyboardInterrupt:
         print("train.py: stopped before the first step", file=sys.stderr)
