@@ -1,6 +1,6 @@
 """Speed and memory, beside peers and against ceilings that are measured in the same run.
 
-    python bench.py load|data|train|encode|sample [--json FILE]
+    python bench.py load|data|train|scale|encode|sample [--json FILE]
 
 Each benchmark is a module of benchmarks/: `run(options)` gives rows, `add_options(parser)` its
 options.
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks import table
 
-BENCHMARKS = ("load", "data", "train", "encode", "sample")
+BENCHMARKS = ("load", "data", "train", "scale", "encode", "sample")
 
 
 def main(argv):
