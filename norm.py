@@ -23,7 +23,7 @@ except ImportError:         # no wheel for this system
     triton = tl = None
 
 COLUMNS = 64                # channels of a tile: lines of whole 128 bytes of bf16
-TILE, PER_WARP = 2048, 512  # values of a tile that is read and written, and of its 32 threads
+TILE, PER_WARP = 2048, 512  # values of a tile that is read and written; of 32 threads of it
 SLICE = 1024                # values of a tile that is summed over
 MOMENTS, SUMS = (16, 256), (8, 512)     # of these: tiles one after the other, values of 32 threads
 PROGRAMS = 256              # that keep a GPU busy
@@ -32,7 +32,7 @@ CHUNK = 16                  # blocks that are combined at a time
 # for the cache, where reading a few channels of every position costs nothing
 WHOLE, WHOLE_PER_WARP, CACHED = 2**14, 1024, 2**22
 KERNEL_TYPES = torch.float32, torch.bfloat16, torch.float16
-MOST = 2**19                # positions: the second axis of a launch has up to 65,535 programs
+MOST = 2**19                # positions, as the second axis of a launch has up to 65,535 programs
 
 enabled = triton is not None    # False: PyTorch's own on GPUs too
 
@@ -43,7 +43,7 @@ def group_norm(x, weight, bias, groups, eps, silu=False, shift=None, sums=None):
     weight, bias: (c,); sums: what `add` said of x. Statistics are float32; the result has x's type,
     and channels-last strides from the kernels.
     """
-    if enabled and x.is_cuda and x.dtype in KERNEL_TYPES and x[0, 0].numel() <= MOST:
+    if enabled and x.is_cuda and x.dtype in KERNEL_TYPES and x.shape[2:].numel() <= MOST:
         return kernel_forward(x, weight, bias, shift, groups, eps, silu, sums)[0]
     if shift is not None:
         x = x + shift.to(x.dtype)[:, :, None, None]
@@ -58,7 +58,7 @@ def add(x, h, bias, summed=True):
     result. Elsewhere h is overwritten.
     """
     if (summed and enabled and h.is_cuda and x.dtype == h.dtype in KERNEL_TYPES
-            and h[0, 0].numel() <= MOST and not torch.is_grad_enabled()):
+            and h.shape[2:].numel() <= MOST and not torch.is_grad_enabled()):
         return kernel_add(x, h, bias)
     return h.add_(bias[:, None, None]).add_(x), None
 

@@ -1,4 +1,4 @@
-"""`bench.py train`: training steps of the full-size UNet, beside diffusers' and the reference's way.
+"""`bench.py train`: steps of training the full-size UNet, beside diffusers' and the original's way.
 
 A step is forward, backward, AdamW and the moving average, on encoded pairs that lie on the device
 (drawing, reading and sending pairs is not in it). Every variant runs in a process of its own, with
@@ -33,7 +33,7 @@ from configs import Config, Source
 EMBEDDING = 768
 WARM, LEAST_STEPS, MEASURED = 3, 5, 4.0         # steps; steps; seconds
 SUSTAINED = 4.0                         # seconds of products, after which a GPU runs at its limit
-PROFILED, SHOWN = 3, 150                # steps; kernels listed
+PROFILED, SHOWN = 3, 60                 # steps; kernels listed
 ONCE_SECONDS = 90                       # that ceilings or kernels may take
 BACKWARD = 2                            # FLOPs of a backward pass, in forward passes
 EMA_DECAY = 0.9999
@@ -107,7 +107,7 @@ def run(given):
 
 
 def jobs(given):
-    """What to measure: {name, variant, batch, tiny, where}. What has no steps, then the first variant
+    """What to measure: {name, variant, batch, tiny, where}. What has no steps, then the first one
     at every batch, then the others batch by batch."""
     once = [name for name in given.variants if name in (CEILINGS, KERNELS)]
     steps = [name for name in given.variants if name not in once]
@@ -222,7 +222,8 @@ def norm_kernels(device, batch, tiny):
     if not (norm.enabled and device.type == "cuda"):
         print("norm.py's kernels need a GPU and Triton", flush=True)
         return
-    for channels, grid in ((320, 32), (960, 32), (640, 16), (1280, 8), (2560, 4))[:1 if tiny else 5]:
+    sizes = (320, 32), (960, 32), (640, 16), (1280, 8), (2560, 4)
+    for channels, grid in sizes[:1 if tiny else None]:
         x = torch.randn(batch, channels, grid, grid, device=device, dtype=torch.bfloat16)
         x = x.to(memory_format=torch.channels_last).requires_grad_()
         weight, bias, shift = (torch.ones(*shape, device=device, requires_grad=True)

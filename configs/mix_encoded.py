@@ -14,6 +14,6 @@ from dataclasses import replace
 
 from configs.mix import config as mix
 
-config = replace(mix, out="out/mix_encoded", micro_batch=192, sources=tuple(
+config = replace(mix, out="out/mix_encoded", sources=tuple(
     replace(source, format="encoded", shards=f"encoded/{source.shards}",
             held_out_format=source.format) for source in mix.sources))

@@ -1,6 +1,6 @@
 """Lets tests import the project's files and golden.py, wherever pytest is started from; --errors
-prints how near every test of a golden case or an oracle came to its bound. Where there is no GPU, Triton's
-kernels are interpreted, which it must know before one is defined."""
+prints how near every test of a golden case or an oracle came to its bound. Where there is no GPU,
+Triton's kernels are interpreted, which it must know before one is defined."""
 
 import os
 import sys

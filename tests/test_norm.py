@@ -47,7 +47,8 @@ def worst(found, inputs, dy, *options):
                for a, b in zip(found, wanted, strict=True))
 
 
-PATHS = {"whole": {}, "blocks": {"WHOLE": 0}, "long blocks": {"WHOLE": 0, "PROGRAMS": 1, "SLICE": 128}}
+PATHS = {"whole": {}, "blocks": {"WHOLE": 0},
+         "long blocks": {"WHOLE": 0, "PROGRAMS": 1, "SLICE": 128}}
 
 
 @needs_triton
