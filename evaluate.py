@@ -10,7 +10,6 @@ the same for any number of processes, so the result is too. Figures are explaine
 Letters: `b` batch, `c` channels, `h w` pixels.
 """
 
-import argparse
 import json
 import os
 import sys

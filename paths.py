@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from camera import look_at, opengl_from_opencv, relative_pose
+from camera import look_at, opengl_from_opencv
 
 # name: (default of --by, what it does, with that default)
 MOTIONS = {

@@ -6,7 +6,6 @@ and `decode`. Module names are the checkpoint's (`first_stage_model.*`), in its 
 b batch, c channels, h w image or feature grid, z latent channels.
 """
 
-import torch
 import torch.nn as nn
 import torch.nn.functional as F
 

@@ -6,7 +6,6 @@ webdataset's tar stream, a whole scene at a time, of which int(rate * views) pai
 shuffle buffer of 500.
 """
 
-import argparse
 import io
 import json
 import os

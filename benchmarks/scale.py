@@ -27,6 +27,7 @@ import model
 from benchmarks import GB, row, variants
 from benchmarks.train import WARMED_UP, made_config, network, pairs
 from benchmarks.variants import median_seconds, tell
+from optimizer import Ema, Optimizer
 
 WARM, STEPS, BLOCKS = 3, 4, 5           # steps; steps between clocks, of which the median is taken
 CHECKED, TINY_CHECKED = 20, 4           # steps of --check
@@ -125,8 +126,8 @@ class Training:
                 nn.init.normal_(parameter, std=0.01)
         if device.type == "cuda":
             train.channels_last(self.net)
-        self.ema = train.Ema(unet, self.config.ema_decay, ranks, job["divided"])
-        self.optimizer = train.Optimizer(self.net, self.config, ranks)
+        self.ema = Ema(unet, self.config.ema_decay, ranks, job["divided"])
+        self.optimizer = Optimizer(self.net, self.config, ranks)
         if job["compile"]:
             train.compile_unet(self.net)
         self.wrapped = ranks.wrap(self.net)

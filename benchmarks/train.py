@@ -29,6 +29,7 @@ import vae
 from benchmarks import GB, row, variants
 from benchmarks.variants import ask, sync
 from configs import Config, Source
+from optimizer import Ema, Optimizer
 
 EMBEDDING = 768
 WARM, LEAST_STEPS, MEASURED = 3, 5, 4.0         # steps; steps; seconds
@@ -330,7 +331,6 @@ def diffusers_network(config):
 class Step:
     """A whole step of training, at every call; it returns the losses (b,)."""
     def __init__(self, variant, config, batch, device):
-        from train import Ema, Optimizer
         build = diffusers_network if variant.network == "diffusers" else network
         with device:
             self.net = build(config).train()

@@ -21,7 +21,7 @@ import camera
 import metrics
 import paths
 import pictures
-from shards.index import DEPTH, ENCODED_MEMBER, IMAGE, MEMBER
+from shards.index import ENCODED_MEMBER, MEMBER
 from shards.scenes import LATENT_SHRINK, images, of_files
 from shards.files import Damaged, TarError, Window, find_shards
 from shards.tar import tar_members

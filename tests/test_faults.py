@@ -10,7 +10,6 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from test_train import (ONE_THREAD, ROOT, assert_same_state, kill_one_rank, logged, one_thread, run,
                         shards, tiny)
 
@@ -22,7 +21,6 @@ __all__ = ["one_thread", "shards"]      # fixtures
 # A fork each, which takes a tenth of the time of a new process.
 KILLED = """
 import os, random, signal, sys, time
-import torch
 torch.set_num_threads(1)
 import checkpoint, cost, train
 whole, killed, steps = sys.argv[1].split(","), sys.argv[2].split(","), []

@@ -19,6 +19,7 @@ import train
 from benchmarks import scale
 from benchmarks import train as bench_train
 from distributed import ALONE
+from optimizer import Ema, Optimizer
 
 
 def made(batch, **changes):
@@ -150,7 +151,7 @@ def test_the_published_run_is_compiled():
 def test_the_layout_of_weights_is_not_seen_in_checkpoints_and_a_resume_keeps_it(tmp_path):
     config, net, given = made(1)
     train.channels_last(net)
-    ema, optimizer = train.Ema(net.model.diffusion_model, 0.9), train.Optimizer(net, config)
+    ema, optimizer = Ema(net.model.diffusion_model, 0.9), Optimizer(net, config)
     net(*given).mean().backward()
     optimizer.step(1000)
     ema.update()

@@ -4,10 +4,8 @@ import functools
 import hashlib
 import http.server
 import io
-import itertools
 import os
 import pickle
-import re
 import shlex
 import subprocess
 import sys

@@ -32,6 +32,7 @@ import prepare
 import report
 import train
 from distributed import ALONE, Alone, Division
+from optimizer import Ema, Optimizer, learning_rate
 
 ROOT = Path(__file__).parents[1]
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -54,8 +55,8 @@ def test_three_training_steps_equal_the_reference(name):
     config = replace(configs.Config(SOURCES), weight_decay=case["optimizer"]["weight_decay"])
     if name == "training_step_short_warmup":
         config = replace(config, warmup_steps=2, warmup_start=0.1)
-    optimizer = train.Optimizer(net, config)
-    ema = train.Ema(net.model.diffusion_model, config.ema_decay)
+    optimizer = Optimizer(net, config)
+    ema = Ema(net.model.diffusion_model, config.ema_decay)
     before = {n: p.detach().clone() for n, p in net.named_parameters()}
     observed = {key: row["max_abs_difference_between_two_reference_runs_on_different_cpu_kernels"]
                 for key, row in case["tolerance_observed"].items()}
@@ -117,7 +118,7 @@ def test_warm_up_is_the_references():
     case, _ = golden.case("training_step")
     config = configs.Config(SOURCES)
     for step, share in case["scheduler_multiplier_at_step"].items():
-        assert train.learning_rate(int(step), config) == pytest.approx(share, rel=1e-12)
+        assert learning_rate(int(step), config) == pytest.approx(share, rel=1e-12)
 
 
 # ---- whole runs, on a few tiny scenes
@@ -279,7 +280,7 @@ def test_training_lowers_the_loss(shards, tmp_path):
 def test_the_rate_follows_its_schedule(change, message):
     config = replace(configs.Config(SOURCES), **{"steps": 5, "warmup_steps": 1, "warmup_start": 1.0,
                                                  **change})
-    rates = [train.learning_rate(step, config) for step in range(5)]
+    rates = [learning_rate(step, config) for step in range(5)]
     np.testing.assert_allclose(rates, message, atol=1e-6)
 
 
@@ -308,7 +309,7 @@ def test_a_parameter_without_a_gradient_is_decayed_and_saved_like_the_others(sha
     # of self-attention over a grid of one position only the values matter
     config = configs.load(tiny(shards, tmp_path / "one"))
     net = model.build(config)
-    optimizer = train.Optimizer(net, config)
+    optimizer = Optimizer(net, config)
     before = net.cc_projection.weight.detach().clone()
     optimizer.step(0)
     assert torch.allclose(net.cc_projection.weight, before * (1 - 1e-3 * config.weight_decay))

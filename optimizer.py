@@ -1,0 +1,122 @@
+"""What follows a backward pass: the learning rate, AdamW, and the average of the weights.
+
+AdamW: arXiv:1711.05101. Both can be divided among ranks, see distributed.py.
+"""
+
+import math
+
+import torch
+
+import checkpoint
+from distributed import ALONE, Division
+
+
+def learning_rate(step, config):
+    """The share of the full rate at `step` (from 0): linear warm-up, then constant or cosine."""
+    if step < config.warmup_steps:
+        return config.warmup_start + (1 - config.warmup_start) * step / config.warmup_steps
+    if config.lr_schedule == "cosine":
+        done = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
+        return 0.5 * (1 + math.cos(math.pi * min(done, 1)))
+    if config.cooldown_steps:
+        return min(1, (config.steps - step) / config.cooldown_steps)
+    return 1.0
+
+
+class Ema:
+    """Exponential moving average of the UNet's parameters, whose decay grows from .1 to `decay`.
+
+    Divided, a rank keeps the averages of its own parameters alone: `average` has those.
+    """
+    def __init__(self, unet, decay, ranks=ALONE, divided=False):
+        self.division = Division(dict(unet.named_parameters()), ranks, divided)
+        self.live = self.division.mine()
+        self.average = {name: p.detach().clone() for name, p in self.live.items()}
+        self.decay, self.updates = decay, 0
+
+    @torch.no_grad()
+    def update(self):
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(list(self.average.values()), list(self.live.values()), 1 - decay)
+
+    @torch.no_grad()
+    def swap(self):
+        """Exchanges the average and the live weights; a second call puts them back."""
+        for name, p in self.live.items():
+            p.data, self.average[name] = self.average[name], p.data
+        self.division.spread()
+
+    def tensors(self):
+        """Yields (name, average) of all parameters; all ranks must go through it together."""
+        return self.division.whole(self.average)
+
+    @torch.no_grad()
+    def restore(self, tensors, updates):
+        """Takes this rank's part of averages by the checkpoint's names, which may be lazy."""
+        for name, average in self.average.items():
+            if checkpoint.UNET + name in tensors:
+                average.copy_(tensors[checkpoint.UNET + name])
+        self.updates = updates
+
+
+class Optimizer:
+    """AdamW over the UNet and, at its own rate, cc_projection; decays the parameters that one
+    context token leaves without a gradient, as AdamW does with a gradient of zero.
+
+    Divided, a rank has the moments of its own parameters alone, and steps those.
+    """
+    def __init__(self, net, config, ranks=ALONE):
+        self.config, self.count = config, 0
+        self.idle = list(net.model.diffusion_model.idle_parameters().values())
+        self.trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
+        self.division = Division(self.trained, ranks, config.divide_optimizer)
+        self.mine = self.division.mine()
+        groups = [{"params": [p for name, p in self.mine.items()
+                              if name.startswith(part)], "full_lr": rate}
+                  for part, rate in (("model.", config.lr), ("cc_projection.",
+                                                             config.lr_projection))]
+        self.adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps,
+                                       weight_decay=config.weight_decay,
+                                       fused=net.betas.device.type == "cuda")
+
+    @torch.no_grad()
+    def step(self, step):
+        """One step with the gradients at hand, whose norm it returns where they are clipped."""
+        rate, norm = learning_rate(step, self.config), None
+        for p in self.trained.values():     # one token's self-attention leaves its q and k without
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        for group in self.adamw.param_groups:
+            group["lr"] = rate * group["full_lr"]
+        if self.config.grad_clip:
+            norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.config.grad_clip)
+        self.adamw.step()
+        self.division.spread()
+        for p in self.trained.values():
+            p.grad = None
+        if self.config.weight_decay:
+            torch._foreach_mul_(self.idle, 1 - rate * self.config.lr * self.config.weight_decay)
+        self.count += 1
+        return norm
+
+    def tensors(self):
+        """Yields (parameter.moment, tensor) of AdamW's state of all parameters; all ranks must go
+        through it together."""
+        for key in ("exp_avg", "exp_avg_sq") if self.count else ():
+            kept = {name: self.adamw.state[p][key] for name, p in self.mine.items()}
+            for name, tensor in self.division.whole(kept):
+                yield f"{name}.{key}", tensor
+                if key == "exp_avg":
+                    yield f"{name}.step", torch.tensor(float(self.count))
+
+    def restore(self, tensors):
+        """Takes this rank's part of what `tensors` gave, which may be lazy."""
+        for name, p in self.mine.items():
+            state = {key: tensors[f"{name}.{key}"] for key in
+                     ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in tensors}
+            if state:
+                self.count = int(state["step"])
+                # fused AdamW counts on the device, and wants moments laid out as the parameter is
+                self.adamw.state[p] = {
+                    "step": state.pop("step").clone().to(p.device),
+                    **{key: torch.empty_like(p).copy_(value) for key, value in state.items()}}
