@@ -75,12 +75,15 @@ def channels_last(net):
             p.data = p.data.contiguous(memory_format=torch.channels_last)
 
 
-def compile_unet(net):
-    """Lets the first step compile the UNet."""
+def compile_networks(net):
+    """Lets the first step compile the UNet and, where they are asked, the frozen encoders."""
     import torch._inductor.config as inductor
     # Else every 4-D tensor is put channels-last, attention's q, k and v too, by copies
     inductor.layout_optimization = False
-    net.model.diffusion_model.compile()
+    for part in (net.model.diffusion_model, getattr(net.first_stage_model, "encoder", None),
+                 getattr(net.cond_stage_model.model, "visual", None)):
+        if part is not None:
+            part.compile()
 
 
 def check_compiler(device):
@@ -326,7 +329,7 @@ def train(config, ranks, device, log, writer, traced, dry_run):
     # tries out kernels at the first step; a GPU's sums differ from run to run in any case
     torch.backends.cudnn.benchmark = device.type == "cuda"
     if config.compile:
-        compile_unet(net)
+        compile_networks(net)
         log.say("compile  the first step takes minutes, in later runs seconds")
     wrapped = ranks.wrap(net)
     peak = cost.ceiling(device, config.precision) if ranks.rank == 0 else 1.0

@@ -22,7 +22,7 @@ from benchmarks import variants
 from benchmarks.variants import median_seconds, sync, tell
 from shards.encode import halve_weights
 
-BATCH, TINY_BATCH, SIDE = 64, 2, 256
+BATCH, TINY_BATCH, SIDE, TINY_SIDE = 64, 2, 256, 32
 RUNS, SECONDS = 5, 3.0
 CEILING = "encode: bf16 product, sustained"
 TINY_CLIP = {"embed_dim": 32, "image_resolution": 32, "vision_layers": 1, "vision_width": 64,
@@ -103,7 +103,7 @@ def measure(job, part):
     dtype = torch.float32 if autocast else half
     with device:
         module, encode = (PEERS if name.startswith("peers") else OURS)[part](tiny)
-        side = 32 if tiny else SIDE
+        side = TINY_SIDE if tiny else SIDE
         views = torch.rand(job["batch"], 3, side, side) * 2 - 1
     module.to(device, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
     if autocast and half != dtype:

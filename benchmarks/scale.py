@@ -129,7 +129,7 @@ class Training:
         self.ema = Ema(unet, self.config.ema_decay, ranks, job["divided"])
         self.optimizer = Optimizer(self.net, self.config, ranks)
         if job["compile"]:
-            train.compile_unet(self.net)
+            train.compile_networks(self.net)
         self.wrapped = ranks.wrap(self.net)
 
     def micro_step(self, given, micro_steps=1, last=True):

@@ -12,11 +12,10 @@ costs the others nothing. The most telling come first.
 import copy
 import json
 import math
-import re
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -26,7 +25,7 @@ import camera
 import model
 import norm
 import vae
-from benchmarks import GB, row, variants
+from benchmarks import GB, encode, row, variants
 from benchmarks.variants import ask, sync
 from configs import Config, Source
 from optimizer import Ema, Optimizer
@@ -34,7 +33,7 @@ from optimizer import Ema, Optimizer
 EMBEDDING = 768
 WARM, LEAST_STEPS, MEASURED = 3, 5, 4.0         # steps; steps; seconds
 SUSTAINED = 4.0                         # seconds of products, after which a GPU runs at its limit
-PROFILED, SHOWN = 3, 60                 # steps; kernels listed
+PROFILED = 3                            # steps
 ONCE_SECONDS = 90                       # that ceilings or kernels may take
 BACKWARD = 2                            # FLOPs of a backward pass, in forward passes
 EMA_DECAY = 0.9999
@@ -55,6 +54,7 @@ class Variant:
     halves: bool = False        # bf16 weights beside fp32 masters, not a cast by autocast
     tuned: bool = False         # the compiler tries out sizes of its kernels
     reference: bool = False     # fp32, activations recomputed, averages one by one
+    images: bool = False        # raw pairs: autoencoder and CLIP are part of the step
     seconds: int = 240
 
 
@@ -71,6 +71,9 @@ VARIANTS = {
     "layout": Variant("compiled, channels-last forced", compiled="whole", layout="on"),
     "tuned": Variant("compiled, kernels' sizes tried out", compiled="whole", tuned=True,
                      seconds=500),
+    "images": Variant("compiled, from images", compiled="whole", images=True),
+    "diffusers-images": Variant("diffusers, compiled, from images", "diffusers", "whole",
+                                layout="own", images=True, seconds=300),
     "diffusers-eager": Variant("diffusers, eager", "diffusers", seconds=90),
     "reference": Variant("the reference's way", kernels=False, reference=True, seconds=120),
 }
@@ -99,7 +102,7 @@ def run(given):
         for found in ask("benchmarks.train", job, min(end - time.monotonic(), limit_of(job))):
             if found["name"] == "train: bf16 product, sustained":
                 ceiling = found["value"]
-            if found["unit"] == "pairs/s" and ceiling:
+            if found["unit"] == "pairs/s" and ceiling and "images" not in found["name"]:
                 found["ceiling_share"] = found["value"] * work / 1e12 / ceiling
             rows.append(row(**found))
             share = f"  {found['ceiling_share']:.0%} of ceiling" if "ceiling_share" in found else ""
@@ -330,7 +333,7 @@ def diffusers_network(config):
 
 class Step:
     """A whole step of training, at every call; it returns the losses (b,)."""
-    def __init__(self, variant, config, batch, device):
+    def __init__(self, variant, config, batch, device, tiny=False):
         build = diffusers_network if variant.network == "diffusers" else network
         with device:
             self.net = build(config).train()
@@ -344,6 +347,7 @@ class Step:
         self.average = SlowEma(self.unet) if variant.reference else Ema(self.unet, EMA_DECAY)
         self.halves = Halves(self.unet) if variant.halves else None
         self.pairs, self.device, self.variant = pairs(config, batch, device), device, variant
+        self.images = Images(variant, batch, device, tiny) if variant.images else None
         if variant.compiled == "whole":
             self.unet.compile()
         elif variant.compiled:
@@ -354,7 +358,8 @@ class Step:
     def __call__(self):
         with (nullcontext() if self.variant.reference else
               torch.autocast(self.device.type, torch.bfloat16)):
-            loss = self.net(*self.pairs)
+            given = (*self.images(), *self.pairs[4:]) if self.images else self.pairs
+            loss = self.net(*given)
             loss.mean().backward()
         if self.halves:
             self.halves.collect()
@@ -363,6 +368,32 @@ class Step:
         if self.halves:
             self.halves.refresh()
         return loss
+
+
+class Images:
+    """What the frozen networks make of images, at every call: mean, logvar, z_cond, embedding."""
+    def __init__(self, variant, batch, device, tiny):
+        peer, side = variant.network == "diffusers", encode.TINY_SIDE if tiny else encode.SIDE
+        self.networks = []
+        for build in (encode.PEERS if peer else encode.OURS).values():
+            with device:
+                module, function = build(tiny)
+            module.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+            if device.type == "cuda":
+                # the autocast of train.py casts our weights; a peer's may be cast before
+                module.to(torch.bfloat16) if peer else encode.halve_weights(module)
+            self.networks.append((module, torch.compile(function, dynamic=False)))
+        self.target, self.cond = torch.rand(2, batch, 3, side, side, device=device) * 2 - 1
+        if peer and device.type == "cuda":
+            self.target, self.cond = self.target.bfloat16(), self.cond.bfloat16()
+
+    @torch.no_grad()
+    def __call__(self):
+        (_, moments_of), (_, embedding_of) = self.networks
+        embedding = embedding_of(self.cond).float()
+        return (*moments_of(self.target).float().chunk(2, dim=1),
+                moments_of(self.cond).float().chunk(2, dim=1)[0],
+                F.pad(embedding, (0, EMBEDDING - embedding.shape[1])))      # a tiny CLIP's is short
 
 
 class SlowEma:
@@ -405,9 +436,11 @@ def training(variant, device, batch, tiny, where):
     dynamo.config.recompile_limit = 64      # blocks of every shape share their code
     norm.enabled &= variant.kernels
     config = made_config(tiny, batch, checkpoint_activations=variant.reference, device=device.type)
+    if tiny and variant.images:
+        config = replace(config, latent="vae", image_size=8 * encode.TINY_SIDE // 2)
     name, cuda = f"{variant.what}, batch {batch}", device.type == "cuda"
     start = time.perf_counter()
-    step = Step(variant, config, batch, device)
+    step = Step(variant, config, batch, device, tiny)
     built = time.perf_counter()
     loss = step().mean().item()
     if not math.isfinite(loss):
@@ -418,7 +451,7 @@ def training(variant, device, batch, tiny, where):
         step()
     least, seconds = (2, 0.0) if tiny else (LEAST_STEPS, MEASURED)
     if where:
-        return profile(step, device, name, batch, seconds_of(step, device, least, seconds))
+        return variants.where(f"train: {name}", step, PROFILED)
     tell(name, batch / seconds_of(step, device, least, seconds), "pairs/s")
     if cuda:
         tell(f"{name}: peak memory", torch.cuda.max_memory_allocated() / GB, "GB")
@@ -427,48 +460,6 @@ def training(variant, device, batch, tiny, where):
         replay = captured(step)
         tell(f"{name}, CUDA graph", batch / seconds_of(replay, device, least, seconds), "pairs/s")
         tell(f"{name}, CUDA graph: peak memory", torch.cuda.max_memory_allocated() / GB, "GB")
-
-
-# ---- where the time goes
-
-ARITHMETIC = r"add|mul|gelu|silu|sub|div|sigmoid|erf|sum|exp|pow|mean|where|cos"
-KINDS = (       # the first whose pattern is found in a kernel's name
-    ("attention", r"^(?!triton).*(flash|fmha|sdpa|attention|compute_dot_do_o|convert_dq)"),
-    ("optimizer and average", r"adam|lerp|multi_tensor|foreach"),
-    ("norms", r"moments_kernel|combine_kernel|apply_kernel|whole_kernel|gradient_(sums_)?kernel|"
-              r"(group|layer)_norm|RowwiseMoments|GammaBeta|norm_kernel"),
-    ("convolutions and products",
-     r"gemm|nvjet|cutlass|xmma|wgrad|dgrad|fprop|implicit|^(?!triton).*conv|addmm|\bmm\b|splitK"),
-    ("copies and layouts", r"[Mm]emcpy|[Mm]emset|nchwToNhwc|nhwcToNchw|transpose|copy_kernel|"
-                           rf"direct_copy|CatArray|triton_poi_fused(?!.*({ARITHMETIC}))"),
-    ("reductions", r"triton_(red|per)|reduce"),
-    ("pointwise", r"triton|elementwise|geglu"),
-)
-
-
-def kind(kernel):
-    return next((name for name, pattern in KINDS if re.search(pattern, kernel)), "others")
-
-
-def profile(step, device, name, batch, seconds):
-    """Tells ms of a step by kind of kernel, and lists the kernels that take longest."""
-    activity = torch.profiler.ProfilerActivity
-    cuda = device.type == "cuda"
-    with torch.profiler.profile(activities=[activity.CUDA] if cuda else [activity.CPU]) as profiled:
-        for _ in range(PROFILED):
-            step()
-        sync()
-    kernels, totals = [], {}
-    for event in profiled.key_averages():
-        ms = (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e3 / PROFILED
-        kernels.append((ms, event.count / PROFILED, event.key))
-        totals[kind(event.key)] = totals.get(kind(event.key), 0) + ms
-    tell(f"{name}: step", 1e3 * seconds, "ms")
-    for label, ms in sorted(totals.items(), key=lambda item: -item[1]):
-        tell(f"{name}: {label}", ms, "ms")
-    tell(f"{name}: gaps", max(0.0, 1e3 * seconds - sum(totals.values())), "ms")
-    for ms, count, kernel in sorted(kernels, reverse=True)[:SHOWN]:
-        print(f"{ms:9.3f} ms {count:7.1f} x  [{kind(kernel)}]  {kernel[:150]}", flush=True)
 
 
 if __name__ == "__main__":

@@ -27,16 +27,20 @@ LISTED = 60                             # kernels of a profile
 SIDES = {"cuda": 8192, "cpu": 512}      # of the matrices of `ceiling`
 SUSTAINED = 2.0                         # seconds of products, after which a GPU runs at its limit
 
-# The first whose pattern is found in a kernel's name
-KINDS = (
-    ("attention", r"^(?!triton).*(flash|fmha|sdpa|attention)"),
-    ("norms", r"moments_kernel|combine_kernel|apply_kernel|whole_kernel|(group|layer)_norm|"
-              r"RowwiseMoments|norm_kernel"),
-    ("products and convolutions", r"gemm|nvjet|cutlass|xmma|fprop|implicit|cudnn|splitK|"
-                                  r"^(?!triton).*conv|addmm|\bmm\b"),
+ARITHMETIC = r"add|mul|gelu|silu|sub|div|sigmoid|erf|sum|exp|pow|mean|where|cos"
+KINDS = (       # the first whose pattern is found in a kernel's name
+    ("attention", r"^(?!triton).*(flash|fmha|sdpa|attention|compute_dot_do_o|convert_dq)"),
+    ("optimizer and average", r"adam|lerp|multi_tensor|foreach"),
+    ("norms", r"moments_kernel|combine_kernel|apply_kernel|whole_kernel|gradient_(sums_)?kernel|"
+              r"(group|layer)_norm|RowwiseMoments|GammaBeta|norm_kernel"),
+    ("convolutions and products", r"gemm|nvjet|cutlass|xmma|wgrad|dgrad|fprop|implicit|cudnn|"
+                                  r"^(?!triton).*conv|addmm|\bmm\b|splitK"),
     ("copies and layouts", r"[Mm]emcpy|[Mm]emset|nchwToNhwc|nhwcToNchw|transpose|copy_kernel|"
-                           r"direct_copy|CatArray|index|gather"),
-    ("pointwise and the rest", r""))
+                           r"direct_copy|CatArray|index|gather|"
+                           rf"triton_poi_fused(?!.*({ARITHMETIC}))"),
+    ("reductions", r"triton_(red|per)|reduce"),
+    ("pointwise", r"triton|elementwise|geglu"),
+)
 
 
 # ---- the process that asks
@@ -163,23 +167,27 @@ def peak_gb():
     return torch.cuda.max_memory_allocated() / GB
 
 
-def where(name, function):
+def kind(kernel):
+    return next((name for name, pattern in KINDS if re.search(pattern, kernel)), "others")
+
+
+def where(name, function, calls=1):
     """Tells ms of a call by kind of kernel, and lists the kernels that take longest."""
     activity = torch.profiler.ProfilerActivity
     cuda = torch.cuda.is_available()
     seconds = median_seconds(function, 3)
     with torch.profiler.profile(activities=[activity.CUDA if cuda else activity.CPU]) as profiled:
-        function()
+        for _ in range(calls):
+            function()
         sync()
     kernels, totals = [], {}
     for event in profiled.key_averages():
-        ms = (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e3
-        kind = next(kind for kind, pattern in KINDS if re.search(pattern, event.key))
-        kernels.append((ms, event.count, kind, event.key))
-        totals[kind] = totals.get(kind, 0) + ms
+        ms = (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e3 / calls
+        kernels.append((ms, event.count / calls, event.key))
+        totals[kind(event.key)] = totals.get(kind(event.key), 0) + ms
     tell(f"{name}: all", 1e3 * seconds, "ms")
-    for kind, ms in sorted(totals.items(), key=lambda item: -item[1]):
-        tell(f"{name}: {kind}", ms, "ms")
+    for label, ms in sorted(totals.items(), key=lambda item: -item[1]):
+        tell(f"{name}: {label}", ms, "ms")
     tell(f"{name}: gaps", max(0.0, 1e3 * seconds - sum(totals.values())), "ms")
-    for ms, count, kind, kernel in sorted(kernels, reverse=True)[:LISTED]:
-        print(f"{ms:9.3f} ms {count:6} x  [{kind}]  {kernel[:140]}", flush=True)
+    for ms, count, kernel in sorted(kernels, reverse=True)[:LISTED]:
+        print(f"{ms:9.3f} ms {count:7.1f} x  [{kind(kernel)}]  {kernel[:150]}", flush=True)

@@ -13,6 +13,7 @@ import benchmarks
 import checkpoint
 import configs
 import model
+import vae
 from benchmarks import data as bench_data
 from benchmarks import load
 from benchmarks import train as bench_train
@@ -127,6 +128,18 @@ def test_a_variant_that_fails_or_hangs_says_so(capsys):
     assert "it: stopped after 5 s" in capsys.readouterr().out
 
 
+def test_a_step_from_images_has_the_frozen_networks_in_it(capsys, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    variant, calls = replace(bench_train.VARIANTS["images"], compiled=""), []
+    encode = vae.AutoencoderKL.encode
+    monkeypatch.setattr(vae.AutoencoderKL, "encode",
+                        lambda self, x: (calls.append(len(x)), encode(self, x))[1])
+    bench_train.training(variant, torch.device("cpu"), 3, True, False)
+    said = capsys.readouterr().out
+    assert set(calls) == {3} and len(calls) >= 4        # two encodings a step
+    assert "train: compiled, from images, batch 3" in said and "pairs/s" in said
+
+
 def test_where_the_time_goes_adds_up_to_a_step(tmp_path, capsys):
     bench.main(["train", "--tiny", "--batch", "1", "--where", "eager", "--json",
                 str(tmp_path / "rows.json")])
@@ -148,7 +161,7 @@ def test_where_the_time_goes_adds_up_to_a_step(tmp_path, capsys):
     ("triton_per_fused_sum_4", "reductions"), ("Memcpy DtoD (Device -> Device)",
                                                "copies and layouts")])
 def test_kernels_are_counted_by_kind(kernel, kind):
-    assert bench_train.kind(kernel) == kind
+    assert variants.kind(kernel) == kind
 
 
 def test_halves_train_as_autocast_does():

@@ -8,6 +8,7 @@ import socket
 
 import pytest
 import torch
+import torch.nn as nn
 from test_train import logged, one_thread, run, shards, tiny      # noqa: F401, fixtures
 from torch._dynamo.utils import counters
 
@@ -118,7 +119,7 @@ def test_a_compiled_network_sends_gradients_while_the_rest_of_its_backward_pass_
 
 def test_a_compiled_run_compiles_its_step_and_nothing_else(shards, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "check_compiler", lambda device: None)
-    monkeypatch.setattr(train, "compile_unet", lambda net: net.model.diffusion_model.compile(
+    monkeypatch.setattr(train, "compile_networks", lambda net: net.model.diffusion_model.compile(
         backend="aot_eager"))
     torch._dynamo.reset()
     counters.clear()
@@ -205,3 +206,17 @@ def test_every_number_of_gpus_shares_the_same_pairs_in_a_check():
                      ("3 GPUs, divided", 48)]
     with pytest.raises(ValueError, match="must be positive"):
         bench.main(["scale", "--gpus", "0"])
+
+
+def test_the_unet_and_the_frozen_encoders_are_compiled_not_the_decoder():
+    net = nn.Module()
+    net.model, net.first_stage_model, net.cond_stage_model = nn.Module(), nn.Module(), nn.Module()
+    net.model.diffusion_model, net.cond_stage_model.model = nn.Identity(), nn.Module()
+    train.compile_networks(net)         # pixels: nothing is frozen
+    net.first_stage_model.encoder = net.cond_stage_model.model.visual = nn.Identity()
+    net.first_stage_model.decoder = nn.Identity()
+    train.compile_networks(net)
+    compiled = [name for name, part in net.named_modules(remove_duplicate=False)
+                if part._compiled_call_impl]
+    assert compiled == ["model.diffusion_model", "first_stage_model.encoder",
+                        "cond_stage_model.model.visual"]
