@@ -21,8 +21,9 @@ __all__ = ["one_thread", "shards"]      # fixtures
 # A fork each, which takes a tenth of the time of a new process.
 KILLED = """
 import os, random, signal, sys, time
+import torch
 torch.set_num_threads(1)
-import checkpoint, cost, train
+import checkpoint, cost, distributed, train
 whole, killed, steps = sys.argv[1].split(","), sys.argv[2].split(","), []
 def start(arguments):
     child = os.fork()
@@ -35,7 +36,7 @@ def start(arguments):
             os._exit(1)
     return child
 train.main(whole)
-needs = cost.of(*[train.configs.load(killed), train.ALONE, 8])
+needs = cost.of(*[train.configs.load(killed), distributed.ALONE, 8])
 cost.of = lambda *arguments: needs
 chance, out = random.Random(0), killed[2].removeprefix("--out=")
 def newest():
