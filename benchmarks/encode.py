@@ -10,7 +10,6 @@ what autocast keeps in fp32. Every variant runs in a process of its own (variant
 
 import json
 import sys
-import time
 from contextlib import nullcontext
 
 import torch
@@ -19,7 +18,7 @@ import clip
 import norm
 import vae
 from benchmarks import variants
-from benchmarks.variants import median_seconds, sync, tell
+from benchmarks.variants import median_seconds, seconds_in_a_row, tell
 from shards.encode import halve_weights
 
 BATCH, TINY_BATCH, SIDE, TINY_SIDE = 64, 2, 256, 32
@@ -129,19 +128,6 @@ def measure(job, part):
     tell(f"{title(name, part)}: first call", first, "s")
     if device.type == "cuda":
         tell(f"{title(name, part)}: peak memory", variants.peak_gb(), "GB")
-
-
-def seconds_in_a_row(function, runs, seconds):
-    """Mean seconds of calls that follow each other, as those of shards do: at least `runs` calls,
-    and `seconds`."""
-    sync()
-    start, calls = time.perf_counter(), 0
-    while calls < runs or time.perf_counter() - start < seconds:
-        for _ in range(runs):
-            function()
-        calls += runs
-        sync()
-    return (time.perf_counter() - start) / calls
 
 
 def flops_of(module, function):

@@ -26,7 +26,7 @@ import model
 import norm
 import vae
 from benchmarks import GB, encode, row, variants
-from benchmarks.variants import ask, sync
+from benchmarks.variants import ask, seconds_in_a_row
 from configs import Config, Source
 from optimizer import Ema, Optimizer
 
@@ -158,19 +158,6 @@ def tell(name, value, unit):
     variants.tell(f"train: {name}", value, unit)
 
 
-def seconds_of(function, device, least=LEAST_STEPS, seconds=MEASURED):
-    """Mean seconds of a call, over `seconds` or `least` calls, whichever is more."""
-    function()
-    sync()
-    start, calls = time.perf_counter(), 0
-    while calls < least or time.perf_counter() - start < seconds:
-        for _ in range(least):
-            function()
-        calls += least
-        sync()
-    return (time.perf_counter() - start) / calls
-
-
 def ceilings(device, batch, tiny):
     """What the device does at best: products, the UNet's convolutions and attention, a copy."""
     def random(*shape):
@@ -180,11 +167,11 @@ def ceilings(device, batch, tiny):
     a, b = random(side, side), random(side, side)
     work = 2 * side**3 / 1e12
     for name, seconds in (("burst", 0.1), ("sustained", 0.2 if tiny else SUSTAINED)):
-        tell(f"bf16 product, {name}", work / seconds_of(lambda: a @ b, device, 3, seconds),
+        tell(f"bf16 product, {name}", work / seconds_in_a_row(lambda: a @ b, 3, seconds),
              "TFLOP/s")
     values = random(side * side * (1 if tiny else 8))
     other = torch.empty_like(values)
-    taken = seconds_of(lambda: other.copy_(values), device, 3, 0.1)
+    taken = seconds_in_a_row(lambda: other.copy_(values), 3, 0.1)
     tell("a copy, bytes read and written", 2 * values.nbytes / taken / GB, "GB/s")
     for c_in, c_out, grid in ((1, 1, 32), (3, 1, 32), (2, 2, 16), (4, 4, 8), (8, 4, 8)):
         x = random(batch, c_in * channels, grid, grid).to(memory_format=torch.channels_last)
@@ -197,7 +184,7 @@ def ceilings(device, batch, tiny):
             torch.autograd.grad(F.conv2d(x, weight, padding=1), (x, weight), dy)
         work = 3 * 2 * x.numel() * c_out * channels * 9 / 1e12
         tell(f"3x3 conv, {c_in * channels} to {c_out * channels}, {grid} x {grid}",
-             work / seconds_of(both, device, 3, 0.1), "TFLOP/s")
+             work / seconds_in_a_row(both, 3, 0.1), "TFLOP/s")
     attention_ceilings(device, batch, channels, random)
 
 
@@ -214,7 +201,7 @@ def attention_ceilings(device, batch, channels, random):
                 torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
             try:
                 tell(f"attention, heads of {mult * channels // 8}, {name.lower().split('_')[0]}",
-                     1e3 * seconds_of(both, device, 3, 0.1), "ms")
+                     1e3 * seconds_in_a_row(both, 3, 0.1), "ms")
             except RuntimeError as err:
                 print(f"attention {name}, {mult * channels // 8}: {str(err).splitlines()[0]}",
                       flush=True)
@@ -240,7 +227,7 @@ def norm_kernels(device, batch, tiny):
         for norm.enabled in (False, True):
             tell(f"GroupNorm and SiLU, {channels} x {grid} x {grid}"
                  f"{'' if norm.enabled else ', PyTorch'}",
-                 5 * x.nbytes / seconds_of(both, device, 10, 0.15) / GB, "GB/s")
+                 5 * x.nbytes / seconds_in_a_row(both, 10, 0.15) / GB, "GB/s")
 
 
 # ---- a step
@@ -452,13 +439,13 @@ def training(variant, device, batch, tiny, where):
     least, seconds = (2, 0.0) if tiny else (LEAST_STEPS, MEASURED)
     if where:
         return variants.where(f"train: {name}", step, PROFILED)
-    tell(name, batch / seconds_of(step, device, least, seconds), "pairs/s")
+    tell(name, batch / seconds_in_a_row(step, least, seconds), "pairs/s")
     if cuda:
         tell(f"{name}: peak memory", torch.cuda.max_memory_allocated() / GB, "GB")
     print(f"{name}: loss {loss:.4f}, then {step().mean().item():.4f}", flush=True)
     if cuda and not variant.reference:
         replay = captured(step)
-        tell(f"{name}, CUDA graph", batch / seconds_of(replay, device, least, seconds), "pairs/s")
+        tell(f"{name}, CUDA graph", batch / seconds_in_a_row(replay, least, seconds), "pairs/s")
         tell(f"{name}, CUDA graph: peak memory", torch.cuda.max_memory_allocated() / GB, "GB")
 
 

@@ -144,6 +144,20 @@ def median_seconds(function, runs, seconds=0.0):
     return sorted(taken)[len(taken) // 2]
 
 
+def seconds_in_a_row(function, runs, seconds):
+    """Mean seconds of calls that follow each other without a wait, as those of training and of
+    encoding do, after one that is not counted: at least `runs` calls, and `seconds`."""
+    function()
+    sync()
+    start, calls = time.perf_counter(), 0
+    while calls < runs or time.perf_counter() - start < seconds:
+        for _ in range(runs):
+            function()
+        calls += runs
+        sync()
+    return (time.perf_counter() - start) / calls
+
+
 @torch.no_grad()
 def ceiling():
     """FLOP/s of large bf16 products, burst and sustained."""
@@ -152,14 +166,8 @@ def ceiling():
     a @ b
     work = 2 * side**3
     burst = work / median_seconds(lambda: a @ b, 5)
-    sync()
-    start, calls = time.perf_counter(), 0
-    while time.perf_counter() - start < (SUSTAINED if device().type == "cuda" else 0.1):
-        for _ in range(10):
-            a @ b
-        calls += 10
-        sync()
-    return burst, calls * work / (time.perf_counter() - start)
+    seconds = SUSTAINED if device().type == "cuda" else 0.1
+    return burst, work / seconds_in_a_row(lambda: a @ b, 10, seconds)
 
 
 def peak_gb():
