@@ -1,12 +1,14 @@
 """What follows a backward pass: the learning rate, AdamW, and the average of the weights.
 
-AdamW: arXiv:1711.05101. Both can be divided among ranks, see distributed.py.
+AdamW: arXiv:1711.05101. Both can be divided among ranks, see distributed.py; undivided, a GPU takes
+both steps in one pass over memory, see adamw.py.
 """
 
 import math
 
 import torch
 
+import adamw
 import checkpoint
 from distributed import ALONE, Division
 
@@ -34,11 +36,19 @@ class Ema:
         self.average = {name: p.detach().clone() for name, p in self.live.items()}
         self.decay, self.updates = decay, 0
 
+    def pull(self):
+        """The share of the live weights in the average that the next update makes."""
+        updates = self.updates + 1
+        return 1 - min(self.decay, (1 + updates) / (10 + updates))
+
     @torch.no_grad()
-    def update(self):
+    def update(self, done=frozenset()):
+        """One update, but of the averages named in `done`, which the optimizer's step made."""
+        rest = [name for name in self.average if name not in done]
+        if rest:
+            torch._foreach_lerp_([self.average[name] for name in rest],
+                                 [self.live[name] for name in rest], self.pull())
         self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(list(self.average.values()), list(self.live.values()), 1 - decay)
 
     @torch.no_grad()
     def swap(self):
@@ -79,10 +89,12 @@ class Optimizer:
         self.adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps,
                                        weight_decay=config.weight_decay,
                                        fused=net.betas.device.type == "cuda")
+        self.one_pass, self.behind = adamw.OnePass(self.adamw), False
 
     @torch.no_grad()
-    def step(self, step):
-        """One step with the gradients at hand, whose norm it returns where they are clipped."""
+    def step(self, step, ema=None):
+        """One step with the gradients at hand, whose norm it returns where they are clipped; and
+        the update of the average behind it, if one is given."""
         rate, norm = learning_rate(step, self.config), None
         for p in self.trained.values():     # one token's self-attention leaves its q and k without
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -90,14 +102,30 @@ class Optimizer:
             group["lr"] = rate * group["full_lr"]
         if self.config.grad_clip:
             norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.config.grad_clip)
-        self.adamw.step()
+        done = self.advance(ema)
         self.division.spread()
         for p in self.trained.values():
             p.grad = None
         if self.config.weight_decay:
             torch._foreach_mul_(self.idle, 1 - rate * self.config.lr * self.config.weight_decay)
         self.count += 1
+        if ema is not None:
+            ema.update(done)
         return norm
+
+    def advance(self, ema):
+        """AdamW alone; the names of the averages that took their step with it."""
+        if not self.division.divided and adamw.usable(self.adamw):
+            done = self.one_pass.step(self.count + 1, ema)
+            if done is not None:
+                self.behind = True
+                return done
+        if self.behind:         # PyTorch counts for each parameter
+            for state in self.adamw.state.values():
+                state["step"].fill_(self.count)
+            self.behind = False
+        self.adamw.step()
+        return frozenset()
 
     def tensors(self):
         """Yields (parameter.moment, tensor) of AdamW's state of all parameters; all ranks must go
