@@ -3,8 +3,8 @@
     python ablation.py configs/ablation.py --minutes 9      # again, until it prints the table
 
 Renders the scenes, trains every mode from scratch in its own folder, several processes at once on
-one GPU, scores all on the same held-out pairs, and writes ablation.json, table.txt, sheet.png and
-curves.svg. Every part that is done is skipped, and a run that was stopped goes on: the same command
+the GPUs there are, scores all on the same held-out pairs, and writes ablation.json, table.txt,
+sheet.png and curves.svg. Every part that is done is skipped, and a run that was stopped goes on: the same command
 comes to the same end however often it is cut short.
 """
 
@@ -16,6 +16,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 
 import checkpoint
 import configs
@@ -74,23 +75,31 @@ def reason_of(path):
     return next((line for line in reversed(text.splitlines()) if line.strip()), "nothing was said")
 
 
+def gpus_there():
+    """The names, for CUDA_VISIBLE_DEVICES, of the GPUs that this process may use."""
+    named, count = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","), torch.cuda.device_count()
+    return (named if named[0] else list(map(str, range(count))))[:count]
+
+
 def train(config, modes, args, overrides, deadline):
-    """Trains the modes, args.jobs at once, until all are done or the time is up. Returns whether
-    all are done. Raises ValueError, and stops the others, where one fails."""
+    """Trains the modes, args.jobs at once, on the GPUs in turn, until all are done or the time is
+    up. Returns whether all are done. Raises ValueError, and stops the others, where one fails."""
     Path(config.out).mkdir(parents=True, exist_ok=True)
     # processes that all use every core stand in each other's way
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}
+    gpus = gpus_there()
     waiting, running, told = [m for m in modes if not is_done(config, m)], {}, time.monotonic()
     try:
         while (waiting or running) and time.monotonic() < deadline:
             while waiting and len(running) < args.jobs:
                 mode = waiting.pop(0)
+                gpu = {"CUDA_VISIBLE_DEVICES": gpus[modes.index(mode) % len(gpus)]} if gpus else {}
                 # overrides first: the mode and the folder are the ablation's
                 command = [sys.executable, str(ROOT / "train.py"), args.config, *overrides,
                            f"--mode={mode}", f"--out={Path(config.out) / mode}"]
                 with open(Path(config.out) / f"{mode}.log", "ab") as log:
                     running[mode] = subprocess.Popen(command, stdout=log, stderr=log,
-                                                     env={**threads, **os.environ})
+                                                     env={**threads, **os.environ, **gpu})
             time.sleep(POLL)
             for mode, process in list(running.items()):
                 if process.poll() is not None:
@@ -209,7 +218,7 @@ def parser():
     p.add_argument("--minutes", type=sample.numbers_of(float, 0, above=True), metavar="M",
                    help="stop then, and go on with the same command (no limit)")
     p.add_argument("--jobs", type=whole, metavar="N",
-                   help="runs at once (all of them on a GPU, otherwise one)")
+                   help="runs at once (all of them on GPUs, otherwise one)")
     p.add_argument("--modes", default=",".join(MODES), help="which ones (%(default)s)")
     p.add_argument("--pairs", type=sample.numbers_of(int, 2), default=512, metavar="N",
                    help="held-out pairs to score on (%(default)s)")

@@ -23,9 +23,11 @@ except ImportError:         # no wheel for this system
     triton = tl = None
 
 COLUMNS = 64                # channels of a tile: lines of whole 128 bytes of bf16
-TILE, PER_WARP = 2048, 512  # values of a tile that is read and written; of 32 threads of it
-SLICE = 1024                # values of a tile that is summed over
-MOMENTS, SUMS = (16, 256), (8, 512)     # of these: tiles one after the other, values of 32 threads
+# Values of a tile that is read and written, forward and backward; and of 32 threads of it
+APPLY, GRADIENT = (1024, 1024), (2048, 512)
+# Positions of a tile that is summed over, such tiles one after the other; values of 32 threads: for
+# moments, for those of a sum that is written, for the gradient's sums
+HEIGHT, SLICES, MOMENTS, WRITTEN, SUMS = 8, 16, 512, 256, 128
 PROGRAMS = 256              # that keep a GPU busy
 CHUNK = 16                  # blocks that are combined at a time
 # A group that one program holds at once, and its values per 32 threads; a grid that is small enough
@@ -283,24 +285,23 @@ def warps(values, each):
     return max(1, min(16, values // each))
 
 
-def tiling(b, c, n):
+def tiling(b, c, n, values, per_warp):
     """(grid of programs, options) of a kernel that reads and writes tiles of grids (b, c, n)."""
     columns = COLUMNS if c % (2 * COLUMNS) else 2 * COLUMNS
-    rows = min(TILE // columns, power_of_2(n))
+    rows = min(values // columns, power_of_2(n))
     return ((triton.cdiv(c, columns), triton.cdiv(n, rows), b),
-            {"ROWS": rows, "COLUMNS": columns, "num_warps": warps(rows * columns, PER_WARP)})
+            {"ROWS": rows, "COLUMNS": columns, "num_warps": warps(rows * columns, per_warp)})
 
 
-def summing(b, c, n, slices, per_warp):
+def summing(b, c, n, per_warp):
     """(grid of programs, options) of a kernel that sums over blocks of positions."""
-    columns = COLUMNS if c % (2 * COLUMNS) else 2 * COLUMNS
-    rows = min(SLICE // columns, power_of_2(n))
+    rows, slices, across = min(HEIGHT, power_of_2(n)), SLICES, triton.cdiv(c, COLUMNS)
     while slices > 1 and (rows * slices >= 2 * n or
-                          b * triton.cdiv(c, columns) * triton.cdiv(n, rows * slices) < PROGRAMS):
+                          b * across * triton.cdiv(n, rows * slices) < PROGRAMS):
         slices //= 2
-    return ((triton.cdiv(c, columns), triton.cdiv(n, rows * slices), b),
-            {"ROWS": rows, "SLICES": slices, "COLUMNS": columns,
-             "num_warps": warps(rows * columns, per_warp)})
+    return ((across, triton.cdiv(n, rows * slices), b),
+            {"ROWS": rows, "SLICES": slices, "COLUMNS": COLUMNS,
+             "num_warps": warps(rows * COLUMNS, per_warp)})
 
 
 def combining(width, k):
@@ -328,13 +329,13 @@ def kernel_forward(x: Tensor, weight: Tensor, bias: Tensor, shift: Optional[Tens
                                 power_of_2(n), power_of_2(width),
                                 num_warps=warps(held, WHOLE_PER_WARP))
         return y, moments
-    grid, block = summing(b, c, n, *MOMENTS)
+    grid, block = summing(b, c, n, MOMENTS)
     if sums is None:
         sums = moments.new_empty(b, grid[1], 2, c)
         moments_kernel[grid](x, x, x, x, sums, n, c, False, **block)
     combine_kernel[groups, b](sums, shift, moments, n, c, grid[1], width, eps,
                               block["ROWS"] * block["SLICES"], shifted, **combining(width, grid[1]))
-    grid, tile = tiling(b, c, n)
+    grid, tile = tiling(b, c, n, *APPLY)
     apply_kernel[grid](x, weight, bias, moments, y, n, c, silu, **tile)
     return y, moments
 
@@ -350,7 +351,7 @@ def kernel_add(x: Tensor, h: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """See add. It has no backward pass."""
     x, h, (b, c, *sides) = channels_last(x), channels_last(h), x.shape
     n, (y, sums) = math.prod(sides), fake_add(x, h, bias)
-    grid, block = summing(b, c, n, *MOMENTS)
+    grid, block = summing(b, c, n, WRITTEN)
     moments_kernel[grid](x, h, bias, y, sums, n, c, True, **block)
     return y, sums
 
@@ -358,7 +359,7 @@ def kernel_add(x: Tensor, h: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
 @kernel_add.register_fake
 def fake_add(x, h, bias):
     b, c, *sides = x.shape
-    k = summing(b, c, math.prod(sides), *MOMENTS)[0][1]
+    k = summing(b, c, math.prod(sides), WRITTEN)[0][1]
     return (torch.empty_like(x, memory_format=torch.channels_last),
             x.new_empty((b, k, 2, c), dtype=torch.float32))
 
@@ -370,12 +371,12 @@ def kernel_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, moments
     dy, x, (b, c, h, w) = channels_last(dy), channels_last(x), x.shape
     n, width = h * w, c // groups
     dx, parts = fake_backward(dy, x, weight, bias, moments, groups, silu)
-    grid, block = summing(b, c, n, *SUMS)
+    grid, block = summing(b, c, n, SUMS)
     sums = moments.new_empty(b, grid[1], 2, c)
     gradient_sums_kernel[grid](dy, x, weight, bias, moments, sums, n, c, silu, **block)
     gradient_combine_kernel[groups, b](sums, weight, moments, parts, n, c, grid[1], width,
                                        **combining(width, grid[1]))
-    grid, tile = tiling(b, c, n)
+    grid, tile = tiling(b, c, n, *GRADIENT)
     gradient_kernel[grid](dy, x, weight, bias, moments, parts, dx, n, c, silu, **tile)
     return dx, parts
 

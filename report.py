@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 import cost
+import graph
 from model import TIMESTEPS
 
 BANDS = 4                           # of timesteps, each with its own loss
@@ -142,7 +143,8 @@ def summary(config, ranks, device, needs, micro_batch, micro_steps):
     """What a run begins with, as text: code, machine, network, step, memory."""
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     machine = [f"{ranks.world} x {device.type}", chip or platform.machine(), config.precision]
-    machine += ["compiled"] * config.compile
+    machine += ["compiled"] * config.compile + ["as a CUDA graph"] * graph.possible(config, ranks,
+                                                                                   device)
     machine += ["moments and average divided"] * (config.divide_optimizer and ranks.world > 1)
     there, gb = cost.available(device), cost.GB
     return "\n".join([

@@ -11,6 +11,7 @@ nothing but weights and step needs saving, and the number of ranks or micro-step
 """
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -31,6 +32,7 @@ import cost
 import data
 import distributed
 import evaluate
+import graph
 import model
 import report
 from optimizer import Ema, Optimizer, learning_rate
@@ -40,11 +42,11 @@ CHECKED_PAIRS = 4       # of each source, at start
 NAMED_PAIRS = 5         # of those whose loss is not finite
 STOP = signal.SIGINT, signal.SIGTERM    # save and end; sent again they change nothing
 # Fields that may change when a run goes on: they do not change what it learns from the same pairs.
-FREE = {"data", "out", "steps", "device", "compile", "checkpoint_activations", "micro_batch",
-        "divide_optimizer", "workers", "max_damaged", "log_every", "save_every", "keep",
-        "keep_every", "sample_every", "eval_pairs", "validate_every", "validate_pairs",
-        "validate_steps",
-        "sampler", "sample_steps", "guidance", "eta", "init", "depth_weights", "precision"}
+FREE = {"data", "out", "steps", "device", "compile", "graph", "checkpoint_activations",
+        "micro_batch", "divide_optimizer", "workers", "max_damaged", "log_every", "save_every",
+        "keep", "keep_every", "sample_every", "eval_pairs", "validate_every", "validate_pairs",
+        "validate_steps", "sampler", "sample_steps", "guidance", "eta", "init", "depth_weights",
+        "precision"}
 
 
 # ---- a batch
@@ -62,6 +64,14 @@ def inputs(net, batch, config, depth_net, device):
                           config.quantile_blend)
     mean, logvar = net.encode(image_target)
     return mean, logvar, net.encode(image_cond)[0], net.embed(image_cond), T.to(device)
+
+
+def forward_backward(net, autocast, micro_steps, drop, mean, logvar, z_cond, embedding, T, *draws):
+    """The losses (b,) of pairs, whose mean adds its share of the step to the gradients."""
+    with autocast:
+        loss = net(mean, logvar, z_cond, embedding, T, model.Draws(*draws), drop)
+        (loss.mean() / micro_steps).backward()
+    return loss.detach()
 
 
 # ---- the machine
@@ -332,6 +342,10 @@ def train(config, ranks, device, log, writer, traced, dry_run):
         compile_networks(net)
         log.say("compile  the first step takes minutes, in later runs seconds")
     wrapped = ranks.wrap(net)
+    drop = config.drop_clip, config.drop_both, config.drop_latent
+    passes = functools.partial(forward_backward, wrapped, autocast, micro_steps, drop)
+    if graph.possible(config, ranks, device):
+        passes = graph.Recorded(passes, net.parameters())
     peak = cost.ceiling(device, config.precision) if ranks.rank == 0 else 1.0
 
     asked_to_stop = []
@@ -342,7 +356,6 @@ def train(config, ranks, device, log, writer, traced, dry_run):
     loader = data.loader(pairs, batches, config.workers, device, config.max_damaged, log.note)
     damage, loader = loader.report, iter(loader)
     shape = model.latent_shape(config)
-    drop = config.drop_clip, config.drop_both, config.drop_latent
     log.start(start, traced)
     meter, done, logged, saved, stopped, norm = report.Meter(), start, start, start, False, None
     while done < config.steps and not stopped:
@@ -354,17 +367,17 @@ def train(config, ranks, device, log, writer, traced, dry_run):
                 break
             numbers = batch["number"].to(device, non_blocking=True)
             draws = model.draw(config.seed, numbers, shape)
+            with autocast:
+                given = inputs(net, batch, config, depth_net, device)
             last = micro_step == micro_steps - 1
-            with autocast, nullcontext() if last or ranks.world == 1 else wrapped.no_sync():
-                loss = wrapped(*inputs(net, batch, config, depth_net, device), draws, drop)
-                (loss.mean() / micro_steps).backward()
+            with nullcontext() if last or ranks.world == 1 else wrapped.no_sync():
+                loss = passes(*given, *vars(draws).values())
             meter.add(loss, draws.t)
         else:
             # the reference's average moves once a micro-step, all but the last on the same weights
             for _ in range(micro_steps - 1 if config.ema_per == "micro_step" else 0):
                 ema.update()
-            norm = optimizer.step(done)
-            ema.update()
+            norm = optimizer.step(done, ema)
             done += 1
             log.stepped()
         final = done == config.steps

@@ -24,6 +24,7 @@ import torch.nn as nn
 
 import distributed
 import model
+import train
 from benchmarks import GB, row, variants
 from benchmarks.train import WARMED_UP, made_config, network, pairs
 from benchmarks.variants import median_seconds, tell
@@ -113,7 +114,6 @@ def work(rank, job, port):
 class Training:
     """What train.py trains, and its step. Random weights are the same on all ranks."""
     def __init__(self, job, ranks, device):
-        import train
         self.ranks, self.device = ranks, device
         self.config = made_config(job["tiny"], job["batch"], device=device.type,
                                   divide_optimizer=job["divided"])
@@ -134,16 +134,15 @@ class Training:
 
     def micro_step(self, given, micro_steps=1, last=True):
         """Loss (b,) of pairs, whose gradients are averaged over the ranks at the `last` one."""
-        apart = not last and self.ranks.world > 1
-        with (torch.autocast(self.device.type, torch.bfloat16),
-              self.wrapped.no_sync() if apart else nullcontext()):
-            loss = self.wrapped(*given)
-            (loss.mean() / micro_steps).backward()
-        return loss.detach()
+        config, (*given, draws) = self.config, given
+        autocast = torch.autocast(self.device.type, torch.bfloat16)
+        drop = config.drop_clip, config.drop_both, config.drop_latent
+        with nullcontext() if last or self.ranks.world == 1 else self.wrapped.no_sync():
+            return train.forward_backward(self.wrapped, autocast, micro_steps, drop, *given,
+                                          *vars(draws).values())
 
     def update(self):
-        self.optimizer.step(WARMED_UP)
-        self.ema.update()
+        self.optimizer.step(WARMED_UP, self.ema)
 
 
 def measure(job, training, ranks):

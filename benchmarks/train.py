@@ -22,8 +22,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import camera
+import graph
 import model
 import norm
+import train
 import vae
 from benchmarks import GB, encode, row, variants
 from benchmarks.variants import ask, seconds_in_a_row
@@ -335,6 +337,8 @@ class Step:
         self.halves = Halves(self.unet) if variant.halves else None
         self.pairs, self.device, self.variant = pairs(config, batch, device), device, variant
         self.images = Images(variant, batch, device, tiny) if variant.images else None
+        self.passes = self.forward_backward
+        self.drop = config.drop_clip, config.drop_both, config.drop_latent
         if variant.compiled == "whole":
             self.unet.compile()
         elif variant.compiled:
@@ -343,18 +347,29 @@ class Step:
                     part.compile()
 
     def __call__(self):
-        with (nullcontext() if self.variant.reference else
-              torch.autocast(self.device.type, torch.bfloat16)):
-            given = (*self.images(), *self.pairs[4:]) if self.images else self.pairs
-            loss = self.net(*given)
-            loss.mean().backward()
+        loss = self.passes(*self.pairs[:5], *vars(self.pairs[5]).values())
         if self.halves:
             self.halves.collect()
-        self.optimizer.step(WARMED_UP)
-        self.average.update()
+        if self.variant.reference:
+            self.optimizer.step(WARMED_UP)
+            self.average.update()
+        else:
+            self.optimizer.step(WARMED_UP, self.average)
         if self.halves:
             self.halves.refresh()
         return loss
+
+    def forward_backward(self, *given):
+        autocast = (nullcontext() if self.variant.reference else
+                    torch.autocast(self.device.type, torch.bfloat16))
+        if self.images:
+            with autocast:
+                given = *self.images(), *given[4:]
+        return train.forward_backward(self.net, autocast, 1, self.drop, *given)
+
+    def record(self):
+        """From the next call on the passes are a CUDA graph, as train.py's are where asked for."""
+        self.passes = graph.Recorded(self.forward_backward, self.net.parameters())
 
 
 class Images:
@@ -394,25 +409,6 @@ class SlowEma:
             average.sub_((1 - EMA_DECAY) * (average - live))
 
 
-def captured(step):
-    """The step as one CUDA graph: what it takes to call."""
-    for group in step.optimizer.adamw.param_groups:
-        group["capturable"] = True
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for _ in range(WARM):
-            step()
-    torch.cuda.current_stream().wait_stream(aside)
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
 def training(variant, device, batch, tiny, where):
     """Tells pairs a second, time to the first step, peak memory; then the same as a CUDA graph."""
     import torch._dynamo as dynamo
@@ -444,8 +440,10 @@ def training(variant, device, batch, tiny, where):
         tell(f"{name}: peak memory", torch.cuda.max_memory_allocated() / GB, "GB")
     print(f"{name}: loss {loss:.4f}, then {step().mean().item():.4f}", flush=True)
     if cuda and not variant.reference:
-        replay = captured(step)
-        tell(f"{name}, CUDA graph", batch / seconds_in_a_row(replay, least, seconds), "pairs/s")
+        step.record()
+        step()
+        torch.cuda.reset_peak_memory_stats()
+        tell(f"{name}, CUDA graph", batch / seconds_in_a_row(step, least, seconds), "pairs/s")
         tell(f"{name}, CUDA graph: peak memory", torch.cuda.max_memory_allocated() / GB, "GB")
 
 

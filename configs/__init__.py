@@ -108,6 +108,7 @@ class Config:
     device: str = "auto"                    # auto: cuda, then mps, then cpu
     precision: str = "bf16"                 # of matrix products and convolutions; weights stay fp32
     compile: bool = False                   # torch.compile the UNet
+    graph: bool = False                     # on one GPU, replay a CUDA graph: for small steps
     checkpoint_activations: bool = False    # recompute in the backward pass: less memory, slower
     divide_optimizer: bool = False          # ranks share moments and average (ZeRO-1): less memory
     workers: int = 4                        # loader processes a rank

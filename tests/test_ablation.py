@@ -17,8 +17,8 @@ TINY = ["--scenes", "4", "--held-out", "4", "--pairs", "8", "--modes", "3dof,7do
         "--norm_groups=8", "--attention_resolutions=2", "--num_heads=1", "--context_dim=16",
         "--steps=4", "--batch_size=4", "--micro_batch=4", "--validate_every=2",
         "--validate_pairs=4",
-        "--eval_pairs=0", "--device=cpu", "--precision=fp32", "--workers=0", "--log_every=1",
-        "--save_every=2", "--sample_every=100"]
+        "--eval_pairs=0", "--device=cpu", "--compile=false", "--precision=fp32", "--workers=0",
+        "--log_every=1", "--save_every=2", "--sample_every=100"]
 
 
 def run(folder, *more):

@@ -48,7 +48,7 @@ def worst(found, inputs, dy, *options):
 
 
 PATHS = {"whole": {}, "blocks": {"WHOLE": 0},
-         "long blocks": {"WHOLE": 0, "PROGRAMS": 1, "SLICE": 128}}
+         "long blocks": {"WHOLE": 0, "PROGRAMS": 1, "HEIGHT": 2}}
 
 
 @needs_triton

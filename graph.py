@@ -1,0 +1,69 @@
+"""The forward and backward pass of training as one CUDA graph.
+
+Of a small network, or of few pairs at once, kernels take microseconds each, and to launch them
+takes the processor longer than the GPU needs to run them. A graph is launched at once: it is what
+the GPU was asked for while the passes were recorded, on the same addresses, every time.
+See https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs.
+"""
+
+import torch
+
+WARM_UPS = 3            # calls before the recording, in which libraries choose their kernels
+
+
+def possible(config, ranks, device):
+    """Whether a run records its passes: it is asked to, and nothing is sent between processes."""
+    return config.graph and device.type == "cuda" and ranks.world == 1
+
+
+def record(function):
+    """(what replays a function without arguments, its result, which every replay writes anew)."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UPS):
+            function()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()        # the graph has memory of its own
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = function()
+    return graph.replay, result
+
+
+class Recorded:
+    """In the place of `passes(*tensors) -> losses (b,)`, which adds to the gradients of parameters.
+
+    The first call records: shapes, and whatever is not a tensor, stay as they are then. Gradients
+    are the same tensors every time; None before a call, they are written, else added to.
+    """
+    def __init__(self, passes, parameters):
+        self.passes, self.parameters = passes, [p for p in parameters if p.requires_grad]
+        self.replay = None
+
+    def __call__(self, *tensors):
+        if self.replay is None:
+            self.begin(tensors)
+        written = [grad for grad in self.gradients if grad is not None]
+        adds = any(p.grad is not None for p in self.parameters)
+        earlier = [grad.clone() for grad in written] if adds else []
+        torch._foreach_copy_(self.given, list(tensors))
+        self.replay()
+        if adds:
+            torch._foreach_add_(written, earlier)
+        for p, grad in zip(self.parameters, self.gradients):
+            p.grad = grad
+        return self.losses.clone()
+
+    def begin(self, tensors):
+        self.given = [tensor.clone() for tensor in tensors]
+        self.replay, self.losses = record(self.anew)
+        self.gradients = [p.grad for p in self.parameters]
+        for p in self.parameters:
+            p.grad = None
+
+    def anew(self):
+        """The passes, whose gradients are new tensors."""
+        for p in self.parameters:
+            p.grad = None
+        return self.passes(*self.given)
