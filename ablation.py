@@ -4,8 +4,8 @@
 
 Renders the scenes, trains every mode from scratch in its own folder, several processes at once on
 the GPUs there are, scores all on the same held-out pairs, and writes ablation.json, table.txt,
-sheet.png and curves.svg. Every part that is done is skipped, and a run that was stopped goes on: the same command
-comes to the same end however often it is cut short.
+sheet.png and curves.svg. Every part that is done is skipped, and a run that was stopped goes on:
+the same command comes to the same end however often it is cut short.
 """
 
 import json

@@ -1,6 +1,7 @@
 """Learning curves: what runs logged, against the pairs that they had seen, as one SVG picture.
 
     python curves.py out/synth out/long --figure val_psnr --out curves.svg
+    python curves.py out/bf16 out/fp32 --figure loss --log
 """
 
 import argparse
@@ -41,15 +42,27 @@ def ticks(low, high):
     return [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def svg(curves, title):
-    """The picture of {name: [(x, y)]} as text."""
+def log_ticks(low, high):
+    """1, 2 and 5 times powers of ten from low to high."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return [tick for power in powers for tick in (10.0**power, 2 * 10.0**power, 5 * 10.0**power)
+            if low <= tick <= high]
+
+
+def svg(curves, title, log=False):
+    """The picture of {name: [(x, y)]} as text. log: y is. ValueError where it cannot be."""
     xs, ys = ([point[i] for points in curves.values() for point in points] for i in (0, 1))
     x_high, y_low, y_high = max(xs), min(ys), max(ys)
-    y_low, y_high = (y_low, y_high) if y_high > y_low else (y_low - 1, y_high + 1)
+    if log and y_low <= 0:
+        raise ValueError(f"--log needs values above 0, the lowest is {y_low:g}")
+    if y_high == y_low:
+        y_low, y_high = (y_low / 2, 2 * y_high) if log else (y_low - 1, y_high + 1)
+    marks, scale = (log_ticks, math.log10) if log else (ticks, float)
+    bottom, top = scale(y_low), scale(y_high)
 
     def place(x, y):
         return (MARGIN + x / x_high * (WIDTH - 2 * MARGIN),
-                HEIGHT - MARGIN - (y - y_low) / (y_high - y_low) * (HEIGHT - 2 * MARGIN))
+                HEIGHT - MARGIN - (scale(y) - bottom) / (top - bottom) * (HEIGHT - 2 * MARGIN))
 
     def text(x, y, words, anchor):
         return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html.escape(words)}</text>'
@@ -58,9 +71,9 @@ def svg(curves, title):
              'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" '
              'fill="white"/>']
     for x in ticks(0, x_high):
-        left, bottom = place(x, y_low)
-        parts.append(text(left, bottom + LABEL, f"{x:,.0f}", "middle"))
-    for y in ticks(y_low, y_high):
+        left = MARGIN + x / x_high * (WIDTH - 2 * MARGIN)
+        parts.append(text(left, HEIGHT - MARGIN + LABEL, f"{x:,.0f}", "middle"))
+    for y in marks(y_low, y_high):
         left, height = place(0, y)
         parts.append(f'<line x1="{left}" x2="{WIDTH - MARGIN}" y1="{height:.1f}" '
                      f'y2="{height:.1f}" stroke="#dddddd"/>')
@@ -82,11 +95,12 @@ def main(argv):
     p = argparse.ArgumentParser(prog="curves.py", description=__doc__.splitlines()[0])
     p.add_argument("runs", nargs="+", metavar="FOLDER", help="runs of train.py")
     p.add_argument("--figure", default="val_psnr", help="what of log.jsonl to draw (%(default)s)")
+    p.add_argument("--log", action="store_true", help="on a logarithmic axis")
     p.add_argument("--out", default="curves.svg", metavar="FILE", help="(%(default)s)")
     args = p.parse_args(argv)
     try:
         curves = {Path(run).name: read(run, args.figure) for run in args.runs}
-        Path(args.out).write_text(svg(curves, args.figure))
+        Path(args.out).write_text(svg(curves, args.figure, args.log))
     except (ValueError, OSError) as err:
         print(f"curves.py: {err}", file=sys.stderr)
         sys.exit(2)

@@ -142,6 +142,21 @@ def test_the_picture_holds_every_curve_inside_its_frame(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("curves.py: ")
 
 
+def test_a_logarithmic_axis_gives_equal_ratios_equal_heights(tmp_path, capsys):
+    folder = logged(tmp_path / "a", [{"step": k, "loss": 10.0**-k} for k in range(3)])
+    curves.main([str(folder), "--figure", "loss", "--log", "--out", str(tmp_path / "c.svg")])
+    tree = ElementTree.parse(tmp_path / "c.svg")
+    line = next(e for e in tree.iter() if e.tag.endswith("polyline"))
+    heights = [float(p.split(",")[1]) for p in line.get("points").split()]
+    assert heights == [60, 210, 360]
+    labels = {e.text for e in tree.iter() if e.tag.endswith("text")}
+    assert {"0.01", "0.02", "0.05", "0.1", "0.2", "0.5", "1"} <= labels
+    with pytest.raises(SystemExit):
+        curves.main([str(logged(tmp_path / "b", [{"step": 1, "loss": 0.0}])), "--figure", "loss",
+                     "--log"])
+    assert "--log needs values above 0, the lowest is 0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("low, high", [(0, 512_000), (14.2, 19.1), (0.1, 0.35), (18.2, 18.3)])
 def test_an_axis_has_a_few_round_labels(low, high):
     marks = curves.ticks(low, high)
