@@ -20,7 +20,7 @@ import vae
 from clip import CLIP
 from geglu import geglu
 from noise import DROP, NOISE, POSTERIOR, TIMESTEP, normal, uniform
-from norm import group_norm
+from norm import GroupNorm
 
 RES_EPS, TRANSFORMER_EPS = 1e-5, 1e-6       # quirk: the two kinds of block use different eps
 LARGEST_PERIOD = 10_000                     # of the timestep embedding
@@ -45,16 +45,6 @@ def timestep_embedding(t, width):
     frequency = torch.exp(-math.log(LARGEST_PERIOD) * index / half)
     angle = t.float()[:, None] * frequency
     return F.pad(torch.cat([angle.cos(), angle.sin()], dim=-1), (0, width % 2))
-
-
-class GroupNorm(nn.GroupNorm):
-    """GroupNorm of x (b, c, h, w), after `shift` (b, c) is added, and before SiLU if `silu`."""
-    def __init__(self, groups, c, eps, silu=False):
-        super().__init__(groups, c, eps)
-        self.silu = silu
-
-    def forward(self, x, shift=None):
-        return group_norm(x, self.weight, self.bias, self.num_groups, self.eps, self.silu, shift)
 
 
 class Conv1x1(nn.Conv2d):
@@ -86,7 +76,7 @@ class ResBlock(nn.Module):
         h = F.conv2d(norm(x), conv.weight, padding=1)
         # The embedding and the conv's bias are one number a channel: the norm adds them as it reads
         norm, *_, conv_out = self.out_layers
-        h = norm(h, self.emb_layers(emb) + conv.bias)
+        h = norm(h, shift=self.emb_layers(emb) + conv.bias)
         return self.skip_connection(x) + conv_out(h)
 
 

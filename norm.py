@@ -13,6 +13,7 @@ import math
 from typing import Optional
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -37,6 +38,18 @@ KERNEL_TYPES = torch.float32, torch.bfloat16, torch.float16
 MOST = 2**19                # positions, as the second axis of a launch has up to 65,535 programs
 
 enabled = triton is not None    # False: PyTorch's own on GPUs too
+
+
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm of x (b, c, h, w), after `shift` (b, c) is added, and before SiLU if `silu`.
+    sums: what `add` said of x."""
+    def __init__(self, groups, c, eps, silu=False):
+        super().__init__(groups, c, eps)
+        self.silu = silu
+
+    def forward(self, x, *, shift=None, sums=None):
+        return group_norm(x, self.weight, self.bias, self.num_groups, self.eps, self.silu, shift,
+                          sums)
 
 
 def group_norm(x, weight, bias, groups, eps, silu=False, shift=None, sums=None):

@@ -9,7 +9,7 @@ b batch, c channels, h w image or feature grid, z latent channels.
 import torch.nn as nn
 import torch.nn.functional as F
 
-from norm import add, group_norm
+from norm import GroupNorm, add
 
 SCALE_FACTOR = 0.18215         # Stable Diffusion's: latents times this have a deviation near 1
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
@@ -74,7 +74,7 @@ class Encoder(nn.Module):
             self.down.append(down)
             c = ch * mult
         self.mid = Middle(c)
-        self.norm_out = Norm(c, silu=True)
+        self.norm_out = GroupNorm(NORM_GROUPS, c, NORM_EPS, silu=True)
         self.conv_out = nn.Conv2d(c, c_out, 3, padding=1)
 
     def forward(self, x):
@@ -83,7 +83,8 @@ class Encoder(nn.Module):
             h, sums = down(h)
             if hasattr(down, "downsample"):
                 h = down.downsample(h)                                   # (b, c, h/2, w/2)
-        return self.conv_out(self.norm_out(*self.mid(h, sums)))
+        h, sums = self.mid(h, sums)
+        return self.conv_out(self.norm_out(h, sums=sums))
 
 
 def first_conv(conv, x):
@@ -118,7 +119,7 @@ class Decoder(nn.Module):
                 up[0].upsample = Upsample(ch * mult)
             c = ch * mult
         self.up = nn.ModuleList(up)
-        self.norm_out = Norm(c, silu=True)
+        self.norm_out = GroupNorm(NORM_GROUPS, c, NORM_EPS, silu=True)
         self.conv_out = nn.Conv2d(c, 3, 3, padding=1)
 
     def forward(self, z):
@@ -127,7 +128,7 @@ class Decoder(nn.Module):
             h, sums = up(h, sums)
             if hasattr(up, "upsample"):
                 h, sums = up.upsample(h), None                           # (b, c, 2h, 2w)
-        return self.conv_out(self.norm_out(h, sums))
+        return self.conv_out(self.norm_out(h, sums=sums))
 
 
 class Level(nn.Module):
@@ -166,16 +167,16 @@ class ResBlock(nn.Module):
     """Two 3x3 convs around a skip connection. (b, c_in, h, w) -> (b, c_out, h, w)."""
     def __init__(self, c_in, c_out):
         super().__init__()
-        self.norm1 = Norm(c_in, silu=True)
+        self.norm1 = GroupNorm(NORM_GROUPS, c_in, NORM_EPS, silu=True)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2 = Norm(c_out, silu=True)
+        self.norm2 = GroupNorm(NORM_GROUPS, c_out, NORM_EPS, silu=True)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         if c_in != c_out:
             self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x, sums, summed=True):
         # biases are numbers a channel: the norm, and the sum, add them as they read
-        h = F.conv2d(self.norm1(x, sums), self.conv1.weight, padding=1)
+        h = F.conv2d(self.norm1(x, sums=sums), self.conv1.weight, padding=1)
         h = self.norm2(h, shift=self.conv1.bias.expand(len(x), -1))
         h, bias = F.conv2d(h, self.conv2.weight, padding=1), self.conv2.bias
         if hasattr(self, "nin_shortcut"):
@@ -187,14 +188,14 @@ class Attention(nn.Module):
     """Single-head self-attention over all grid positions. (b, c, h, w) -> same."""
     def __init__(self, c):
         super().__init__()
-        self.norm = Norm(c)
+        self.norm = GroupNorm(NORM_GROUPS, c, NORM_EPS)
         self.q = nn.Conv2d(c, c, 1)
         self.k = nn.Conv2d(c, c, 1)
         self.v = nn.Conv2d(c, c, 1)
         self.proj_out = nn.Conv2d(c, c, 1)
 
     def forward(self, x, sums):
-        h = self.norm(x, sums)
+        h = self.norm(x, sums=sums)
         q, k, v = (f(h).flatten(2).mT for f in (self.q, self.k, self.v))            # (b, hw, c)
         # in so many words, as no fast kernel of attention has heads this wide
         h = (q * q.shape[-1]**-0.5 @ k.mT).softmax(-1).to(v.dtype) @ v
@@ -221,15 +222,3 @@ class Upsample(nn.Module):
 
     def forward(self, x):
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
-
-
-class Norm(nn.GroupNorm):
-    """GroupNorm of x (b, c, h, w), whose `sums` norm.add may have said, after `shift` (b, c) is
-    added, and before SiLU if `silu`."""
-    def __init__(self, c, silu=False):
-        super().__init__(NORM_GROUPS, c, NORM_EPS)
-        self.silu = silu
-
-    def forward(self, x, sums=None, shift=None):
-        return group_norm(x, self.weight, self.bias, self.num_groups, self.eps, self.silu, shift,
-                          sums)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 import model
 import norm
+import vae
 
 needs_triton = pytest.mark.skipif(norm.triton is None, reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -127,7 +128,7 @@ def test_a_network_with_kernels_learns_as_one_without(monkeypatch):
     results = []
     for enabled in (False, True):
         if enabled:
-            monkeypatch.setattr(model, "group_norm", lambda x, w, b, groups, eps, silu, shift:
+            monkeypatch.setattr(norm, "group_norm", lambda x, w, b, groups, eps, silu, shift, sums:
                                 norm.kernel_forward(x, w, b, shift, groups, eps, silu)[0])
         monkeypatch.setattr(norm, "enabled", enabled)
         unet.zero_grad()
@@ -137,6 +138,28 @@ def test_a_network_with_kernels_learns_as_one_without(monkeypatch):
     for plain, kernel in zip(*results, strict=True):
         # rounding of float32 through some thirty layers
         torch.testing.assert_close(kernel, plain, rtol=0, atol=1e-4 * plain.abs().max().item())
+
+
+@needs_triton
+@torch.no_grad()
+def test_an_autoencoder_with_kernels_codes_as_one_without(monkeypatch):
+    """Sums that are written with a residual, and the norms that take them."""
+    torch.manual_seed(0)
+    net = vae.AutoencoderKL(32, (1, 2)).to(DEVICE)
+    image, latent = torch.randn(1, 3, 8, 8, device=DEVICE), torch.randn(1, 4, 4, 4, device=DEVICE)
+    monkeypatch.setattr(norm, "enabled", False)
+    plain, given = [*net.encode(image), net.decode(latent)], []
+
+    def kernels_norm(x, w, b, groups, eps, silu, shift, sums):
+        given.append(sums is not None)
+        return norm.kernel_forward(x, w, b, shift, groups, eps, silu, sums)[0]
+
+    monkeypatch.setattr(norm, "group_norm", kernels_norm)
+    monkeypatch.setattr(vae, "add", lambda x, h, bias, summed=True: norm.kernel_add(x, h, bias)
+                        if summed else (h + bias[:, None, None] + x, None))
+    for found, expected in zip([*net.encode(image), net.decode(latent)], plain, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+    assert any(given) and not all(given)
 
 
 def test_the_plain_form_is_group_norm_and_silu_bit_for_bit():
