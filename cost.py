@@ -95,8 +95,8 @@ def of(config, ranks, micro_batch):
                          for r in set(d.owner.values())) for d in divisions]
         averaged = sum(p.numel() for p in unet.parameters())
     depth = Path(config.depth_weights) if config.depth_weights else None
-    # several ranks: those that are sent, and with micro-steps those that are summed up until then
-    summed = ranks.world > 1 and config.batch_size > ranks.world * micro_batch
+    # with micro-steps also those that are summed up, beside what ranks send and what a graph writes
+    summed = (ranks.world > 1 or config.graph) and config.batch_size > ranks.world * micro_batch
     return Cost(
         trained=sizes["trained"], frozen=sizes["all"] - sizes["trained"],
         weights=FLOAT * sizes["all"] + sizes["buffers"],

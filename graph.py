@@ -34,8 +34,8 @@ def record(function):
 class Recorded:
     """In the place of `passes(*tensors) -> losses (b,)`, which adds to the gradients of parameters.
 
-    The first call records: shapes, and whatever is not a tensor, stay as they are then. Gradients
-    are the same tensors every time; None before a call, they are written, else added to.
+    The first call records: shapes, and whatever is not a tensor, stay as they are then. Where
+    gradients are None before a call they are the graph's own tensors after it, the same every time.
     """
     def __init__(self, passes, parameters):
         self.passes, self.parameters = passes, [p for p in parameters if p.requires_grad]
@@ -44,22 +44,23 @@ class Recorded:
     def __call__(self, *tensors):
         if self.replay is None:
             self.begin(tensors)
-        written = [grad for grad in self.gradients if grad is not None]
-        adds = any(p.grad is not None for p in self.parameters)
-        earlier = [grad.clone() for grad in written] if adds else []
+        # the replay writes over the graph's own
+        earlier = [p.grad.clone() if p.grad is grad else p.grad
+                   for p, grad in zip(self.used, self.gradients) if p.grad is not None]
         torch._foreach_copy_(self.given, list(tensors))
         self.replay()
-        if adds:
-            torch._foreach_add_(written, earlier)
-        for p, grad in zip(self.parameters, self.gradients):
+        if earlier:
+            torch._foreach_add_(earlier, self.gradients)
+        for p, grad in zip(self.used, earlier or self.gradients):
             p.grad = grad
         return self.losses.clone()
 
     def begin(self, tensors):
         self.given = [tensor.clone() for tensor in tensors]
         self.replay, self.losses = record(self.anew)
-        self.gradients = [p.grad for p in self.parameters]
-        for p in self.parameters:
+        self.used = [p for p in self.parameters if p.grad is not None]
+        self.gradients = [p.grad for p in self.used]
+        for p in self.used:
             p.grad = None
 
     def anew(self):
