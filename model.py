@@ -188,9 +188,7 @@ class Stage(nn.Sequential):
         for layer in self:
             extra = {ResBlock: (emb,), SpatialTransformer: (context,)}.get(type(layer), ())
             if self.recompute and self.training and extra:
-                # nothing in it is random
-                x = checkpoint(layer, x, *extra, use_reentrant=False,
-                               preserve_rng_state=False)
+                x = checkpoint(layer, x, *extra, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, *extra)
         return x

@@ -143,8 +143,8 @@ def summary(config, ranks, device, needs, micro_batch, micro_steps):
     """What a run begins with, as text: code, machine, network, step, memory."""
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     machine = [f"{ranks.world} x {device.type}", chip or platform.machine(), config.precision]
-    machine += ["compiled"] * config.compile + ["as a CUDA graph"] * graph.possible(config, ranks,
-                                                                                   device)
+    machine += ["compiled"] * config.compile
+    machine += ["as a CUDA graph"] * graph.possible(config, ranks, device)
     machine += ["moments and average divided"] * (config.divide_optimizer and ranks.world > 1)
     there, gb = cost.available(device), cost.GB
     return "\n".join([
