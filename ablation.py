@@ -24,6 +24,7 @@ import curves
 import evaluate
 import pictures
 import sample
+import tables
 
 # The five modes and the names that the paper's table has for them, in the order of its results.
 MODES = {"3dof": "3DoF", "7dof_unscaled": "6DoF+1", "7dof": "6DoF+1, norm.",
@@ -149,17 +150,17 @@ def compare(rows):
     rows: {mode: rows of its pairs}."""
     cells = {}
     for mode, own in rows.items():
-        found = evaluate.summary(own)["methods"]
-        cells[f"{MODES[mode]} ({mode})"] = found[evaluate.MODEL]
-    baselines = {name: row for name, row in found.items() if name != evaluate.MODEL}
-    lines = [*evaluate.table("conditioning", {**cells, **baselines}), "",
+        found = tables.summary(own)["methods"]
+        cells[f"{MODES[mode]} ({mode})"] = found[tables.MODEL]
+    baselines = {name: row for name, row in found.items() if name != tables.MODEL}
+    lines = [*tables.table("conditioning", {**cells, **baselines}), "",
              "each against the one above it, pair by pair, in dB of PSNR; the paper has all of "
              "these above 0, the last one also at 0:"]
     steps = []
     for before, after in zip(rows, list(rows)[1:]):
-        mean, error, count = evaluate.difference(rows[after], evaluate.MODEL, evaluate.MODEL,
+        mean, error, count = tables.difference(rows[after], tables.MODEL, tables.MODEL,
                                                  others=rows[before])
-        sure = evaluate.SURE * error
+        sure = tables.SURE * error
         word = "better" if mean > sure else "worse" if mean < -sure else "equal, within noise"
         lines.append(f"  {MODES[after]} - {MODES[before]}: {mean:+.2f} +- {error:.2f}  ({word})")
         steps.append({"from": before, "to": after, "psnr_mean": mean, "psnr_se": error,
@@ -172,7 +173,7 @@ def sheet(config, rows):
     """Conditioning view, truth and what every mode shows, for pairs spread over the last mode's
     PSNR, best first."""
     last = list(rows.values())[-1]
-    order = sorted(range(len(last)), key=lambda i: -last[i]["scores"][evaluate.MODEL]["psnr"])
+    order = sorted(range(len(last)), key=lambda i: -last[i]["scores"][tables.MODEL]["psnr"])
     places = sample.spread(order, ROWS)
     device, columns = evaluate.device_of(config), {}
     for mode in rows:
@@ -183,7 +184,7 @@ def sheet(config, rows):
         guesses, truth, _, cond, _ = evaluate.guesses_of(net, cases, own,
                                                          evaluate.load_depth(own, device))
         columns.setdefault("photo", cond), columns.setdefault("truth", truth)
-        columns[MODES[mode].removeprefix("6DoF+1, ")] = guesses[evaluate.MODEL]
+        columns[MODES[mode].removeprefix("6DoF+1, ")] = guesses[tables.MODEL]
     return pictures.sheet([[(name, pictures.image(images[i])) for name, images in columns.items()]
                            for i in range(len(places))])
 

@@ -35,6 +35,7 @@ import evaluate
 import graph
 import model
 import report
+import tables
 from optimizer import Ema, Optimizer, learning_rate
 
 GRID_PAIRS = 8
@@ -255,7 +256,7 @@ def score(config, net, held_out, depth_net):
     means = {name: row.mean().item() for name, row in scores.items()}
     metrics = {"psnr": means, "pairs": len(pairs)}
     (Path(config.out) / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    print("\n".join(evaluate.report(scores)))
+    print("\n".join(tables.report(scores)))
 
 
 def options(argv):

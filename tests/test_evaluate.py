@@ -24,6 +24,7 @@ import evaluate
 import metrics
 import model
 import prepare
+import tables
 from shards import scenes, files as shards_file
 from captures import synth
 
@@ -224,10 +225,10 @@ def test_what_is_known_of_a_pair_that_replaces_a_damaged_one_is_its_own(shards, 
 
 def test_the_standard_error_is_the_usual_one_for_one_pair_a_scene_and_not_fooled_by_copies():
     values = np.random.default_rng(0).normal(size=40)
-    mean, error, count = evaluate.mean_and_error(values.tolist(), range(40))
+    mean, error, count = tables.mean_and_error(values.tolist(), range(40))
     assert mean == pytest.approx(values.mean()) and count == 40
     assert error == pytest.approx(values.std(ddof=1) / 40**0.5)
-    copied = evaluate.mean_and_error(values.tolist() * 5, [*range(40)] * 5)
+    copied = tables.mean_and_error(values.tolist() * 5, [*range(40)] * 5)
     assert copied[:2] == pytest.approx((mean, error))
 
 
@@ -244,8 +245,8 @@ def test_the_verdict_of_the_report_takes_three_standard_errors(lead, verb):
     noise = torch.tensor([0.1, -0.1] * 10)
     scores = {"this model": 20 + lead + noise, "repeat the view": torch.full((20,), 20.0),
               "its mean colour": torch.full((20,), 10.0)}
-    assert f"the model {verb}" in evaluate.report(scores)[-1]
-    assert "(repeat the view)" in evaluate.report(scores)[-1]
+    assert f"the model {verb}" in tables.report(scores)[-1]
+    assert "(repeat the view)" in tables.report(scores)[-1]
 
 
 # ---- a model that is broken on purpose
@@ -287,13 +288,13 @@ def test_broken_runs_are_told_apart_by_the_epipolar_figure(shards, monkeypatch):
         return evaluate.measure(net_of(config), pairs, config, {"psnr": metrics.psnr})
 
     right = rows(in_unit)
-    assert evaluate.figure(right, "this model", "camera_found")[0] > 0.9
+    assert tables.figure(right, "this model", "camera_found")[0] > 0.9
     ways = {"camera negated": negated, "scale ignored": lambda T, unit: T,
             "conditions shuffled": lambda T, unit: in_unit(T, unit).roll(1, 0)}
     for name, broken in ways.items():
         wrong = rows(broken)
         for figure in ("reprojection", "camera_margin", "camera_found"):
-            mean, error, count = evaluate.difference(right, "this model", "this model", figure,
+            mean, error, count = tables.difference(right, "this model", "this model", figure,
                                                      wrong)
             assert count > 50 and mean > max(5 * error, 0), (name, figure, mean, error)
 
