@@ -52,7 +52,9 @@ LEFTOVERS = tuple("cond_stage_model.model." + name for name in (
     "positional_embedding", "text_projection", "logit_scale", "token_embedding.weight",
     "ln_final.weight", "ln_final.bias"))
 FROZEN = ("first_stage_model.", "cond_stage_model.")
-PARTS = (*FROZEN, "cc_projection.")
+PROJECTION = "cc_projection."
+# how names of a part begin, that a model may do without: in the model, and in a file
+PARTS = {FROZEN[0]: FROZEN[:1], FROZEN[1]: FROZEN[1:], UNET: (UNET, EMA), PROJECTION: (PROJECTION,)}
 
 
 def ema_name(name):
@@ -148,7 +150,7 @@ def load_model(module, path, ema=False, finetune=False):
         if stored in entries:
             plan[name] = fitted(name, stored)
             report.used.append(stored)
-        elif name in SCHEDULE or pose_may_stay and name.startswith("cc_projection."):
+        elif name in SCHEDULE or pose_may_stay and name.startswith(PROJECTION):
             report.fresh.append(name)
         elif name not in LEFTOVERS:
             missing.append(stored)
@@ -197,7 +199,8 @@ def port(name, entry, current):
 def why_unused(names, current, averages):
     """{name: why it has no place in the module}; the reason is "" where it ought to have one."""
     lacking = [part for part in PARTS if not any(name.startswith(part) for name in current)]
-    reasons = UNUSED | {part: f"the model has no {part[:-1]}" for part in lacking}
+    reasons = UNUSED | {start: f"the model has no {part[:-1]}"
+                        for part in lacking for start in PARTS[part]}
 
     def reason(name):
         if name in averages:
@@ -410,7 +413,7 @@ GROUPS = (      # part of a checkpoint, how its names begin, its use
     ("noise schedule", SCHEDULE, "used"),
     ("other", tuple(UNUSED), "unused"),
     ("CLIP's image side", FROZEN[1:], "used"),
-    ("pose projection", PARTS[2:], "used"),
+    ("pose projection", (PROJECTION,), "used"),
     ("unknown", ("",), "refused by load_model"))
 
 

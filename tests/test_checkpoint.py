@@ -166,12 +166,17 @@ def test_transposed_weights_become_contiguous(tmp_path):
     assert torch.equal(module.cc_projection.weight, state[POSE])
 
 
-def test_parts_that_the_model_lacks_are_unused(tmp_path):
-    state = checkpoint_of(small())
+@pytest.mark.parametrize("parts, unused", [
+    (["first_stage_model", "cond_stage_model"], "first_stage_model.quant_conv.bias"),
+    (["model", "cc_projection"], INPUT_CONV), (["model"], ema_name(INPUT_CONV))])
+def test_parts_that_the_model_lacks_are_unused(tmp_path, parts, unused):
     module = small()
-    del module.first_stage_model, module.cond_stage_model
+    state = checkpoint_of(module)
+    for part in parts:
+        delattr(module, part)
     report = checkpoint.load_model(module, saved(tmp_path / "x.ckpt", state))
-    assert "no first_stage_model" in report.unused["first_stage_model.quant_conv.bias"]
+    assert f"no {parts[0]}" in report.unused[unused]
+    assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
 
 
 def test_every_key_of_zero123_xl_finds_its_place_in_zeronvs(tmp_path, monkeypatch):

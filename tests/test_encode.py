@@ -1,5 +1,6 @@
 """encode.py: encoded shards hold what the networks make of raw ones, and train to the same loss."""
 
+import copy
 import json
 import os
 from argparse import Namespace
@@ -11,6 +12,7 @@ import torch
 from made import all_pairs, read_source, rewritten
 from torch.nn import functional as F
 
+import checkpoint
 import clip
 import model
 import prepare
@@ -100,6 +102,19 @@ def test_training_on_encoded_shards_has_the_loss_of_training_on_raw_ones(rendere
         losses.append(net(*given, draws, (0.0, 0.0, 0.0)).detach())
     assert len(losses[0]) == 12 and losses[0].min() > 0.1
     torch.testing.assert_close(losses[0], losses[1], rtol=2e-3, atol=0)     # float16's rounding
+
+
+def test_the_networks_come_out_of_a_whole_checkpoint(tmp_path, monkeypatch):
+    networks = small_networks()
+    rest = ("cc_projection.weight", checkpoint.INPUT_CONV,
+            checkpoint.ema_name(checkpoint.INPUT_CONV))
+    torch.save({"state_dict": {**networks.state_dict(), **dict.fromkeys(rest, torch.ones(2))}},
+               tmp_path / "w.ckpt")
+    autoencoder, embedder = networks.first_stage_model, networks.cond_stage_model.model
+    monkeypatch.setattr(encode.vae, "AutoencoderKL", lambda: copy.deepcopy(autoencoder))
+    monkeypatch.setattr(encode.clip, "CLIP", lambda transformer_layers: copy.deepcopy(embedder))
+    found = encode.load(tmp_path / "w.ckpt", "", True, torch.device("cpu")).state_dict()
+    assert all(torch.equal(found[name], value) for name, value in networks.state_dict().items())
 
 
 def test_weights_that_are_halved_once_change_no_bit():
