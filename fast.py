@@ -15,9 +15,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import graph
 import model
-
-WARM_UPS = 3            # runs before a recording, in which libraries choose their kernels
 
 
 class Kept(nn.Module):
@@ -130,8 +129,8 @@ class Fast:
                 return self.evaluate(both)
             if both not in self.steps:
                 self.steps[both] = self.recorded(lambda: self.evaluate(both))
-            graph, eps = self.steps[both]
-            graph.replay()
+            replay, eps = self.steps[both]
+            replay()
             return eps
 
         return follow
@@ -152,21 +151,15 @@ class Fast:
         if z.shape not in self.decoders:
             latent = z.clone()
             self.decoders[z.shape] = latent, *self.recorded(lambda: self.net.decode(latent))
-        latent, graph, image = self.decoders[z.shape]
+        latent, replay, image = self.decoders[z.shape]
         latent.copy_(z)
-        graph.replay()
+        replay()
         return image
 
     def recorded(self, function):
-        """(graph, result) of a function without arguments. A replay writes the result anew."""
+        """(replay, result) of a function without arguments, see graph.record."""
         torch.cuda.synchronize(self.device)
         started = time.perf_counter()
-        with torch.cuda.stream(torch.cuda.Stream(self.device)):
-            for _ in range(WARM_UPS):
-                function()
-        torch.cuda.synchronize(self.device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            result = function()
+        recorded = graph.record(function, self.device, self.pool)
         self.preparing += time.perf_counter() - started
-        return graph, result
+        return recorded

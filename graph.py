@@ -1,4 +1,4 @@
-"""The forward and backward pass of training as one CUDA graph.
+"""CUDA graphs, and the forward and backward pass of training as one.
 
 Of a small network, or of few pairs at once, kernels take microseconds each, and to launch them
 takes the processor longer than the GPU needs to run them. A graph is launched at once: it is what
@@ -16,17 +16,18 @@ def possible(config, ranks, device):
     return config.graph and device.type == "cuda" and ranks.world == 1
 
 
-def record(function):
-    """(what replays a function without arguments, its result, which every replay writes anew)."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+def record(function, device=None, pool=None):
+    """(what replays a function without arguments, its result, which every replay writes anew).
+    pool: of memory, shared by graphs that never run at once."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         for _ in range(WARM_UPS):
             function()
-    torch.cuda.synchronize()
+    torch.cuda.synchronize(device)
     torch.cuda.empty_cache()        # the graph has memory of its own
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         result = function()
     return graph.replay, result
 

@@ -343,8 +343,7 @@ def train(config, ranks, device, log, writer, traced, dry_run):
         compile_networks(net)
         log.say("compile  the first step takes minutes, in later runs seconds")
     wrapped = ranks.wrap(net)
-    drop = config.drop_clip, config.drop_both, config.drop_latent
-    passes = functools.partial(forward_backward, wrapped, autocast, micro_steps, drop)
+    passes = functools.partial(forward_backward, wrapped, autocast, micro_steps, config.drop)
     if graph.possible(config, ranks, device):
         passes = graph.Recorded(passes, net.parameters())
     peak = cost.ceiling(device, config.precision) if ranks.rank == 0 else 1.0

@@ -134,12 +134,11 @@ class Training:
 
     def micro_step(self, given, micro_steps=1, last=True):
         """Loss (b,) of pairs, whose gradients are averaged over the ranks at the `last` one."""
-        config, (*given, draws) = self.config, given
+        *given, draws = given
         autocast = torch.autocast(self.device.type, torch.bfloat16)
-        drop = config.drop_clip, config.drop_both, config.drop_latent
         with nullcontext() if last or self.ranks.world == 1 else self.wrapped.no_sync():
-            return train.forward_backward(self.wrapped, autocast, micro_steps, drop, *given,
-                                          *vars(draws).values())
+            return train.forward_backward(self.wrapped, autocast, micro_steps, self.config.drop,
+                                          *given, *vars(draws).values())
 
     def update(self):
         self.optimizer.step(WARMED_UP, self.ema)

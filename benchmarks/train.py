@@ -338,7 +338,7 @@ class Step:
         self.pairs, self.device, self.variant = pairs(config, batch, device), device, variant
         self.images = Images(variant, batch, device, tiny) if variant.images else None
         self.passes = self.forward_backward
-        self.drop = config.drop_clip, config.drop_both, config.drop_latent
+        self.drop = config.drop
         if variant.compiled == "whole":
             self.unet.compile()
         elif variant.compiled:

@@ -129,6 +129,11 @@ class Config:
     guidance: float = 3.0                   # classifier-free guidance scale; 1 has none
     eta: float = 1.0                        # DDIM's noise: 0 deterministic, 1 as much as DDPM
 
+    @property
+    def drop(self):
+        """Shares of samples that lose the embedding, embedding and latent, the latent."""
+        return self.drop_clip, self.drop_both, self.drop_latent
+
     def __post_init__(self):
         object.__setattr__(self, "mode", camera.ALIASES.get(self.mode, self.mode))
         for name, choices in CHOICES.items():
