@@ -27,10 +27,11 @@ import model
 import train
 from benchmarks import GB, row, variants
 from benchmarks.train import WARMED_UP, made_config, network, pairs
-from benchmarks.variants import median_seconds, tell
+from benchmarks.variants import median_seconds, seconds_in_a_row, tell
 from optimizer import Ema, Optimizer
 
-WARM, STEPS, BLOCKS = 3, 4, 5           # steps; steps between clocks, of which the median is taken
+# Steps; steps that are measured, one after the other without a wait, as in training; transfers
+WARM, STEPS, TRANSFERS = 3, 30, 5
 CHECKED, TINY_CHECKED = 20, 4           # steps of --check
 LIMIT = 260                             # seconds, of which compiling anew is half
 MIB = 2**20
@@ -147,31 +148,31 @@ class Training:
 def measure(job, training, ranks):
     """Tells speed, memory, and what the averaging of gradients costs."""
     given, device = pairs(training.config, job["batch"], training.device), training.device
-    block, blocks = (1, 1) if job["tiny"] else (STEPS, BLOCKS)
+    count, transfers = (1, 1) if job["tiny"] else (STEPS, TRANSFERS)
 
-    def steps(count, last=True):
-        for _ in range(count):
-            loss = training.micro_step(given, last=last)
-            training.update()
+    def step(last=True):
+        loss = training.micro_step(given, last=last)
+        training.update()
         return loss
 
     def say(what, value, unit):
         if ranks.rank == 0:
             tell(found_name(job["name"], what), value, unit)
 
-    def slowest(function):
-        taken = torch.tensor(median_seconds(function, blocks), device=device)
+    def slowest(seconds):
+        seconds = torch.tensor(seconds, device=device)
         if ranks.world > 1:
-            dist.all_reduce(taken, dist.ReduceOp.MAX)
-        return taken.item()
+            dist.all_reduce(seconds, dist.ReduceOp.MAX)
+        return seconds.item()
 
     start = time.perf_counter()
-    loss = steps(1).mean().item()
+    loss = step().mean().item()
     if not math.isfinite(loss):
         raise ValueError(f"{job['name']}: the loss is {loss}")
     say("first step", time.perf_counter() - start, "s")
-    steps(WARM)
-    seconds = slowest(lambda: steps(block)) / block
+    for _ in range(WARM):
+        step()
+    seconds = slowest(seconds_in_a_row(step, count, 0))
     say("all", ranks.world * job["batch"] / seconds, "pairs/s")
     say("a GPU", job["batch"] / seconds, "pairs/s")
     say("step", 1e3 * seconds, "ms")
@@ -179,8 +180,7 @@ def measure(job, training, ranks):
         say("peak memory a GPU", variants.peak_gb(), "GB")
     if ranks.world == 1:
         return
-    steps(1, last=False)
-    apart = slowest(lambda: steps(block, last=False)) / block
+    apart = slowest(seconds_in_a_row(lambda: step(last=False), count, 0))
     say("averaging gradients, not hidden", 1e3 * (seconds - apart), "ms")
     size = sum(p.numel() for p in training.optimizer.trained.values())
     buckets = torch.zeros(size, device=device).split(distributed.BUCKET * MIB // 4)
@@ -189,7 +189,7 @@ def measure(job, training, ranks):
         for sent in [dist.all_reduce(bucket, async_op=True) for bucket in buckets]:
             sent.wait()
     send()
-    alone = slowest(send)
+    alone = slowest(median_seconds(send, transfers))
     say("gradients", 4 * size / GB, "GB")
     say("sending them alone", 1e3 * alone, "ms")
     say("sending them alone, gradients", 4 * size / alone / GB, "GB/s")
