@@ -2,43 +2,20 @@
 
 Much of a sampler's step does not depend on the noisy latent. With one context token the outputs of
 cross-attention depend on the view alone, and the timestep's projections on the step alone: both are
-computed once and read from tables. Queries, keys and values of self-attention come from one matrix
-product. On CUDA the whole guided evaluation is recorded once as a graph and replayed for every step
-and every batch of views: a step of one view is about a thousand kernels of microseconds each, and
-the time that the CPU takes to launch them would be most of it.
+computed once and read from tables by the network of fused.py. On CUDA the whole guided evaluation
+is recorded once as a graph and replayed for every step and every batch of views: a step of one view
+is hundreds of kernels of microseconds each, and the time that the CPU takes to launch them would be
+most of it.
 Letters: `b` views of a batch, `r` rows that the network sees, 2 b (unconditional rows first) or b.
 """
 
 import time
 
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 
+import fused
 import graph
 import model
-
-
-class Kept(nn.Module):
-    """In the place of a module whose output is known: the last rows of `value`, one a row of x."""
-    value = None            # (2 b, ...)
-
-    def forward(self, x, context=None):
-        return self.value[-len(x):]
-
-
-class SelfAttention(nn.Module):
-    """A model.Attention of x (r, n, c) over itself, with one matrix for q, k and v."""
-    def __init__(self, attention):
-        super().__init__()
-        self.heads, self.to_out = attention.heads, attention.to_out
-        parts = (attention.to_q, attention.to_k, attention.to_v)
-        self.register_buffer("weight", torch.cat([part.weight for part in parts]))  # (3 c, c)
-
-    def forward(self, x, context):
-        qkv = F.linear(x, self.weight).unflatten(-1, (3, self.heads, -1))
-        out = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))       # (r, heads, n, d)
-        return self.to_out(out.transpose(1, 2).flatten(2))                      # (r, n, c)
 
 
 class Fast:
@@ -49,17 +26,11 @@ class Fast:
     graphs: record and replay, where there is CUDA.
     """
     def __init__(self, net, compile=False, graphs=True):
-        self.net, self.unet = net, net.model.diffusion_model
+        self.net, self.unet = net, fused.UNet(net.model.diffusion_model)
+        net.model.diffusion_model = self.unet
         self.device, self.dtype = net.betas.device, next(self.unet.parameters()).dtype
-        self.by_time, self.by_view = [], []         # (what computes it, the Kept in its place)
-        for block in list(self.unet.modules()):
-            if isinstance(block, model.ResBlock):
-                self.by_time.append((block.emb_layers, Kept()))
-                block.emb_layers = self.by_time[-1][1]
-            elif isinstance(block, model.TransformerBlock):
-                self.by_view.append((block.attn2, Kept()))
-                block.attn2 = self.by_view[-1][1]
-                block.attn1 = SelfAttention(block.attn1)
+        self.by_time = [m for m in self.unet.modules() if isinstance(m, fused.Block)]
+        self.by_view = [m for m in self.unet.modules() if isinstance(m, fused.Transformer)]
         if compile:
             self.unet.compile(dynamic=False)
             if hasattr(net.first_stage_model, "decoder"):
@@ -83,16 +54,16 @@ class Fast:
         self.z_t, self.z_cond = blank(*shape, dtype=torch.float32), blank(rows, *shape[1:])
         self.t, self.guidance = blank(rows, dtype=torch.float32), blank(dtype=torch.float32)
         self.context = blank(rows, *context_shape[1:])
-        for attention, kept in self.by_view:
-            kept.value = blank(rows, 1, attention.to_out[0].out_features)
+        for transformer in self.by_view:
+            transformer.at_view = blank(rows, transformer.bias.shape[0], dtype=torch.float32)
         # all that depends on time is one tensor, gathered from a row of `times` in one go
-        widths = [layers[-1].out_features for layers, _ in self.by_time]
+        widths = [block.width for block in self.by_time]
         self.at_time = blank(rows * sum(widths))
         starts = [sum(widths[:i]) for i in range(len(widths))]
         self.gather = torch.cat([torch.arange(start, start + width).repeat(rows)
                                  for start, width in zip(starts, widths)]).to(self.device)
-        for (_, kept), start, width in zip(self.by_time, starts, widths):
-            kept.value = self.at_time[rows * start:rows * (start + width)].view(rows, width)
+        for block, start, width in zip(self.by_time, starts, widths):
+            block.at_time = self.at_time[rows * start:rows * (start + width)].view(rows, width)
 
     def prepare(self, z_cond, context, t):
         """Fills the tables for a batch of views (b, c, h, w), (b, 1, e) and the timesteps t."""
@@ -101,12 +72,12 @@ class Fast:
         b = len(z_cond)
         self.z_cond[b:] = z_cond            # the unconditional rows before it stay zeros
         self.context[b:] = context
-        for attention, kept in self.by_view:
-            kept.value.copy_(attention(None, self.context))
+        for transformer in self.by_view:
+            transformer.at_view.copy_(transformer.projected(self.context))
         steps = model.timestep_embedding(torch.tensor(t, device=self.device),
                                          self.unet.model_channels)
         emb = self.unet.time_embed(steps.to(self.dtype))
-        self.times = torch.cat([layers(emb) for layers, _ in self.by_time], dim=1)
+        self.times = torch.cat([block.projected(emb) for block in self.by_time], dim=1)
         self.row_of = {step: i for i, step in enumerate(t)}
 
     # ---- a step

@@ -66,6 +66,22 @@ def group_norm(x, weight, bias, groups, eps, silu=False, shift=None, sums=None):
     return F.silu(y) if silu else y
 
 
+def add_norm(norm, x, h=None, bias=None, skip=None, shift=None):
+    """(s, y) for sampling, without gradients: s = x + h + bias, and beside it, along the channels,
+    skip; y is the GroupNorm `norm` of s plus shift (b, c).
+
+    Grids (b, c, h, w); h and bias (c,), and skip, where they are given.
+    """
+    if h is None and skip is None:
+        return x, norm(x, shift=shift)
+    if enabled and x.is_cuda and x.dtype in KERNEL_TYPES and x.shape[2:].numel() <= MOST:
+        return kernel_add_norm(x, h, bias, skip, shift, norm.weight, norm.bias, norm.num_groups,
+                               norm.eps, norm.silu)
+    s = x if h is None else x + h + bias.to(x.dtype)[:, None, None]
+    s = s if skip is None else torch.cat([s, skip], dim=1)
+    return s, norm(s, shift=shift)
+
+
 def add(x, h, bias, summed=True):
     """(x + h + bias, its sums for `group_norm` or None) of x, h (b, c, h, w) and bias (c,).
 
@@ -99,6 +115,22 @@ if triton is not None:
         return tl.load(table + sample * c + columns, columns < c, 0.0).to(tl.float32)[None, :]
 
     @triton.jit
+    def load_sum(x, h, bias, skip, sample, rows, columns, exist, n, c, c_x, ADDED: tl.constexpr,
+                 JOINED: tl.constexpr):
+        """float32 values of x + h + bias (if ADDED), whose c_x channels are followed (if JOINED) by
+        those of skip, c together."""
+        own = exist & (columns < c_x) if JOINED else exist
+        at = sample * n * c_x + rows * c_x + columns
+        values = tl.load(x + at, own, 0.0).to(tl.float32)
+        if ADDED:
+            values += tl.load(h + at, own, 0.0).to(tl.float32)
+            values += tl.load(bias + columns, own, 0.0).to(tl.float32)
+        if JOINED:
+            at = sample * n * (c - c_x) + rows * (c - c_x) + columns - c_x
+            values += tl.load(skip + at, exist & (columns >= c_x), 0.0).to(tl.float32)
+        return values
+
+    @triton.jit
     def store_sums(sums, sample, first, second, c, COLUMNS: tl.constexpr):
         """Two rows of a block (COLUMNS,) into sums (b, k, 2, c)."""
         columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -107,27 +139,29 @@ if triton is not None:
         tl.store(at + c, second, columns < c)
 
     @triton.jit
-    def moments_kernel(x, h, bias, y, sums, n, c, ADDED: tl.constexpr, ROWS: tl.constexpr,
-                       SLICES: tl.constexpr, COLUMNS: tl.constexpr):
-        """Mean and sum of squared deviations of every channel of a block; if ADDED, of x + h +
-        bias, which is y.
+    def moments_kernel(x, h, bias, skip, y, sums, n, c, c_x, ADDED: tl.constexpr,
+                       JOINED: tl.constexpr, ROWS: tl.constexpr, SLICES: tl.constexpr,
+                       COLUMNS: tl.constexpr):
+        """Mean and sum of squared deviations of every channel of a block of x; if ADDED or JOINED,
+        of the sum (see load_sum), which is y.
 
         Deviations are first taken from the block's first value, which is as near to the mean as
         any: what the sum of their squares then loses is about as large as what is left of it.
         """
         sample, first = tl.program_id(2).to(tl.int64), tl.program_id(1) * SLICES * ROWS
-        start = load_channels(x + (sample * n + first) * c, 0, c, COLUMNS)
-        if ADDED:
-            constant = load_channels(bias, 0, c, COLUMNS)
-            start += load_channels(h + (sample * n + first) * c, 0, c, COLUMNS) + constant
+        columns = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+        rows = first + tl.arange(0, ROWS)[:, None]
+        start = load_sum(x, h, bias, skip, sample, first, columns, columns < c, n, c, c_x, ADDED,
+                         JOINED)
         total = tl.zeros([ROWS, COLUMNS], tl.float32)
         squares = tl.zeros([ROWS, COLUMNS], tl.float32)
         for i in tl.static_range(SLICES):
-            values, offsets, exist = load_tile(x, sample, first + i * ROWS, n, c, ROWS, COLUMNS)
-            if ADDED:
-                more, _, _ = load_tile(h, sample, first + i * ROWS, n, c, ROWS, COLUMNS)
-                rounded = (values + more + constant).to(y.dtype.element_ty)
-                tl.store(y + sample * n * c + offsets, rounded, exist)
+            exist = (rows + i * ROWS < n) & (columns < c)
+            values = load_sum(x, h, bias, skip, sample, rows + i * ROWS, columns, exist, n, c, c_x,
+                              ADDED, JOINED)
+            if ADDED or JOINED:
+                rounded = values.to(y.dtype.element_ty)
+                tl.store(y + sample * n * c + (rows + i * ROWS) * c + columns, rounded, exist)
                 values = rounded.to(tl.float32)
             off = tl.where(exist, values - start, 0.0)
             total += off
@@ -138,7 +172,7 @@ if triton is not None:
         store_sums(sums, sample, tl.sum(start, 0) + mean, squared, c, COLUMNS)
 
     @triton.jit
-    def combine_kernel(sums, shift, moments, n, c, k, width, eps, ROWS: tl.constexpr,
+    def combine_kernel(sums, shift, moments, n, c, k, width, stride, eps, ROWS: tl.constexpr,
                        SHIFTED: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
                        CHUNKS: tl.constexpr):
         """Moments of the blocks of ROWS -> center, rstd and the channel's mean less the group's.
@@ -165,7 +199,7 @@ if triton is not None:
             squares += tl.sum(tl.load(sums + tile * 2 * c + c, there, 0.0) + count * off * off, 0)
         moved = tl.zeros([WIDTH], tl.float32)
         if SHIFTED:
-            moved += tl.load(shift + sample * c + channel, exist, 0.0).to(tl.float32)
+            moved += tl.load(shift + sample * stride + channel, exist, 0.0).to(tl.float32)
         center = tl.sum(tl.where(exist, mean + moved, 0.0), 0) / width
         off = tl.where(exist, mean + moved - center, 0.0)
         variance = tl.sum(squares + n * off * off, 0) / (width * n)
@@ -176,18 +210,25 @@ if triton is not None:
         tl.store(at + 2 * table, off, exist)
 
     @triton.jit
-    def whole_kernel(x, weight, bias, shift, moments, y, n, c, width, eps, SILU: tl.constexpr,
+    def whole_kernel(x, h, constant, skip, s, weight, bias, shift, moments, y, n, c, c_x, width,
+                     stride, eps, ADDED: tl.constexpr, JOINED: tl.constexpr, SILU: tl.constexpr,
                      SHIFTED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-        """All of the forward pass, one program a group (ROWS >= n, WIDTH >= width)."""
+        """All of the forward pass, one program a group (ROWS >= n, WIDTH >= width); if ADDED or
+        JOINED, of the sum with h, `constant` and skip (see load_sum), which is s."""
         sample, rows = tl.program_id(1).to(tl.int64), tl.arange(0, ROWS)[:, None]
         among = tl.arange(0, WIDTH)[None, :]
         channel = tl.program_id(0) * width + among
         exist, there = (rows < n) & (among < width), among < width
         offsets = sample * n * c + rows * c + channel
-        values = tl.load(x + offsets, exist, 0.0).to(tl.float32)
+        values = load_sum(x, h, constant, skip, sample, rows, channel, exist, n, c, c_x, ADDED,
+                          JOINED)
+        if ADDED or JOINED:
+            rounded = values.to(s.dtype.element_ty)
+            tl.store(s + offsets, rounded, exist)
+            values = rounded.to(tl.float32)
         moved = tl.zeros([1, WIDTH], tl.float32)
         if SHIFTED:
-            moved += tl.load(shift + sample * c + channel, there, 0.0).to(tl.float32)
+            moved += tl.load(shift + sample * stride + channel, there, 0.0).to(tl.float32)
         center = tl.sum(tl.where(exist, values + moved, 0.0)) / (width * n)
         off = tl.where(exist, values + moved - center, 0.0)
         rstd = 1 / tl.sqrt_rn(tl.sum(off * off) / (width * n) + eps)
@@ -328,29 +369,58 @@ def channels_last(x):
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def blank_grid(shape, like):
+    return torch.empty(shape, dtype=like.dtype, device=like.device,
+                       memory_format=torch.channels_last)
+
+
 @torch.library.custom_op("zeronvs::group_norm", mutates_args=())
 def kernel_forward(x: Tensor, weight: Tensor, bias: Tensor, shift: Optional[Tensor], groups: int,
                    eps: float, silu: bool, sums: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
     """(y (b, c, h, w), moments (3, b, c)): see combine_kernel. One node for torch.compile."""
     x, (b, c, h, w) = channels_last(x), x.shape
-    n, width, shifted = h * w, c // groups, shift is not None
+    n, width = h * w, c // groups
     y, moments = fake_forward(x, weight, bias, shift, groups, eps, silu)
-    shift = shift.contiguous() if shifted else moments
-    held = power_of_2(n) * power_of_2(width)
-    if held <= WHOLE and x.numel() <= CACHED and sums is None:
-        whole_kernel[groups, b](x, weight, bias, shift, moments, y, n, c, width, eps, silu, shifted,
-                                power_of_2(n), power_of_2(width),
-                                num_warps=warps(held, WHOLE_PER_WARP))
+    if is_small(x.shape, groups) and sums is None:
+        whole(x, None, None, None, x, weight, bias, shift, moments, y, groups, eps, silu)
         return y, moments
+    shifted, shift, stride = strided(shift, moments)
     grid, block = summing(b, c, n, MOMENTS)
     if sums is None:
         sums = moments.new_empty(b, grid[1], 2, c)
-        moments_kernel[grid](x, x, x, x, sums, n, c, False, **block)
-    combine_kernel[groups, b](sums, shift, moments, n, c, grid[1], width, eps,
+        moments_kernel[grid](x, x, x, x, x, sums, n, c, c, False, False, **block)
+    combine_kernel[groups, b](sums, shift, moments, n, c, grid[1], width, stride, eps,
                               block["ROWS"] * block["SLICES"], shifted, **combining(width, grid[1]))
     grid, tile = tiling(b, c, n, *APPLY)
     apply_kernel[grid](x, weight, bias, moments, y, n, c, silu, **tile)
     return y, moments
+
+
+def is_small(shape, groups):
+    """Whether a grid (b, c, h, w) is one for whole_kernel."""
+    b, c, h, w = shape
+    held = power_of_2(h * w) * power_of_2(c // groups)
+    return held <= WHOLE and b * c * h * w <= CACHED
+
+
+def strided(shift, stand_in):
+    """(whether there is a shift, a tensor, its elements from one sample to the next)."""
+    if shift is None:
+        return False, stand_in, 0
+    shift = shift if shift.stride(1) == 1 else shift.contiguous()
+    return True, shift, shift.stride(0)
+
+
+def whole(x, h, constant, skip, s, weight, bias, shift, moments, y, groups, eps, silu):
+    """Runs whole_kernel for y and s (b, c, h, w)."""
+    b, c, *sides = y.shape
+    n, width = math.prod(sides), c // groups
+    shifted, shift, stride = strided(shift, moments)
+    rows, across = power_of_2(n), power_of_2(width)
+    whole_kernel[groups, b](x, x if h is None else h, x if h is None else constant,
+                            x if skip is None else skip, s, weight, bias, shift, moments, y, n, c,
+                            x.shape[1], width, stride, eps, h is not None, skip is not None, silu,
+                            shifted, rows, across, num_warps=warps(rows * across, WHOLE_PER_WARP))
 
 
 @kernel_forward.register_fake
@@ -360,21 +430,38 @@ def fake_forward(x, weight, bias, shift, groups, eps, silu, sums=None):
 
 
 @torch.library.custom_op("zeronvs::add", mutates_args=())
-def kernel_add(x: Tensor, h: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """See add. It has no backward pass."""
-    x, h, (b, c, *sides) = channels_last(x), channels_last(h), x.shape
-    n, (y, sums) = math.prod(sides), fake_add(x, h, bias)
+def kernel_add(x: Tensor, h: Optional[Tensor], bias: Optional[Tensor],
+               skip: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
+    """(s, its sums), see add and add_norm. It has no backward pass."""
+    x, (s, sums) = channels_last(x), fake_add(x, h, bias, skip)
+    b, c, *sides = s.shape
+    n = math.prod(sides)
     grid, block = summing(b, c, n, WRITTEN)
-    moments_kernel[grid](x, h, bias, y, sums, n, c, True, **block)
-    return y, sums
+    moments_kernel[grid](x, x if h is None else channels_last(h), x if h is None else bias,
+                         x if skip is None else channels_last(skip), s, sums, n, c, x.shape[1],
+                         h is not None, skip is not None, **block)
+    return s, sums
 
 
 @kernel_add.register_fake
-def fake_add(x, h, bias):
+def fake_add(x, h, bias, skip=None):
     b, c, *sides = x.shape
+    c += 0 if skip is None else skip.shape[1]
     k = summing(b, c, math.prod(sides), WRITTEN)[0][1]
-    return (torch.empty_like(x, memory_format=torch.channels_last),
-            x.new_empty((b, k, 2, c), dtype=torch.float32))
+    return blank_grid((b, c, *sides), x), x.new_empty((b, k, 2, c), dtype=torch.float32)
+
+
+def kernel_add_norm(x, h, bias, skip, shift, weight, beta, groups, eps, silu):
+    """See add_norm. One kernel for a small grid."""
+    c = x.shape[1] + (0 if skip is None else skip.shape[1])
+    if not is_small((len(x), c, *x.shape[2:]), groups):
+        s, sums = kernel_add(x, h, bias, skip)
+        return s, kernel_forward(s, weight, beta, shift, groups, eps, silu, sums)[0]
+    x, h, skip = (None if grid is None else channels_last(grid) for grid in (x, h, skip))
+    s = blank_grid((len(x), c, *x.shape[2:]), x)
+    y, moments = fake_forward(s, weight, beta, shift, groups, eps, silu)
+    whole(x, h, bias, skip, s, weight, beta, shift, moments, y, groups, eps, silu)
+    return s, y
 
 
 @torch.library.custom_op("zeronvs::group_norm_backward", mutates_args=())

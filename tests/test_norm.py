@@ -192,3 +192,57 @@ def test_a_plain_sum_has_no_sums():
     total, sums = norm.add(x, h.clone(), torch.arange(8.0))
     assert sums is None
     torch.testing.assert_close(total, x + h + torch.arange(8.0)[:, None, None])
+
+
+def parts_of(kind, dtype=torch.float32):
+    """(x, h, bias, skip, shift) of a sum, some of them None, and a norm for it."""
+    c, c_skip = (96, 64) if kind != "skip of other groups" else (64, 96)
+    (x, _, bias, shift), h = drawn(2, c, 9, 7, dtype, mean=3.0)
+    skip = drawn(2, c_skip, 9, 7, dtype)[0][0].flip(0)
+    h, bias = (h, bias) if kind != "skip alone" else (None, None)
+    skip, shift = (None, shift) if kind == "sum" else (skip, None)
+    layer = norm.GroupNorm(32, c + (0 if skip is None else c_skip), EPS, silu=True).to(DEVICE)
+    torch.nn.init.normal_(layer.weight), torch.nn.init.normal_(layer.bias)
+    return (x, h, bias, skip, shift), layer
+
+
+@needs_triton
+@torch.no_grad()
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("kind", ["sum", "sum and skip", "skip alone", "skip of other groups"])
+def test_a_sum_and_its_norm_are_those_of_float64(kind, path, monkeypatch):
+    for name, value in PATHS[path].items():
+        monkeypatch.setattr(norm, name, value)
+    given, layer = parts_of(kind)
+    found = norm.kernel_add_norm(*given, layer.weight, layer.bias, 32, EPS, True)
+    wanted = norm.add_norm(layer.double(), *(None if p is None else p.double() for p in given))
+    for grid, exact_grid in zip(found, wanted, strict=True):
+        assert grid.is_contiguous(memory_format=torch.channels_last)
+        assert (grid - exact_grid).abs().max() < 3e-6 * exact_grid.abs().max()
+
+
+@needs_triton
+@torch.no_grad()
+@pytest.mark.parametrize("path", PATHS)
+def test_one_shift_for_all_samples_need_not_be_copied(path, monkeypatch):
+    for name, value in PATHS[path].items():
+        monkeypatch.setattr(norm, name, value)
+    (x, h, bias, _, shift), layer = parts_of("sum")
+    found = [norm.kernel_add_norm(x, h, bias, None, one, layer.weight, layer.bias, 32, EPS, True)[1]
+             for one in (shift[:1].expand(2, -1), shift[:1].expand(2, -1).contiguous())]
+    assert torch.equal(*found)
+    other = norm.kernel_add_norm(x, h, bias, None, shift, layer.weight, layer.bias, 32, EPS, True)
+    assert (found[0] - other[1])[1].abs().max() > 0.1
+
+
+@needs_triton
+@torch.no_grad()
+@pytest.mark.parametrize("path", PATHS)
+def test_a_norm_of_a_sum_in_bf16_is_that_of_the_sum_as_it_is_written(path, monkeypatch):
+    for name, value in PATHS[path].items():
+        monkeypatch.setattr(norm, name, value)
+    given, layer = parts_of("sum and skip", torch.bfloat16)
+    total, y = norm.kernel_add_norm(*given, layer.weight, layer.bias, 32, EPS, True)
+    wanted = layer.double()(total.double())
+    assert total.dtype == y.dtype == torch.bfloat16
+    assert (y - wanted).abs().max() < 4e-3 * wanted.abs().max()     # its own rounding, once

@@ -1,0 +1,99 @@
+"""fused.py: the network with sums left to norms is model.UNet's, by PyTorch and by the kernels.
+Without a GPU these run in Triton's interpreter (conftest.py); without Triton they are skipped."""
+
+import pytest
+import torch
+
+import fused
+import model
+import norm
+
+needs_triton = pytest.mark.skipif(norm.triton is None, reason="Triton is not installed")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def layer_and_parts(c, dtype=torch.float32):
+    """A LayerNorm, and x, h (r, n, c), row (r, c), later (c,) in float64 and in dtype."""
+    torch.manual_seed(0)
+    layer = torch.nn.LayerNorm(c).to(DEVICE)
+    torch.nn.init.normal_(layer.weight), torch.nn.init.normal_(layer.bias)
+    parts = [torch.randn(*shape, device=DEVICE).to(dtype)
+             for shape in ((3, 7, c), (3, 7, c), (3, c), (c,))]
+    return layer, [5 + parts[0], *parts[1:]]
+
+
+@needs_triton
+@torch.no_grad()
+@pytest.mark.parametrize("c", [16, 320, 1280])
+@pytest.mark.parametrize("function", ["kernel_layer_norm", "add_layer_norm"])
+def test_a_sum_and_its_layer_norm_are_those_of_float64(function, c):
+    layer, parts = layer_and_parts(c)
+    x, h, row, later = [part.double() for part in parts]
+    found = getattr(fused, function)(layer, *parts)
+    wanted = layer.double()(x + h + row[:, None])
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-5)
+    total = x + h + row[:, None] + later
+    torch.testing.assert_close(parts[0].double(), total, rtol=0, atol=1e-5)
+
+
+@needs_triton
+@torch.no_grad()
+def test_a_layer_norm_of_nothing_more_leaves_its_input():
+    layer, (x, *_) = layer_and_parts(320, torch.bfloat16)
+    before = x.clone()
+    found = fused.kernel_layer_norm(layer, x, None, None, None)
+    wanted = layer.double()(before.double())
+    assert torch.equal(x, before) and found.dtype == torch.bfloat16
+    assert (found - wanted).abs().max() < 4e-3 * wanted.abs().max()
+
+
+def networks(channels_last):
+    """(model.UNet with transformers at its upper level, the same taken by fused.UNet, inputs)."""
+    torch.manual_seed(0)
+    unet = model.UNet(8, 4, 32, (1, 2, 2), 2, (1, 2), 2, 8, norm_groups=8).to(DEVICE)
+    for parameter in unet.parameters():
+        torch.nn.init.normal_(parameter, 0.0, 0.1)
+    if channels_last:
+        unet.to(memory_format=torch.channels_last)
+    x, context = torch.randn(4, 8, 8, 8, device=DEVICE), torch.randn(4, 1, 8, device=DEVICE)
+    return unet, x, context
+
+
+def fuse(unet, t, context):
+    """fused.UNet with its tables filled for timesteps t and contexts of all rows."""
+    fast = fused.UNet(unet)
+    emb = unet.time_embed(model.timestep_embedding(t, unet.model_channels))
+    for module in fast.modules():
+        if isinstance(module, fused.Block):
+            module.at_time = module.projected(emb)
+        elif isinstance(module, fused.Transformer):
+            module.at_view = module.projected(context)
+    return fast
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kernels", [False, pytest.param(True, marks=needs_triton)])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_network_is_the_plain_one(channels_last, kernels, monkeypatch):
+    unet, x, context = networks(channels_last)
+    t = torch.tensor([3, 500, 80, 999], device=DEVICE)
+    monkeypatch.setattr(norm, "enabled", False)
+    wanted = unet(x, t, context)
+    used = []
+    if kernels:
+        def add_norm(layer, x, h=None, bias=None, skip=None, shift=None):
+            if h is None and skip is None:
+                return x, layer(x)
+            used.append("skip" if skip is not None else "sum")
+            return norm.kernel_add_norm(x, h, bias, skip, shift, layer.weight, layer.bias,
+                                        layer.num_groups, layer.eps, layer.silu)
+
+        monkeypatch.setattr(norm, "add_norm", add_norm)
+        monkeypatch.setattr(fused, "add_layer_norm",
+                            lambda layer, x, h=None, row=None, later=None:
+                            fused.kernel_layer_norm(layer, x, h, row, later))
+    found = fuse(unet, t, context)(x, None, None)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4 * wanted.abs().max().item())
+    assert not kernels or {"skip", "sum"} == set(used)
+    few = fuse(unet, t, context)(x[2:], None, None)         # the last rows of the tables
+    torch.testing.assert_close(few, wanted[2:], rtol=0, atol=1e-4 * wanted.abs().max().item())
