@@ -8,13 +8,16 @@ the same where there is no Triton, in as many kernels as it needs.
 Letters: `r` rows, `c` channels, `h w` latent grid, `n` = h w tokens.
 """
 
+from typing import Optional
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 
 import model
 import norm
-from geglu import geglu
+from geglu import geglu_linear
 from norm import KERNEL_TYPES, tl, triton
 
 ROWS, PER_WARP = 4, 512         # tokens of a tile of LayerNorm; its values that 32 threads hold
@@ -50,7 +53,7 @@ def add_layer_norm(layer, x, h=None, row=None, later=None):
     x, h: (r, n, c), contiguous; row: (r, c); later: (c,).
     """
     if norm.enabled and x.is_cuda and x.dtype in KERNEL_TYPES:
-        return kernel_layer_norm(layer, x, h, row, later)
+        return kernel_layer_norm(x, h, row, later, layer.weight, layer.bias, layer.eps)
     if h is None:
         return layer(x)
     total = x + h + row[:, None].to(x.dtype)
@@ -58,15 +61,22 @@ def add_layer_norm(layer, x, h=None, row=None, later=None):
     return layer(total)
 
 
-def kernel_layer_norm(layer, x, h, row, later):
+@torch.library.custom_op("zeronvs::layer_norm", mutates_args=("x",))
+def kernel_layer_norm(x: Tensor, h: Optional[Tensor], row: Optional[Tensor],
+                      later: Optional[Tensor], weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """See add_layer_norm. One node for torch.compile."""
     r, n, c = x.shape
-    y, columns = torch.empty_like(x), triton.next_power_of_2(c)
-    added = h is not None
-    h, row, later = (h, row.contiguous(), later) if added else (x, x, x)
+    y, columns, added = torch.empty_like(x), triton.next_power_of_2(c), h is not None
+    h, row, later = (h, row, later) if added else (x, x, x)
     layer_norm_kernel[(triton.cdiv(r * n, ROWS),)](
-        x, h, row, later, layer.weight, layer.bias, y, r * n, n, c, layer.eps, added, ROWS, columns,
+        x, h, row, later, weight, bias, y, r * n, n, c, eps, added, ROWS, columns,
         num_warps=norm.warps(ROWS * columns, PER_WARP))
     return y
+
+
+@kernel_layer_norm.register_fake
+def fake_layer_norm(x, h, row, later, weight, bias, eps):
+    return torch.empty_like(x)
 
 
 # ---- the network
@@ -119,7 +129,8 @@ class Transformer(nn.Module):
 
     def forward(self, x, h):
         """Grids (r, c, h, w) -> the result for x + h + the bias of the conv before."""
-        inner, rows, last = self.inner, len(x), self.inner.ff.net[2]
+        inner, rows = self.inner, len(x)
+        gated, last = inner.ff.net[0].proj, inner.ff.net[2]
         total, y = norm.add_norm(self.norm, x, h, self.bias, shift=self.shift.expand(rows, -1))
         tokens = self.proj_in(y.flatten(2).mT)                                  # (r, n, c)
         y = F.linear(add_layer_norm(inner.norm1, tokens), self.qkv)
@@ -127,7 +138,7 @@ class Transformer(nn.Module):
         y = F.scaled_dot_product_attention(*y.permute(2, 0, 3, 1, 4))           # (r, heads, n, d)
         y = F.linear(y.transpose(1, 2).flatten(2), inner.attn1.to_out[0].weight)
         y = add_layer_norm(inner.norm3, tokens, y, self.at_view[-rows:], last.bias)
-        add_product(tokens, geglu(inner.ff.net[0].proj(y)), last.weight)
+        add_product(tokens, geglu_linear(y, gated.weight, gated.bias), last.weight)
         add_product(total.flatten(2).mT, tokens, self.proj_out.weight.flatten(1))
         return total
 

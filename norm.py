@@ -451,17 +451,25 @@ def fake_add(x, h, bias, skip=None):
     return blank_grid((b, c, *sides), x), x.new_empty((b, k, 2, c), dtype=torch.float32)
 
 
-def kernel_add_norm(x, h, bias, skip, shift, weight, beta, groups, eps, silu):
-    """See add_norm. One kernel for a small grid."""
-    c = x.shape[1] + (0 if skip is None else skip.shape[1])
-    if not is_small((len(x), c, *x.shape[2:]), groups):
+@torch.library.custom_op("zeronvs::add_norm", mutates_args=())
+def kernel_add_norm(x: Tensor, h: Optional[Tensor], bias: Optional[Tensor], skip: Optional[Tensor],
+                    shift: Optional[Tensor], weight: Tensor, beta: Tensor, groups: int, eps: float,
+                    silu: bool) -> tuple[Tensor, Tensor]:
+    """See add_norm; weight and beta (c,) are the norm's. One kernel for a small grid."""
+    s, y = fake_add_norm(x, h, bias, skip, shift, weight, beta, groups, eps, silu)
+    if not is_small(s.shape, groups):
         s, sums = kernel_add(x, h, bias, skip)
         return s, kernel_forward(s, weight, beta, shift, groups, eps, silu, sums)[0]
     x, h, skip = (None if grid is None else channels_last(grid) for grid in (x, h, skip))
-    s = blank_grid((len(x), c, *x.shape[2:]), x)
-    y, moments = fake_forward(s, weight, beta, shift, groups, eps, silu)
+    moments = fake_forward(s, weight, beta, shift, groups, eps, silu)[1]
     whole(x, h, bias, skip, s, weight, beta, shift, moments, y, groups, eps, silu)
     return s, y
+
+
+@kernel_add_norm.register_fake
+def fake_add_norm(x, h, bias, skip, shift, weight, beta, groups, eps, silu):
+    shape = len(x), weight.shape[0], *x.shape[2:]
+    return blank_grid(shape, x), blank_grid(shape, x)
 
 
 @torch.library.custom_op("zeronvs::group_norm_backward", mutates_args=())

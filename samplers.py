@@ -17,7 +17,7 @@ SAMPLERS = ("ddim", "reference", "dpm++", "unipc")
 SPACINGS = ("auto", "leading", "trailing", "logsnr")
 TIMESTEPS = 1000                    # of the schedule that the published models were trained with
 EVERYWHERE = (0, TIMESTEPS)         # guidance interval: the timesteps at which guidance acts
-AHEAD = 10                          # steps whose noise is drawn at once
+AHEAD = 50                          # steps whose noise is drawn at once
 DECODED = 8                         # views that are decoded at once, for memory's sake
 
 

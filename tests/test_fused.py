@@ -25,11 +25,14 @@ def layer_and_parts(c, dtype=torch.float32):
 @needs_triton
 @torch.no_grad()
 @pytest.mark.parametrize("c", [16, 320, 1280])
-@pytest.mark.parametrize("function", ["kernel_layer_norm", "add_layer_norm"])
-def test_a_sum_and_its_layer_norm_are_those_of_float64(function, c):
+@pytest.mark.parametrize("kernel", [True, False])
+def test_a_sum_and_its_layer_norm_are_those_of_float64(kernel, c):
     layer, parts = layer_and_parts(c)
     x, h, row, later = [part.double() for part in parts]
-    found = getattr(fused, function)(layer, *parts)
+    if kernel:
+        found = fused.kernel_layer_norm(*parts, layer.weight, layer.bias, layer.eps)
+    else:
+        found = fused.add_layer_norm(layer, *parts)
     wanted = layer.double()(x + h + row[:, None])
     torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-5)
     total = x + h + row[:, None] + later
@@ -41,7 +44,7 @@ def test_a_sum_and_its_layer_norm_are_those_of_float64(function, c):
 def test_a_layer_norm_of_nothing_more_leaves_its_input():
     layer, (x, *_) = layer_and_parts(320, torch.bfloat16)
     before = x.clone()
-    found = fused.kernel_layer_norm(layer, x, None, None, None)
+    found = fused.kernel_layer_norm(x, None, None, None, layer.weight, layer.bias, layer.eps)
     wanted = layer.double()(before.double())
     assert torch.equal(x, before) and found.dtype == torch.bfloat16
     assert (found - wanted).abs().max() < 4e-3 * wanted.abs().max()
@@ -91,9 +94,25 @@ def test_the_network_is_the_plain_one(channels_last, kernels, monkeypatch):
         monkeypatch.setattr(norm, "add_norm", add_norm)
         monkeypatch.setattr(fused, "add_layer_norm",
                             lambda layer, x, h=None, row=None, later=None:
-                            fused.kernel_layer_norm(layer, x, h, row, later))
+                            fused.kernel_layer_norm(x, h, row, later, layer.weight, layer.bias,
+                                                    layer.eps))
     found = fuse(unet, t, context)(x, None, None)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4 * wanted.abs().max().item())
     assert not kernels or {"skip", "sum"} == set(used)
     few = fuse(unet, t, context)(x[2:], None, None)         # the last rows of the tables
     torch.testing.assert_close(few, wanted[2:], rtol=0, atol=1e-4 * wanted.abs().max().item())
+
+
+@needs_triton
+@torch.no_grad()
+def test_torch_library_finds_nothing_wrong_with_the_operators():
+    layer, parts = layer_and_parts(16)
+    checks = "test_schema", "test_faketensor"
+    torch.library.opcheck(fused.kernel_layer_norm, (*parts, layer.weight, layer.bias, layer.eps),
+                          test_utils=checks)
+    x, h, skip = (torch.randn(2, c, 3, 3, device=DEVICE).to(memory_format=torch.channels_last)
+                  for c in (16, 16, 8))
+    bias, weight, beta = (torch.randn(c, device=DEVICE) for c in (16, 24, 24))
+    for given in ((x, h, bias, skip), (x, None, None, skip)):
+        torch.library.opcheck(norm.kernel_add_norm, (*given, None, weight, beta, 8, 1e-5, True),
+                              test_utils=checks)
