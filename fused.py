@@ -29,14 +29,15 @@ if triton is not None:
     @triton.jit
     def layer_norm_kernel(x, h, row, later, weight, bias, y, tokens, n, c, eps,
                           ADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-        token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-        column = tl.arange(0, COLUMNS)[None, :]
+        first = tl.program_id(0).to(tl.int64) * ROWS
+        token, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
         there = column < c
-        exist, at = (token < tokens) & there, token * c + column
+        exist, at = (first + token < tokens) & there, token * c + column
+        x, h, y = x + first * c, h + first * c, y + first * c
         values = tl.load(x + at, exist, 0.0).to(tl.float32)
         if ADDED:
             values += tl.load(h + at, exist, 0.0).to(tl.float32)
-            values += tl.load(row + token // n * c + column, exist, 0.0).to(tl.float32)
+            values += tl.load(row + (first + token) // n * c + column, exist, 0.0).to(tl.float32)
             more = tl.load(later + column, there, 0.0).to(tl.float32)
             tl.store(x + at, (values + more).to(x.dtype.element_ty), exist)
         mean = tl.sum(values, 1)[:, None] / c

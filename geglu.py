@@ -71,7 +71,8 @@ if triton is not None:
                             INPUTS: tl.constexpr):
         """Both halves of a tile at once, in STEPS of INPUTS; WHOLE: which are k together."""
         across = tl.cdiv(c, COLUMNS)        # tiles of the same tokens follow each other
-        row = tl.program_id(0).to(tl.int64) // across * ROWS + tl.arange(0, ROWS)[:, None]
+        first = tl.program_id(0).to(tl.int64) // across * ROWS
+        x, y, m, row = x + first * k, y + first * c, m - first, tl.arange(0, ROWS)[:, None]
         column = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)[None, :]
         value = tl.zeros([ROWS, COLUMNS], tl.float32)
         gate = tl.zeros([ROWS, COLUMNS], tl.float32)

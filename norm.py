@@ -120,14 +120,14 @@ if triton is not None:
         """float32 values of x + h + bias (if ADDED), whose c_x channels are followed (if JOINED) by
         those of skip, c together."""
         own = exist & (columns < c_x) if JOINED else exist
-        at = sample * n * c_x + rows * c_x + columns
-        values = tl.load(x + at, own, 0.0).to(tl.float32)
+        start, offsets = sample * n * c_x, rows * c_x + columns
+        values = tl.load(x + start + offsets, own, 0.0).to(tl.float32)
         if ADDED:
-            values += tl.load(h + at, own, 0.0).to(tl.float32)
-            values += tl.load(bias + columns, own, 0.0).to(tl.float32)
+            values += tl.load(h + start + offsets, own, 0.0).to(tl.float32)
+            values += tl.load(bias + columns, columns < c_x, 0.0).to(tl.float32)
         if JOINED:
-            at = sample * n * (c - c_x) + rows * (c - c_x) + columns - c_x
-            values += tl.load(skip + at, exist & (columns >= c_x), 0.0).to(tl.float32)
+            start, offsets = sample * n * (c - c_x) - c_x, rows * (c - c_x) + columns
+            values += tl.load(skip + start + offsets, exist & (columns >= c_x), 0.0).to(tl.float32)
         return values
 
     @triton.jit
@@ -219,12 +219,12 @@ if triton is not None:
         among = tl.arange(0, WIDTH)[None, :]
         channel = tl.program_id(0) * width + among
         exist, there = (rows < n) & (among < width), among < width
-        offsets = sample * n * c + rows * c + channel
+        start, offsets = sample * n * c, rows * c + channel
         values = load_sum(x, h, constant, skip, sample, rows, channel, exist, n, c, c_x, ADDED,
                           JOINED)
         if ADDED or JOINED:
             rounded = values.to(s.dtype.element_ty)
-            tl.store(s + offsets, rounded, exist)
+            tl.store(s + start + offsets, rounded, exist)
             values = rounded.to(tl.float32)
         moved = tl.zeros([1, WIDTH], tl.float32)
         if SHIFTED:
@@ -236,7 +236,7 @@ if triton is not None:
         z += tl.load(bias + channel, there, 0.0).to(tl.float32)
         if SILU:
             z *= tl.sigmoid(z)
-        tl.store(y + offsets, z.to(y.dtype.element_ty), exist)
+        tl.store(y + start + offsets, z.to(y.dtype.element_ty), exist)
         at, table = moments + sample * c + channel, tl.num_programs(1).to(tl.int64) * c
         tl.store(at, center - moved, there)
         tl.store(at + table, tl.zeros([1, WIDTH], tl.float32) + rstd, there)
