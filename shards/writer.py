@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import struct
+import sys
 import tarfile
 import time
 import zlib
@@ -185,8 +186,10 @@ def make_shards(todo, scenes_of, report):
 
 
 def worker(todo, scenes_of, taken, views, errors):
-    """One of several processes: makes the shards that no other has taken; dies with its parent."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    """One of several processes: makes the shards that no other has taken; dies with its parent, or
+    when it is terminated, and leaves nothing of a shard that is not complete."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # the parent gets it too, and terminates all
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 
     def shards():
         while True:
@@ -222,18 +225,24 @@ def make_shards_together(todo, scenes_of, workers, report):
     for process in processes:
         process.start()
     reported, running = 0, True
-    while running:
-        time.sleep(POLL)
-        running = any(process.is_alive() for process in processes)
-        now = views.value
-        report(now - reported)
-        reported = now
-        if not errors.empty():
-            raise OSError(errors.get())
-        codes = [process.exitcode for process in processes if process.exitcode]
-        if codes:
-            raise OSError(f"one of the processes ended with code {codes[0]}: the same command "
-                          "goes on from here, perhaps with fewer --workers")
+    try:
+        while running:
+            time.sleep(POLL)
+            running = any(process.is_alive() for process in processes)
+            now = views.value
+            report(now - reported)
+            reported = now
+            if not errors.empty():
+                raise OSError(errors.get())
+            codes = [process.exitcode for process in processes if process.exitcode]
+            if codes:
+                raise OSError(f"one of the processes ended with code {codes[0]}: the same command "
+                              "goes on from here, perhaps with fewer --workers")
+    finally:        # the next run may write what they were writing
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join()
 
 
 def check_out(note, arguments, shards, overwrite):

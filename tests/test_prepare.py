@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import re
 import subprocess
 import sys
@@ -496,6 +497,27 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.startswith("prepare.py synth: ") and done.stderr.count("\n") == 1
     assert str(tmp_path / "file") in done.stderr
+
+
+def slow_scenes(path, content, report):
+    """One scene, then none for a minute; or a failure, once the other shard has been begun."""
+    if content == "fails":
+        while not list(path.parent.glob("slow.tar*")):
+            time.sleep(0.01)
+        raise OSError(28, "No space left on device", str(path))
+    yield [("a/b/frame000001.png", b"1")]
+    for _ in range(600):
+        time.sleep(0.1)
+
+
+def test_where_one_process_fails_the_others_are_ended_and_leave_nothing(tmp_path):
+    """Else they would write on, under the names that the next run writes to."""
+    todo = [(tmp_path / "slow.tar", "slow"), (tmp_path / "fails.tar", "fails")]
+    began = time.monotonic()
+    with pytest.raises(OSError, match="No space left on device.*fails.tar"):
+        writer.make_shards_together(todo, slow_scenes, 2, lambda views: None)
+    assert time.monotonic() - began < 30        # not the minute
+    assert not multiprocessing.active_children() and not list(tmp_path.iterdir())
 
 
 def test_a_failure_in_one_of_several_processes_is_one_line(tmp_path, capsys):
