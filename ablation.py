@@ -159,7 +159,7 @@ def compare(rows):
     steps = []
     for before, after in zip(rows, list(rows)[1:]):
         mean, error, count = tables.difference(rows[after], tables.MODEL, tables.MODEL,
-                                                 others=rows[before])
+                                               others=rows[before])
         sure = tables.SURE * error
         word = "better" if mean > sure else "worse" if mean < -sure else "equal, within noise"
         lines.append(f"  {MODES[after]} - {MODES[before]}: {mean:+.2f} +- {error:.2f}  ({word})")
