@@ -37,6 +37,7 @@ class Fast:
                 net.first_stage_model.decoder.compile(dynamic=False)
         self.graphs = graphs and self.device.type == "cuda"
         self.shape, self.steps, self.decoders = None, {}, {}    # graphs by `both`, by shape
+        self.times = {}             # timestep: its row of the tables of all blocks
         # graphs never run at once, so they share their memory
         self.pool = torch.cuda.graph_pool_handle() if self.graphs else None
         self.preparing = 0.0        # seconds that warming up and recording took so far
@@ -55,15 +56,12 @@ class Fast:
         self.t, self.guidance = blank(rows, dtype=torch.float32), blank(dtype=torch.float32)
         self.context = blank(rows, *context_shape[1:])
         for transformer in self.by_view:
-            transformer.at_view = blank(rows, transformer.bias.shape[0], dtype=torch.float32)
-        # all that depends on time is one tensor, gathered from a row of `times` in one go
+            transformer.at_view = blank(rows, len(transformer.bias))
+        # all that depends on time is one tensor, so that a step copies once
         widths = [block.width for block in self.by_time]
-        self.at_time = blank(rows * sum(widths))
-        starts = [sum(widths[:i]) for i in range(len(widths))]
-        self.gather = torch.cat([torch.arange(start, start + width).repeat(rows)
-                                 for start, width in zip(starts, widths)]).to(self.device)
-        for block, start, width in zip(self.by_time, starts, widths):
-            block.at_time = self.at_time[rows * start:rows * (start + width)].view(rows, width)
+        self.at_time = blank(1, sum(widths))
+        for block, part in zip(self.by_time, self.at_time.split(widths, dim=1)):
+            block.at_time = part
 
     def prepare(self, z_cond, context, t):
         """Fills the tables for a batch of views (b, c, h, w), (b, 1, e) and the timesteps t."""
@@ -74,11 +72,12 @@ class Fast:
         self.context[b:] = context
         for transformer in self.by_view:
             transformer.at_view.copy_(transformer.projected(self.context))
-        steps = model.timestep_embedding(torch.tensor(t, device=self.device),
-                                         self.unet.model_channels)
-        emb = self.unet.time_embed(steps.to(self.dtype))
-        self.times = torch.cat([block.projected(emb) for block in self.by_time], dim=1)
-        self.row_of = {step: i for i, step in enumerate(t)}
+        if list(self.times) != list(t):
+            steps = model.timestep_embedding(torch.tensor(t, device=self.device),
+                                             self.unet.model_channels)
+            emb = self.unet.time_embed(steps.to(self.dtype))
+            rows = torch.cat([block.projected(emb) for block in self.by_time], dim=1)
+            self.times = dict(zip(t, rows[:, None]))
 
     # ---- a step
 
@@ -94,7 +93,7 @@ class Fast:
         def follow(z_t, t):
             self.z_t.copy_(z_t)
             self.t.fill_(t)
-            torch.index_select(self.times[self.row_of[t]], 0, self.gather, out=self.at_time)
+            self.at_time.copy_(self.times[t])
             both = guidance != 1 and low <= t <= high
             if not self.graphs:
                 return self.evaluate(both)

@@ -70,16 +70,22 @@ def add_norm(norm, x, h=None, bias=None, skip=None, shift=None):
     """(s, y) for sampling, without gradients: s = x + h + bias, and beside it, along the channels,
     skip; y is the GroupNorm `norm` of s plus shift (b, c).
 
-    Grids (b, c, h, w); h and bias (c,), and skip, where they are given.
+    Grids (b, c, h, w) and bias (c,); all but x may be None.
     """
-    if h is None and skip is None:
+    if h is None and bias is None and skip is None:
         return x, norm(x, shift=shift)
     if enabled and x.is_cuda and x.dtype in KERNEL_TYPES and x.shape[2:].numel() <= MOST:
         return kernel_add_norm(x, h, bias, skip, shift, norm.weight, norm.bias, norm.num_groups,
                                norm.eps, norm.silu)
-    s = x if h is None else x + h + bias.to(x.dtype)[:, None, None]
+    s = sum_of(x, h, bias)
     s = s if skip is None else torch.cat([s, skip], dim=1)
     return s, norm(s, shift=shift)
+
+
+def sum_of(x, h=None, bias=None):
+    """x + h + bias of grids (b, c, h, w) and bias (c,), of which the latter may be None."""
+    x = x if h is None else x + h
+    return x if bias is None else x + bias.to(x.dtype)[:, None, None]
 
 
 def add(x, h, bias, summed=True):
@@ -115,17 +121,17 @@ if triton is not None:
         return tl.load(table + sample * c + columns, columns < c, 0.0).to(tl.float32)[None, :]
 
     @triton.jit
-    def load_sum(x, h, bias, skip, sample, rows, columns, exist, n, c, c_x, ADDED: tl.constexpr,
-                 JOINED: tl.constexpr):
-        """float32 values of x + h + bias (if ADDED), whose c_x channels are followed (if JOINED) by
-        those of skip, c together."""
-        own = exist & (columns < c_x) if JOINED else exist
+    def load_sum(x, h, bias, skip, sample, rows, columns, exist, n, c, c_x):
+        """float32 values of x + h + bias, whose c_x channels are followed by those of skip, c
+        together; of h, bias and skip what is not None."""
+        own = exist if skip is None else exist & (columns < c_x)
         start, offsets = sample * n * c_x, rows * c_x + columns
         values = tl.load(x + start + offsets, own, 0.0).to(tl.float32)
-        if ADDED:
+        if h is not None:
             values += tl.load(h + start + offsets, own, 0.0).to(tl.float32)
+        if bias is not None:
             values += tl.load(bias + columns, columns < c_x, 0.0).to(tl.float32)
-        if JOINED:
+        if skip is not None:
             start, offsets = sample * n * (c - c_x) - c_x, rows * (c - c_x) + columns
             values += tl.load(skip + start + offsets, exist & (columns >= c_x), 0.0).to(tl.float32)
         return values
@@ -139,11 +145,10 @@ if triton is not None:
         tl.store(at + c, second, columns < c)
 
     @triton.jit
-    def moments_kernel(x, h, bias, skip, y, sums, n, c, c_x, ADDED: tl.constexpr,
-                       JOINED: tl.constexpr, ROWS: tl.constexpr, SLICES: tl.constexpr,
-                       COLUMNS: tl.constexpr):
-        """Mean and sum of squared deviations of every channel of a block of x; if ADDED or JOINED,
-        of the sum (see load_sum), which is y.
+    def moments_kernel(x, h, bias, skip, y, sums, n, c, c_x, ROWS: tl.constexpr,
+                       SLICES: tl.constexpr, COLUMNS: tl.constexpr):
+        """Mean and sum of squared deviations of every channel of a block of load_sum, which is y
+        where y is not None.
 
         Deviations are first taken from the block's first value, which is as near to the mean as
         any: what the sum of their squares then loses is about as large as what is left of it.
@@ -151,15 +156,13 @@ if triton is not None:
         sample, first = tl.program_id(2).to(tl.int64), tl.program_id(1) * SLICES * ROWS
         columns = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
         rows = first + tl.arange(0, ROWS)[:, None]
-        start = load_sum(x, h, bias, skip, sample, first, columns, columns < c, n, c, c_x, ADDED,
-                         JOINED)
+        start = load_sum(x, h, bias, skip, sample, first, columns, columns < c, n, c, c_x)
         total = tl.zeros([ROWS, COLUMNS], tl.float32)
         squares = tl.zeros([ROWS, COLUMNS], tl.float32)
         for i in tl.static_range(SLICES):
             exist = (rows + i * ROWS < n) & (columns < c)
-            values = load_sum(x, h, bias, skip, sample, rows + i * ROWS, columns, exist, n, c, c_x,
-                              ADDED, JOINED)
-            if ADDED or JOINED:
+            values = load_sum(x, h, bias, skip, sample, rows + i * ROWS, columns, exist, n, c, c_x)
+            if y is not None:
                 rounded = values.to(y.dtype.element_ty)
                 tl.store(y + sample * n * c + (rows + i * ROWS) * c + columns, rounded, exist)
                 values = rounded.to(tl.float32)
@@ -173,8 +176,7 @@ if triton is not None:
 
     @triton.jit
     def combine_kernel(sums, shift, moments, n, c, k, width, stride, eps, ROWS: tl.constexpr,
-                       SHIFTED: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
-                       CHUNKS: tl.constexpr):
+                       WIDTH: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
         """Moments of the blocks of ROWS -> center, rstd and the channel's mean less the group's.
 
         Chan's formula: deviations add up, and those of the means with their counts. One program a
@@ -198,7 +200,7 @@ if triton is not None:
             off = tl.where(there, tl.load(sums + tile * 2 * c, there, 0.0) - mean[None, :], 0.0)
             squares += tl.sum(tl.load(sums + tile * 2 * c + c, there, 0.0) + count * off * off, 0)
         moved = tl.zeros([WIDTH], tl.float32)
-        if SHIFTED:
+        if shift is not None:
             moved += tl.load(shift + sample * stride + channel, exist, 0.0).to(tl.float32)
         center = tl.sum(tl.where(exist, mean + moved, 0.0), 0) / width
         off = tl.where(exist, mean + moved - center, 0.0)
@@ -211,23 +213,21 @@ if triton is not None:
 
     @triton.jit
     def whole_kernel(x, h, constant, skip, s, weight, bias, shift, moments, y, n, c, c_x, width,
-                     stride, eps, ADDED: tl.constexpr, JOINED: tl.constexpr, SILU: tl.constexpr,
-                     SHIFTED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-        """All of the forward pass, one program a group (ROWS >= n, WIDTH >= width); if ADDED or
-        JOINED, of the sum with h, `constant` and skip (see load_sum), which is s."""
+                     stride, eps, SILU: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+        """All of the forward pass of load_sum with the bias `constant`, which is s where s is not
+        None; one program a group (ROWS >= n, WIDTH >= width)."""
         sample, rows = tl.program_id(1).to(tl.int64), tl.arange(0, ROWS)[:, None]
         among = tl.arange(0, WIDTH)[None, :]
         channel = tl.program_id(0) * width + among
         exist, there = (rows < n) & (among < width), among < width
         start, offsets = sample * n * c, rows * c + channel
-        values = load_sum(x, h, constant, skip, sample, rows, channel, exist, n, c, c_x, ADDED,
-                          JOINED)
-        if ADDED or JOINED:
+        values = load_sum(x, h, constant, skip, sample, rows, channel, exist, n, c, c_x)
+        if s is not None:
             rounded = values.to(s.dtype.element_ty)
             tl.store(s + start + offsets, rounded, exist)
             values = rounded.to(tl.float32)
         moved = tl.zeros([1, WIDTH], tl.float32)
-        if SHIFTED:
+        if shift is not None:
             moved += tl.load(shift + sample * stride + channel, there, 0.0).to(tl.float32)
         center = tl.sum(tl.where(exist, values + moved, 0.0)) / (width * n)
         off = tl.where(exist, values + moved - center, 0.0)
@@ -382,15 +382,15 @@ def kernel_forward(x: Tensor, weight: Tensor, bias: Tensor, shift: Optional[Tens
     n, width = h * w, c // groups
     y, moments = fake_forward(x, weight, bias, shift, groups, eps, silu)
     if is_small(x.shape, groups) and sums is None:
-        whole(x, None, None, None, x, weight, bias, shift, moments, y, groups, eps, silu)
+        whole(x, None, None, None, None, weight, bias, shift, moments, y, groups, eps, silu)
         return y, moments
-    shifted, shift, stride = strided(shift, moments)
+    shift, stride = strided(shift)
     grid, block = summing(b, c, n, MOMENTS)
     if sums is None:
         sums = moments.new_empty(b, grid[1], 2, c)
-        moments_kernel[grid](x, x, x, x, x, sums, n, c, c, False, False, **block)
+        moments_kernel[grid](x, None, None, None, None, sums, n, c, c, **block)
     combine_kernel[groups, b](sums, shift, moments, n, c, grid[1], width, stride, eps,
-                              block["ROWS"] * block["SLICES"], shifted, **combining(width, grid[1]))
+                              block["ROWS"] * block["SLICES"], **combining(width, grid[1]))
     grid, tile = tiling(b, c, n, *APPLY)
     apply_kernel[grid](x, weight, bias, moments, y, n, c, silu, **tile)
     return y, moments
@@ -403,24 +403,23 @@ def is_small(shape, groups):
     return held <= WHOLE and b * c * h * w <= CACHED
 
 
-def strided(shift, stand_in):
-    """(whether there is a shift, a tensor, its elements from one sample to the next)."""
+def strided(shift):
+    """(shift (b, c) or None, its elements from one sample to the next)."""
     if shift is None:
-        return False, stand_in, 0
+        return None, 0
     shift = shift if shift.stride(1) == 1 else shift.contiguous()
-    return True, shift, shift.stride(0)
+    return shift, shift.stride(0)
 
 
 def whole(x, h, constant, skip, s, weight, bias, shift, moments, y, groups, eps, silu):
-    """Runs whole_kernel for y and s (b, c, h, w)."""
+    """Runs whole_kernel for y, and s if it is not None (b, c, h, w)."""
     b, c, *sides = y.shape
     n, width = math.prod(sides), c // groups
-    shifted, shift, stride = strided(shift, moments)
+    shift, stride = strided(shift)
     rows, across = power_of_2(n), power_of_2(width)
-    whole_kernel[groups, b](x, x if h is None else h, x if h is None else constant,
-                            x if skip is None else skip, s, weight, bias, shift, moments, y, n, c,
-                            x.shape[1], width, stride, eps, h is not None, skip is not None, silu,
-                            shifted, rows, across, num_warps=warps(rows * across, WHOLE_PER_WARP))
+    whole_kernel[groups, b](x, h, constant, skip, s, weight, bias, shift, moments, y, n, c,
+                            x.shape[1], width, stride, eps, silu, rows, across,
+                            num_warps=warps(rows * across, WHOLE_PER_WARP))
 
 
 @kernel_forward.register_fake
@@ -433,13 +432,12 @@ def fake_forward(x, weight, bias, shift, groups, eps, silu, sums=None):
 def kernel_add(x: Tensor, h: Optional[Tensor], bias: Optional[Tensor],
                skip: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
     """(s, its sums), see add and add_norm. It has no backward pass."""
-    x, (s, sums) = channels_last(x), fake_add(x, h, bias, skip)
+    s, sums = fake_add(x, h, bias, skip)
     b, c, *sides = s.shape
     n = math.prod(sides)
+    x, h, skip = (None if part is None else channels_last(part) for part in (x, h, skip))
     grid, block = summing(b, c, n, WRITTEN)
-    moments_kernel[grid](x, x if h is None else channels_last(h), x if h is None else bias,
-                         x if skip is None else channels_last(skip), s, sums, n, c, x.shape[1],
-                         h is not None, skip is not None, **block)
+    moments_kernel[grid](x, h, bias, skip, s, sums, n, c, x.shape[1], **block)
     return s, sums
 
 

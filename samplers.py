@@ -192,12 +192,13 @@ def ddim(eps, z_t, t, levels, eta, noise, watch):
     """DDIM, eq. 12 of arXiv:2010.02502, over the timesteps t and the values of abar `levels`."""
     for k, abar, abar_prev in zip(range(len(t)), levels, levels[1:]):
         eps_t = eps(z_t, t[k])
-        z_0 = (z_t - math.sqrt(1 - abar) * eps_t) / math.sqrt(abar)
+        z_0 = z_t.sub(eps_t, alpha=math.sqrt(1 - abar)) / math.sqrt(abar)
         sigma = ddim_sigma(abar, abar_prev, eta)
         # rounding may leave the root's argument a little below 0 in the last step
-        z_t = math.sqrt(abar_prev) * z_0 + math.sqrt(max(1 - abar_prev - sigma**2, 0)) * eps_t
+        rest = math.sqrt(max(1 - abar_prev - sigma**2, 0))
+        z_t = (math.sqrt(abar_prev) * z_0).add(eps_t, alpha=rest)
         if sigma > 0:
-            z_t = z_t + sigma * noise(k)
+            z_t = z_t.add(noise(k), alpha=sigma)
         watch(k, t[k], z_t, z_0)
     return z_t
 

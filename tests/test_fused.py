@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import fused
+import geglu
 import model
 import norm
 
@@ -13,13 +14,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def layer_and_parts(c, dtype=torch.float32):
-    """A LayerNorm, and x, h (r, n, c), row (r, c), later (c,) in float64 and in dtype."""
+    """A LayerNorm, and x, h (r, n, c), row (r, c) in dtype, and room for the sum in longer rows."""
     torch.manual_seed(0)
     layer = torch.nn.LayerNorm(c).to(DEVICE)
     torch.nn.init.normal_(layer.weight), torch.nn.init.normal_(layer.bias)
     parts = [torch.randn(*shape, device=DEVICE).to(dtype)
-             for shape in ((3, 7, c), (3, 7, c), (3, c), (c,))]
-    return layer, [5 + parts[0], *parts[1:]]
+             for shape in ((3, 7, c), (3, 7, c), (3, c), (3, 7, 2 * c))]
+    return layer, [5 + parts[0], *parts[1:3], parts[3][..., :c]]
 
 
 @needs_triton
@@ -28,15 +29,16 @@ def layer_and_parts(c, dtype=torch.float32):
 @pytest.mark.parametrize("kernel", [True, False])
 def test_a_sum_and_its_layer_norm_are_those_of_float64(kernel, c):
     layer, parts = layer_and_parts(c)
-    x, h, row, later = [part.double() for part in parts]
+    x, h, row, _ = [part.double() for part in parts]
+    beyond = parts[3]._base[..., c:].clone()
     if kernel:
         found = fused.kernel_layer_norm(*parts, layer.weight, layer.bias, layer.eps)
     else:
-        found = fused.add_layer_norm(layer, *parts)
-    wanted = layer.double()(x + h + row[:, None])
-    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-5)
-    total = x + h + row[:, None] + later
-    torch.testing.assert_close(parts[0].double(), total, rtol=0, atol=1e-5)
+        found = fused.layer_norm(layer, *parts)
+    total = x + h + row[:, None]
+    torch.testing.assert_close(found.double(), layer.double()(total), rtol=0, atol=1e-5)
+    torch.testing.assert_close(parts[3].double(), total, rtol=0, atol=1e-5)
+    assert torch.equal(parts[3]._base[..., c:], beyond) and torch.equal(parts[0].double(), x)
 
 
 @needs_triton
@@ -63,7 +65,7 @@ def networks(channels_last):
 
 
 def fuse(unet, t, context):
-    """fused.UNet with its tables filled for timesteps t and contexts of all rows."""
+    """fused.UNet with its tables filled for a timestep t (1,) and contexts of all rows."""
     fast = fused.UNet(unet)
     emb = unet.time_embed(model.timestep_embedding(t, unet.model_channels))
     for module in fast.modules():
@@ -79,26 +81,29 @@ def fuse(unet, t, context):
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_the_network_is_the_plain_one(channels_last, kernels, monkeypatch):
     unet, x, context = networks(channels_last)
-    t = torch.tensor([3, 500, 80, 999], device=DEVICE)
+    t = torch.tensor([500], device=DEVICE)
     monkeypatch.setattr(norm, "enabled", False)
-    wanted = unet(x, t, context)
+    wanted = unet(x, t.expand(len(x)), context)
     used = []
     if kernels:
         def add_norm(layer, x, h=None, bias=None, skip=None, shift=None):
-            if h is None and skip is None:
+            if h is None and bias is None and skip is None:
                 return x, layer(x)
-            used.append("skip" if skip is not None else "sum")
+            used.append((h is not None, bias is not None, skip is not None))
             return norm.kernel_add_norm(x, h, bias, skip, shift, layer.weight, layer.bias,
                                         layer.num_groups, layer.eps, layer.silu)
 
         monkeypatch.setattr(norm, "add_norm", add_norm)
-        monkeypatch.setattr(fused, "add_layer_norm",
-                            lambda layer, x, h=None, row=None, later=None:
-                            fused.kernel_layer_norm(x, h, row, later, layer.weight, layer.bias,
+        monkeypatch.setattr(fused, "layer_norm", lambda layer, x, h=None, row=None, s=None:
+                            fused.kernel_layer_norm(x, h, row, s, layer.weight, layer.bias,
                                                     layer.eps))
+        monkeypatch.setattr(fused, "geglu_into", geglu.kernel_into)
     found = fuse(unet, t, context)(x, None, None)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4 * wanted.abs().max().item())
-    assert not kernels or {"skip", "sum"} == set(used)
+    # sums of two grids, of one with the bias that its conv has left, each alone or joined
+    assert not kernels or set(used) == {(True, True, False), (False, True, False),
+                                        (False, True, True), (False, False, True),
+                                        (True, True, True)}
     few = fuse(unet, t, context)(x[2:], None, None)         # the last rows of the tables
     torch.testing.assert_close(few, wanted[2:], rtol=0, atol=1e-4 * wanted.abs().max().item())
 
