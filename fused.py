@@ -18,6 +18,7 @@ from torch import Tensor
 
 import model
 import norm
+from conv import conv3x3
 from geglu import geglu_into
 from norm import KERNEL_TYPES, tl, triton
 
@@ -108,8 +109,7 @@ class Conv(nn.Module):
         x = grid.whole()
         if self.larger:
             x = F.interpolate(x, scale_factor=2)                # nearest neighbour
-        return Sum(F.conv2d(x, self.conv.weight, stride=self.conv.stride, padding=1),
-                   bias=self.conv.bias)
+        return Sum(conv3x3(x, self.conv.weight, self.conv.stride[0]), bias=self.conv.bias)
 
 
 class Block(nn.Module):
@@ -128,11 +128,11 @@ class Block(nn.Module):
 
     def forward(self, grid, skip=None):
         x, y = grid.normed(self.norm, skip)
-        y, x = beside(lambda: F.conv2d(y, self.block.in_layers[2].weight, padding=1),
+        y, x = beside(lambda: conv3x3(y, self.block.in_layers[2].weight),
                       self.block.skip_connection, x)
         y = self.block.out_layers[0](y, shift=self.at_time.expand(len(x), -1))
         conv = self.block.out_layers[3]
-        y = F.conv2d(y, conv.weight, padding=1)
+        y = conv3x3(y, conv.weight)
         return Sum(self.transformer(x, y)) if self.transformer else Sum(x, y, conv.bias)
 
 

@@ -1,0 +1,87 @@
+"""A 3x3 convolution of few positions, whose sum is divided among many programs.
+
+Sampling one view, the deepest grids have 32 and 128 positions in all, and what counts is how fast
+tens of megabytes of weights are read. cuDNN has no more programs than tiles of the result there, a
+few dozen; here each takes a part of the nine taps, and a second kernel adds the parts, in a fixed
+order. A convolution of many positions is PyTorch's.
+Letters: `r` rows, `c` and `d` channels given and made, `m` = r h w positions of the result.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import norm
+from norm import tl, triton
+
+HALF_TYPES = torch.bfloat16, torch.float16      # whose products tensor cores take as they are
+# (positions up to which: positions, channels made and channels given of a tile, taps of a program,
+# groups of 32 threads, tiles that are on their way)
+TILES = ((32, (32, 128, 64, 1, 4, 4)), (128, (128, 128, 64, 1, 8, 4)))
+SUMMED = 1024               # results of a program that adds parts
+
+
+def conv3x3(x, weight, stride=1):
+    """The convolution of x (r, c, h, w) with weight (d, c, 3, 3), padding 1, for sampling."""
+    few = -(-x.shape[2] // stride) * -(-x.shape[3] // stride) * len(x) <= TILES[-1][0]
+    if few and norm.enabled and x.is_cuda and x.dtype in HALF_TYPES:
+        return kernel_conv(x, weight, stride)
+    return F.conv2d(x, weight, stride=stride, padding=1)
+
+
+if triton is not None:
+    @triton.jit
+    def conv_kernel(x, weight, y, m, c, d, h, w, h_in, w_in, stride, STEPS: tl.constexpr,
+                    WHOLE: tl.constexpr, TAPS: tl.constexpr, ROWS: tl.constexpr,
+                    COLUMNS: tl.constexpr, INPUTS: tl.constexpr):
+        """A part of a tile of y (9 / TAPS, m, d): STEPS of INPUTS channels, WHOLE: which are c
+        together, for each of TAPS taps."""
+        part, row = tl.program_id(2), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+        column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+        sample, top = row // (h * w), row // w % h * stride - 1
+        left, total = row % w * stride - 1, tl.zeros([ROWS, COLUMNS], tl.float32)
+        for i in range(TAPS * STEPS):
+            tap, k = part * TAPS + i // STEPS, i % STEPS * INPUTS + tl.arange(0, INPUTS)
+            up, across = top + tap // 3, left + tap % 3
+            here = (row < m) & (up >= 0) & (up < h_in) & (across >= 0) & (across < w_in)
+            at = ((sample * h_in + up) * w_in + across) * c
+            here, there = here[:, None], (column < d)[None, :]
+            if not WHOLE:
+                here, there = here & (k < c)[None, :], there & (k < c)[:, None]
+            pixels = tl.load(x + at[:, None] + k[None, :], here, 0.0)
+            weights = tl.load(weight + (column[None, :] * 9 + tap) * c + k[:, None], there, 0.0)
+            total = tl.dot(pixels, weights, total)
+        at = (part * m + row)[:, None] * d + column[None, :]
+        tl.store(y + at, total.to(y.dtype.element_ty), (row < m)[:, None] & (column < d)[None, :])
+
+    @triton.jit
+    def sum_kernel(parts, y, size, PARTS: tl.constexpr, SIZE: tl.constexpr):
+        at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+        total = tl.zeros([SIZE], tl.float32)
+        for i in tl.static_range(PARTS):
+            total += tl.load(parts + i * size + at, at < size, 0.0)
+        tl.store(y + at, total.to(y.dtype.element_ty), at < size)
+
+
+@torch.library.custom_op("zeronvs::conv3x3", mutates_args=())
+def kernel_conv(x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    """See conv3x3. One node for torch.compile."""
+    x, weight, y = norm.channels_last(x), norm.channels_last(weight), fake_conv(x, weight, stride)
+    (r, c, h_in, w_in), (_, d, h, w) = x.shape, y.shape
+    m = r * h * w
+    rows, columns, inputs, taps, warps, stages = next(
+        (tile for most, tile in TILES if m <= most), TILES[-1][1])
+    parts = y if taps == 9 else y.new_empty(9 // taps, m, d, dtype=torch.float32)
+    grid = triton.cdiv(d, columns), triton.cdiv(m, rows), 9 // taps
+    conv_kernel[grid](x, weight, parts, m, c, d, h, w, h_in, w_in, stride, triton.cdiv(c, inputs),
+                      c % inputs == 0, taps, rows, columns, inputs, num_warps=warps,
+                      num_stages=stages)
+    if taps < 9:
+        sum_kernel[triton.cdiv(m * d, SUMMED),](parts, y, m * d, 9 // taps, SUMMED)
+    return y
+
+
+@kernel_conv.register_fake
+def fake_conv(x, weight, stride):
+    h, w = (-(-side // stride) for side in x.shape[2:])
+    return norm.blank_grid((len(x), len(weight), h, w), x)

@@ -1,0 +1,39 @@
+"""conv.py: the kernels against PyTorch in float64. Without a GPU they run in Triton's interpreter
+(conftest.py); without Triton they are skipped."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import conv
+import norm
+
+needs_triton = pytest.mark.skipif(norm.triton is None, reason="Triton is not installed")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@needs_triton
+@torch.no_grad()
+@pytest.mark.parametrize("tile", [tile for _, tile in conv.TILES] + [(16, 32, 32, 9, 4, 2)])
+@pytest.mark.parametrize("shape", [(2, 64, 4, 4, 32), (1, 40, 3, 5, 136), (3, 24, 7, 6, 40)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_convolution_of_few_positions_rounds_once(tile, shape, stride, monkeypatch):
+    monkeypatch.setattr(conv, "TILES", ((2**31, tile),))
+    torch.manual_seed(0)
+    r, c, h, w, d = shape
+    x = torch.randn(r, c, h, w, device=DEVICE).half()
+    weight = (torch.randn(d, c, 3, 3, device=DEVICE) / (9 * c)**0.5).half()
+    found = conv.kernel_conv(x, weight, stride)
+    wanted = F.conv2d(x.double(), weight.double(), stride=stride, padding=1)
+    assert found.dtype == torch.float16 and found.shape == wanted.shape
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert (found - wanted).abs().max() < 1e-3 * wanted.abs().max()
+    torch.library.opcheck(conv.kernel_conv, (x, weight, stride),
+                          test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_elsewhere_it_is_pytorchs(stride):
+    x, weight = torch.randn(2, 5, 4, 3, device=DEVICE), torch.randn(7, 5, 3, 3, device=DEVICE)
+    assert torch.equal(conv.conv3x3(x, weight, stride),
+                       F.conv2d(x, weight, stride=stride, padding=1))
