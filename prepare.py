@@ -333,8 +333,11 @@ def summary(plan):
 
 def run_encode(args):
     """Encodes raw shards."""
-    check_least(args, batch=1, loaders=0)
     args.device = pick_device(args.device).type
+    if args.loaders is None:
+        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        args.loaders = min(encode.MOST_LOADERS, cores) if args.device == "cuda" else 0
+    check_least(args, batch=1, loaders=0)
     args.precision = args.precision or ("bf16" if args.device == "cuda" else "fp32")
     encode.run(args)
 

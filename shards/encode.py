@@ -26,11 +26,13 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import checkpoint
 import clip
 import depth
+from cost import ceiling
 from shards import inspector
 import vae
 from model import viewer_scale
@@ -41,6 +43,7 @@ from tensorfile import pack
 
 ENCODE_VERSION = 1
 FEWEST_VIEWS = 2                # of a scene: a pair
+MOST_LOADERS = 16               # processes, by default
 
 
 def member(moments, clip, c2w, fov, scale, radius, nearplane):
@@ -120,28 +123,39 @@ def gather(items):
     return [None if ok else str(item) for ok, item in zip(whole, items)], *stacked
 
 
-def encoded_views(source, networks, args, device):
-    """Yields (problem or None, (moments, embedding, scale), depth) of every view, in order."""
+def encoded_views(source, networks, args, device, total):
+    """Yields (problem or None, (moments, embedding, scale), depth) of every view, in order; adds to
+    `total` the seconds that it waited for images."""
     autocast = (torch.autocast(device.type, torch.bfloat16) if args.precision == "bf16"
                 else nullcontext())
     batches = DataLoader(Views(source), args.batch, collate_fn=gather, num_workers=args.loaders,
                          pin_memory=device.type == "cuda")
+    asked = time.perf_counter()
     for problems, pixels, known in batches:
+        total["waited"] += time.perf_counter() - asked
         rows = []
         if pixels is not None:
-            image = images(pixels.to(device, non_blocking=True))
+            # compiled, every number of views would be compiled anew
+            size = args.batch if args.compile else len(pixels)
             with autocast:
-                rows = networks(image, known.to(device, non_blocking=True))
+                rows = networks(images(filled(pixels, size).to(device, non_blocking=True)),
+                                filled(known, size).to(device, non_blocking=True))
             rows = list(zip(*(part.float().cpu() for part in rows), known))
         rows = iter(rows)
         for problem in problems:
             *made, its_depth = next(rows) if problem is None else (None, None)
             yield problem, made, its_depth
+        asked = time.perf_counter()
 
 
-def encoded_scenes(source, networks, args, device, report):
+def filled(rows, size):
+    """rows (b, ...), and the last of them once more until they are `size`."""
+    return torch.cat([rows, rows[-1:].expand(size - len(rows), *rows.shape[1:])])
+
+
+def encoded_scenes(source, networks, args, device, total, report):
     """Yields the members of every scene; report(view's problem or "") as views get done."""
-    views = encoded_views(source, networks, args, device)
+    views = encoded_views(source, networks, args, device, total)
     for scene in range(len(source)):
         known, kept, made, depths = source.scene(scene), [], [], []
         for view in range(len(known.c2w)):
@@ -192,6 +206,10 @@ def run(args):
     if args.precision == "bf16":
         halve_weights(networks.first_stage_model)
         halve_weights(networks.cond_stage_model)
+    flops, peak = 0, 1.0
+    if device.type == "cuda":
+        flops = view_flops(networks, shards[0][2], device)
+        peak = ceiling(device, args.precision)
     if args.compile:
         for part in (networks.first_stage_model.encoder, networks.cond_stage_model.model.visual):
             part.compile()
@@ -206,17 +224,18 @@ def run(args):
             def report(problem):
                 bar.update()
                 total["views"] += 1
+                if total["views"] == args.batch:
+                    total.update(began=time.perf_counter(), before=total["waited"])
                 problems.extend([problem] * bool(problem))
 
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_shard(path, encoded_scenes(source, networks, args, device, report))
+            write_shard(path, encoded_scenes(source, networks, args, device, total,
+                                             report))
             write_text(path.with_suffix(".json"), json.dumps({"left_out": problems}, indent=1))
             for problem in problems:
                 bar.write(f"left out: {problem}", file=sys.stderr)
-    seconds = time.perf_counter() - started
     if total["views"]:
-        print(f"rank {rank}: {total['views']} views in {seconds:.1f} s: "
-              f"{total['views'] / seconds:.1f} views/s on {device}")
+        print(f"rank {rank}: " + rates(total, started, args.batch, device, flops / peak))
     elif rank == 0:
         print("all of them were there already")
     if rank == 0:
@@ -224,6 +243,34 @@ def run(args):
         if lacking:
             print(f"{lacking:.1%} of the views have no scale, and mode 7dof_quantile_scale needs "
                   "it: give --depth-weights=dpt_swin2_tiny_256.pt, or train with --mode=7dof")
+
+
+@torch.no_grad()
+def view_flops(networks, side, device):
+    """What the autoencoder and CLIP cost a view of side x side; multiply and add are two."""
+    view = torch.zeros(1, 3, side, side, device=device)
+    with FlopCounterMode(display=False) as counted, torch.autocast(device.type, torch.bfloat16):
+        networks.first_stage_model.encode(view)
+        networks.cond_stage_model.model.encode_image(view)
+    return counted.get_total_flops()
+
+
+def rates(total, started, batch, device, seconds_a_view):
+    """What is told at the end. The first batch is compiled for, so the rest has its own rate.
+
+    seconds_a_view: at the chip's ceiling, 0 unknown.
+    """
+    views, now = total["views"], time.perf_counter()
+    seconds = now - started
+    told = f"{views} views in {seconds:.1f} s: {views / seconds:.1f} views/s on {device}"
+    if views <= batch:
+        return told
+    seconds = now - total["began"]
+    rate = (views - batch) / seconds
+    told += (f", {rate:.1f} after the first {batch}; "
+             f"{(total['waited'] - total['before']) / seconds:.0%} of that time waiting for images")
+    return told + (f", {rate * seconds_a_view:.0%} of the rate of a large product" if seconds_a_view
+                   else "")
 
 
 def unknown_scales(paths):
@@ -253,5 +300,6 @@ def add_options(sub):
         "fp32 on a CPU, unless told")
     add("--compile", action="store_true", help="torch.compile the networks: for many views")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to encode")
-    add("--loaders", type=int, default=0, help="processes a rank that decode images")
+    add("--loaders", type=int, default=None, help="processes a rank that decode images; on a GPU "
+        f"as many as there are cores for, up to {MOST_LOADERS}, unless told")
     add("--overwrite", action="store_true", help="replace shards made with other arguments")

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 from argparse import Namespace
 
 from shards import encode
@@ -115,6 +116,25 @@ def test_the_networks_come_out_of_a_whole_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(encode.clip, "CLIP", lambda transformer_layers: copy.deepcopy(embedder))
     found = encode.load(tmp_path / "w.ckpt", "", True, torch.device("cpu")).state_dict()
     assert all(torch.equal(found[name], value) for name, value in networks.state_dict().items())
+
+
+def test_compiled_networks_see_batches_of_one_size(rendered, encoded, tmp_path, monkeypatch, capsys):
+    """Else the last views of every shard would be compiled for anew."""
+    seen, whole = [], encode.Frozen.forward
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)
+    monkeypatch.setattr(encode.Frozen, "forward", lambda self, image, known:
+                        seen.append(len(image)) or whole(self, image, known))
+    run(rendered, tmp_path, compile=True, batch=4)
+    assert set(seen) == {4} and len(seen) == 6          # 6 shards' views: 6, 3 and 3, twice; by 4
+    for format in ("co3d", "re10k"):
+        _, once = sources(rendered, encoded, format)
+        _, compiled = sources(rendered, tmp_path, format)
+        a, b = (all_pairs(source, MODE).__getitems__(list(range(12))) for source in (once, compiled))
+        torch.testing.assert_close(a["moments_target"], b["moments_target"], rtol=0, atol=1e-3)
+        assert a["uid"] == b["uid"]
+    told = capsys.readouterr().out
+    assert re.search(r"rank 0: 18 views in [\d.]+ s: [\d.]+ views/s on cpu, "
+                     r"[\d.]+ after the first 4; \d+% of that time waiting for images\n", told)
 
 
 def test_weights_that_are_halved_once_change_no_bit():
