@@ -17,8 +17,8 @@ from norm import tl, triton
 HALF_TYPES = torch.bfloat16, torch.float16      # whose products tensor cores take as they are
 # (positions up to which: positions, channels made and channels given of a tile, taps of a program,
 # groups of 32 threads, tiles that are on their way)
-TILES = ((32, (32, 128, 64, 1, 4, 4)), (128, (128, 128, 64, 1, 8, 4)))
-SUMMED = 1024               # results of a program that adds parts
+TILES = ((32, (32, 64, 128, 1, 4, 4)), (128, (128, 128, 64, 1, 8, 5)))
+SUMMED = 256                # results of a program that adds parts
 
 
 def conv3x3(x, weight, stride=1):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import model
 import norm
+import vae
 from conv import conv3x3
 from geglu import geglu_into
 from norm import KERNEL_TYPES, tl, triton
@@ -108,7 +109,7 @@ class Conv(nn.Module):
     def forward(self, grid):
         x = grid.whole()
         if self.larger:
-            x = model.larger(x)
+            x = vae.larger(x)
         return Sum(conv3x3(x, self.conv.weight, self.conv.stride[0]), bias=self.conv.bias)
 
 

@@ -26,7 +26,7 @@ def geglu(x):
 
 
 def geglu_into(y, x):
-    """Writes geglu(x) into y (..., c), whose rows may be parts of longer ones, without gradients."""
+    """Writes geglu(x) into y (..., c), whose rows may be parts of longer ones; no gradients."""
     if norm.enabled and x.is_cuda and x.dtype in KERNEL_TYPES:
         kernel_into(y, x)
     else:

@@ -173,16 +173,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(c, c, 3, padding=1)
 
     def forward(self, x):
-        return self.conv(larger(x))
-
-
-def larger(x):
-    """Every position of a grid (b, c, h, w) four times: (b, c, 2h, 2w)."""
-    b, c, h, w = x.shape
-    # Repeated by strides, so that the gradient is a sum of four: compiled, interpolate's would be a
-    # scatter of atomic additions. Channels-last, as products and kernels want it.
-    x = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(b, h, 2, w, 2, c)
-    return x.reshape(b, 2 * h, 2 * w, c).permute(0, 3, 1, 2)
+        return self.conv(vae.larger(x))
 
 
 class Stage(nn.Sequential):

@@ -26,14 +26,14 @@ except ImportError:         # no wheel for this system
 COLUMNS = 64                # channels of a tile: lines of whole 128 bytes of bf16
 # Values of a tile that is read and written, forward and backward; and of 32 threads of it
 APPLY, GRADIENT = (1024, 1024), (2048, 512)
-# Positions of a tile that is summed over, such tiles one after the other; values of 32 threads: for
-# moments, for those of a sum that is written, for the gradient's sums
-HEIGHT, SLICES, MOMENTS, WRITTEN, SUMS = 8, 16, 512, 256, 128
-PROGRAMS = 256              # that keep a GPU busy
+# Positions of a tile that is summed over, such tiles one after the other (fewer, where there would
+# be less than so many programs), values of 32 threads, programs: for moments, for those of a sum
+# that is written, for the gradient's sums
+MOMENTS, WRITTEN, SUMS = (16, 8, 1024, 256), (16, 8, 512, 4096), (8, 16, 128, 256)
 CHUNK = 16                  # blocks that are combined at a time
 # A group that one program holds at once, and its values per 32 threads; a grid that is small enough
 # for the cache, where reading a few channels of every position costs nothing
-WHOLE, WHOLE_PER_WARP, CACHED = 2**14, 1024, 2**22
+WHOLE, WHOLE_PER_WARP, CACHED = 2**14, 512, 2**22
 KERNEL_TYPES = torch.float32, torch.bfloat16, torch.float16
 MOST = 2**19                # positions, as the second axis of a launch has up to 65,535 programs
 
@@ -347,11 +347,12 @@ def tiling(b, c, n, values, per_warp):
             {"ROWS": rows, "COLUMNS": columns, "num_warps": warps(rows * columns, per_warp)})
 
 
-def summing(b, c, n, per_warp):
+def summing(b, c, n, tile):
     """(grid of programs, options) of a kernel that sums over blocks of positions."""
-    rows, slices, across = min(HEIGHT, power_of_2(n)), SLICES, triton.cdiv(c, COLUMNS)
+    height, slices, per_warp, programs = tile
+    rows, across = min(height, power_of_2(n)), triton.cdiv(c, COLUMNS)
     while slices > 1 and (rows * slices >= 2 * n or
-                          b * across * triton.cdiv(n, rows * slices) < PROGRAMS):
+                          b * across * triton.cdiv(n, rows * slices) < programs):
         slices //= 2
     return ((across, triton.cdiv(n, rows * slices), b),
             {"ROWS": rows, "SLICES": slices, "COLUMNS": COLUMNS,
@@ -385,7 +386,7 @@ def kernel_forward(x: Tensor, weight: Tensor, bias: Tensor, shift: Optional[Tens
         whole(x, None, None, None, None, weight, bias, shift, moments, y, groups, eps, silu)
         return y, moments
     shift, stride = strided(shift)
-    grid, block = summing(b, c, n, MOMENTS)
+    grid, block = summing(b, c, n, MOMENTS if sums is None else WRITTEN)
     if sums is None:
         sums = moments.new_empty(b, grid[1], 2, c)
         moments_kernel[grid](x, None, None, None, None, sums, n, c, c, **block)

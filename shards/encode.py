@@ -130,22 +130,43 @@ def encoded_views(source, networks, args, device, total):
                 else nullcontext())
     batches = DataLoader(Views(source), args.batch, collate_fn=gather, num_workers=args.loaders,
                          pin_memory=device.type == "cuda")
-    asked = time.perf_counter()
-    for problems, pixels, known in batches:
-        total["waited"] += time.perf_counter() - asked
-        rows = []
-        if pixels is not None:
-            # compiled, every number of views would be compiled anew
-            size = args.batch if args.compile else len(pixels)
-            with autocast:
-                rows = networks(images(filled(pixels, size).to(device, non_blocking=True)),
-                                filled(known, size).to(device, non_blocking=True))
-            rows = list(zip(*(part.float().cpu() for part in rows), known))
-        rows = iter(rows)
+
+    def begun():
+        """(problems, what a GPU may still be computing, depths, what ends then) of every batch."""
+        asked = time.perf_counter()
+        for problems, pixels, known in batches:
+            total["waited"] += time.perf_counter() - asked
+            rows, done = (), torch.cuda.Event() if device.type == "cuda" else None
+            if pixels is not None:
+                # compiled, every number of views would be compiled anew
+                size = args.batch if args.compile else len(pixels)
+                with autocast:
+                    rows = networks(images(filled(pixels, size).to(device, non_blocking=True)),
+                                    filled(known, size).to(device, non_blocking=True))
+                rows = [part.float().to("cpu", non_blocking=True) for part in rows]
+            if done:
+                done.record()
+            yield problems, rows, known, done
+            asked = time.perf_counter()
+
+    for problems, rows, known, done in one_ahead(begun()):
+        if done:
+            done.synchronize()
+        rows = zip(*rows, () if known is None else known)
         for problem in problems:
             *made, its_depth = next(rows) if problem is None else (None, None)
             yield problem, made, its_depth
-        asked = time.perf_counter()
+
+
+def one_ahead(items):
+    """The items, each after the next one has begun."""
+    before = None
+    for item in items:
+        if before is not None:
+            yield before
+        before = item
+    if before is not None:
+        yield before
 
 
 def filled(rows, size):

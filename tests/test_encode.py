@@ -118,7 +118,8 @@ def test_the_networks_come_out_of_a_whole_checkpoint(tmp_path, monkeypatch):
     assert all(torch.equal(found[name], value) for name, value in networks.state_dict().items())
 
 
-def test_compiled_networks_see_batches_of_one_size(rendered, encoded, tmp_path, monkeypatch, capsys):
+def test_compiled_networks_see_batches_of_one_size(rendered, encoded, tmp_path, monkeypatch,
+                                                   capsys):
     """Else the last views of every shard would be compiled for anew."""
     seen, whole = [], encode.Frozen.forward
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)
@@ -129,7 +130,8 @@ def test_compiled_networks_see_batches_of_one_size(rendered, encoded, tmp_path, 
     for format in ("co3d", "re10k"):
         _, once = sources(rendered, encoded, format)
         _, compiled = sources(rendered, tmp_path, format)
-        a, b = (all_pairs(source, MODE).__getitems__(list(range(12))) for source in (once, compiled))
+        a, b = (all_pairs(source, MODE).__getitems__(list(range(12)))
+                for source in (once, compiled))
         torch.testing.assert_close(a["moments_target"], b["moments_target"], rtol=0, atol=1e-3)
         assert a["uid"] == b["uid"]
     told = capsys.readouterr().out

@@ -49,7 +49,8 @@ def worst(found, inputs, dy, *options):
 
 
 PATHS = {"whole": {}, "blocks": {"WHOLE": 0},
-         "long blocks": {"WHOLE": 0, "PROGRAMS": 1, "HEIGHT": 2}}
+         "long blocks": {"WHOLE": 0, "MOMENTS": (2, 16, 512, 1),
+                         "WRITTEN": (4, 4, 512, 1), "SUMS": (2, 16, 128, 1)}}
 
 
 @needs_triton
