@@ -1,4 +1,4 @@
-"""model.UNet for sampling, in about three fifths of the kernels.
+"""model.UNet for sampling, in about two thirds of the kernels.
 
 A step of one view is a few hundred kernels of microseconds each, so what counts is how many there
 are. A residual sum is not taken where it arises but by the kernel that reads it next, a norm, which

@@ -53,7 +53,6 @@ class Variant:
     compiled: str = ""          # "" eager | whole | blocks, each of its own
     layout: str = "off"         # of the compiler: off, ours is kept | on, channels-last | its own
     kernels: bool = True        # norm.py's, not PyTorch's GroupNorm
-    combined: bool = False      # the compiler launches small kernels of unlike tensors together
     halves: bool = False        # bf16 weights beside fp32 masters, not a cast by autocast
     tuned: bool = False         # the compiler tries out sizes of its kernels
     reference: bool = False     # fp32, activations recomputed, averages one by one
@@ -64,7 +63,6 @@ class Variant:
 # In order of what they tell. Those of DEFAULT fit into nine minutes of an H200.
 VARIANTS = {
     "compiled": Variant("compiled", compiled="whole"),
-    "combined": Variant("compiled, small kernels together", compiled="whole", combined=True),
     "halves": Variant("compiled, weights in bf16 beside masters", compiled="whole", halves=True),
     "eager": Variant("eager", seconds=90),
     "diffusers": Variant("diffusers, compiled", "diffusers", "whole", layout="own"),
@@ -418,7 +416,6 @@ def training(variant, device, batch, tiny, where):
     inductor.layout_optimization = variant.layout != "off"
     inductor.force_layout_optimization = variant.layout == "on"
     inductor.max_autotune_pointwise = inductor.coordinate_descent_tuning = variant.tuned
-    inductor.combo_kernels = variant.combined
     dynamo.config.recompile_limit = 64      # blocks of every shape share their code
     norm.enabled &= variant.kernels
     config = made_config(tiny, batch, checkpoint_activations=variant.reference, device=device.type)

@@ -15,11 +15,9 @@ and the scene's `radius` and `nearplane` as metadata. index.py reads them.
 """
 
 import json
-import math
 import os
 import sys
 import time
-from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -171,6 +169,8 @@ def one_ahead(items):
 
 def filled(rows, size):
     """rows (b, ...), and the last of them once more until they are `size`."""
+    if len(rows) == size:
+        return rows
     return torch.cat([rows, rows[-1:].expand(size - len(rows), *rows.shape[1:])])
 
 
@@ -234,7 +234,7 @@ def run(args):
     if args.compile:
         for part in (networks.first_stage_model.encoder, networks.cond_stage_model.model.visual):
             part.compile()
-    started, total = time.perf_counter(), Counter()
+    started, total = time.perf_counter(), {"views": 0, "waited": 0.0}
     with tqdm(unit=" views", desc=f"encode on {device}", disable=rank > 0) as bar:
         for file, format, side, path in shards[rank::world]:
             if path.is_file():
@@ -262,7 +262,7 @@ def run(args):
     if rank == 0:
         lacking = unknown_scales([path for *_, path in shards])
         if lacking:
-            print(f"{lacking:.1%} of the views have no scale, and mode 7dof_quantile_scale needs "
+            print(f"{lacking} of the views have no scale, and mode 7dof_quantile_scale needs "
                   "it: give --depth-weights=dpt_swin2_tiny_256.pt, or train with --mode=7dof")
 
 
@@ -277,8 +277,9 @@ def view_flops(networks, side, device):
 
 
 def rates(total, started, batch, device, seconds_a_view):
-    """What is told at the end. The first batch is compiled for, so the rest has its own rate.
+    """What is told at the end. Compiling is for the first batch, so the rest has its own rate.
 
+    total: views, seconds waited for images, and after the first batch the time and those before it;
     seconds_a_view: at the chip's ceiling, 0 unknown.
     """
     views, now = total["views"], time.perf_counter()
@@ -295,13 +296,13 @@ def rates(total, started, batch, device, seconds_a_view):
 
 
 def unknown_scales(paths):
-    """The share of views without a scale, in those of the shards that are there."""
+    """How many views have no scale, in those of the shards that are there."""
     there = [path for path in paths if path.is_file()]
     found = inspector.groups([str(path) for path in there], "", 0)
     scales = [torch.from_numpy(shard.scale.copy())
               for (format, side), files in found.items()
               for shard in of_files("encoded", format, files, side).shards]
-    return torch.cat(scales).isnan().double().mean().item() if scales else math.nan
+    return sum(int(scale.isnan().sum()) for scale in scales)
 
 
 def add_options(sub):
