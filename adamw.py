@@ -10,8 +10,8 @@ from array import array
 
 import torch
 
-import norm
-from norm import tl, triton
+import kernels
+from kernels import tl, triton
 
 BLOCK, WARPS = 2048, 8      # elements of a program, and what holds them
 ALIGNED = 16                # bytes that an instruction reads or writes at a time
@@ -21,7 +21,7 @@ def usable(optimizer):
     """Whether the kernel can take the steps of a torch.optim.AdamW. Those of a CUDA graph it cannot
     ("capturable"): bias corrections are numbers that it is told at its launch."""
     groups = optimizer.param_groups
-    return (norm.enabled and not any(group["capturable"] for group in groups)
+    return (kernels.enabled and not any(group["capturable"] for group in groups)
             and all(p.is_cuda and p.dtype == torch.float32
                     for group in groups for p in group["params"]))
 

@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import norm
-from norm import tl, triton
+import kernels
+from kernels import HALF_TYPES, blank_grid, channels_last, tl, triton
 
-HALF_TYPES = torch.bfloat16, torch.float16      # whose products tensor cores take as they are
 # (positions up to which: positions, channels made and channels given of a tile, taps of a program,
 # groups of 32 threads, tiles that are on their way)
 TILES = ((32, (32, 64, 128, 1, 4, 4)), (128, (128, 128, 64, 1, 8, 5)))
@@ -24,7 +23,7 @@ SUMMED = 256                # results of a program that adds parts
 def conv3x3(x, weight, stride=1):
     """The convolution of x (r, c, h, w) with weight (d, c, 3, 3), padding 1, for sampling."""
     few = -(-x.shape[2] // stride) * -(-x.shape[3] // stride) * len(x) <= TILES[-1][0]
-    if few and norm.enabled and x.is_cuda and x.dtype in HALF_TYPES:
+    if few and kernels.usable(x, HALF_TYPES):
         return kernel_conv(x, weight, stride)
     return F.conv2d(x, weight, stride=stride, padding=1)
 
@@ -66,7 +65,7 @@ if triton is not None:
 @torch.library.custom_op("zeronvs::conv3x3", mutates_args=())
 def kernel_conv(x: Tensor, weight: Tensor, stride: int) -> Tensor:
     """See conv3x3. One node for torch.compile."""
-    x, weight, y = norm.channels_last(x), norm.channels_last(weight), fake_conv(x, weight, stride)
+    x, weight, y = channels_last(x), channels_last(weight), fake_conv(x, weight, stride)
     (r, c, h_in, w_in), (_, d, h, w) = x.shape, y.shape
     m = r * h * w
     rows, columns, inputs, taps, warps, stages = next(
@@ -84,4 +83,4 @@ def kernel_conv(x: Tensor, weight: Tensor, stride: int) -> Tensor:
 @kernel_conv.register_fake
 def fake_conv(x, weight, stride):
     h, w = (-(-side // stride) for side in x.shape[2:])
-    return norm.blank_grid((len(x), len(weight), h, w), x)
+    return blank_grid((len(x), len(weight), h, w), x)

@@ -16,12 +16,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+import kernels
 import model
 import norm
 import vae
 from conv import conv3x3
 from geglu import geglu_into
-from norm import KERNEL_TYPES, tl, triton
+from kernels import tl, triton
 
 ROWS, PER_WARP = 2, 512         # tokens of a tile of LayerNorm; its values that 32 threads hold
 
@@ -55,7 +56,7 @@ def layer_norm(layer, x, h=None, row=None, s=None):
 
     x, h: (r, n, c), contiguous; row: (r, c); s: (r, n, c), whose rows may be parts of longer ones.
     """
-    if norm.enabled and x.is_cuda and x.dtype in KERNEL_TYPES:
+    if kernels.usable(x):
         return kernel_layer_norm(x, h, row, s, layer.weight, layer.bias, layer.eps)
     if h is not None:
         x = s.copy_(x + h + row[:, None].to(x.dtype))
@@ -67,10 +68,10 @@ def kernel_layer_norm(x: Tensor, h: Optional[Tensor], row: Optional[Tensor], s: 
                       weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """See layer_norm. One node for torch.compile."""
     r, n, c = x.shape
-    y, columns = torch.empty_like(x), triton.next_power_of_2(c)
+    y, columns = torch.empty_like(x), kernels.power_of_2(c)
     layer_norm_kernel[(triton.cdiv(r * n, ROWS),)](
         x, h, row, s, weight, bias, y, r * n, n, c, 0 if s is None else s.stride(1), eps, ROWS,
-        columns, num_warps=norm.warps(ROWS * columns, PER_WARP))
+        columns, num_warps=kernels.warps(ROWS * columns, PER_WARP))
     return y
 
 

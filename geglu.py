@@ -11,15 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import norm
-from norm import KERNEL_TYPES, tl, triton
+import kernels
+from kernels import tl, triton
 
 ROWS, COLUMNS, WARPS = 4, 256, 4    # tokens and channels of a tile, and what holds them
 
 
 def geglu(x):
     """x (..., 2 c) -> (..., c): x[..., :c] * gelu(x[..., c:]), in x's type."""
-    if norm.enabled and x.is_cuda and x.dtype in KERNEL_TYPES:
+    if kernels.usable(x):
         return kernel_forward(x)
     x, gate = x.chunk(2, dim=-1)
     return x * F.gelu(gate)
@@ -27,7 +27,7 @@ def geglu(x):
 
 def geglu_into(y, x):
     """Writes geglu(x) into y (..., c), whose rows may be parts of longer ones; no gradients."""
-    if norm.enabled and x.is_cuda and x.dtype in KERNEL_TYPES:
+    if kernels.usable(x):
         kernel_into(y, x)
     else:
         y.copy_(geglu(x))

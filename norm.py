@@ -17,11 +17,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:         # no wheel for this system
-    triton = tl = None
+import kernels
+from kernels import blank_grid, channels_last, power_of_2, tl, triton, warps
 
 COLUMNS = 64                # channels of a tile: lines of whole 128 bytes of bf16
 # Values of a tile that is read and written, forward and backward; and of 32 threads of it
@@ -34,10 +31,7 @@ CHUNK = 16                  # blocks that are combined at a time
 # A group that one program holds at once, and its values per 32 threads; a grid that is small enough
 # for the cache, where reading a few channels of every position costs nothing
 WHOLE, WHOLE_PER_WARP, CACHED = 2**14, 512, 2**22
-KERNEL_TYPES = torch.float32, torch.bfloat16, torch.float16
 MOST = 2**19                # positions, as the second axis of a launch has up to 65,535 programs
-
-enabled = triton is not None    # False: PyTorch's own on GPUs too
 
 
 class GroupNorm(nn.GroupNorm):
@@ -58,7 +52,7 @@ def group_norm(x, weight, bias, groups, eps, silu=False, shift=None, sums=None):
     weight, bias: (c,); sums: what `add` said of x. Statistics are float32; the result has x's type,
     and channels-last strides from the kernels.
     """
-    if enabled and x.is_cuda and x.dtype in KERNEL_TYPES and x.shape[2:].numel() <= MOST:
+    if kernels.usable(x) and x.shape[2:].numel() <= MOST:
         return kernel_forward(x, weight, bias, shift, groups, eps, silu, sums)[0]
     if shift is not None:
         x = x + shift.to(x.dtype)[:, :, None, None]
@@ -74,7 +68,7 @@ def add_norm(norm, x, h=None, bias=None, skip=None, shift=None):
     """
     if h is None and bias is None and skip is None:
         return x, norm(x, shift=shift)
-    if enabled and x.is_cuda and x.dtype in KERNEL_TYPES and x.shape[2:].numel() <= MOST:
+    if kernels.usable(x) and x.shape[2:].numel() <= MOST:
         return kernel_add_norm(x, h, bias, skip, shift, norm.weight, norm.bias, norm.num_groups,
                                norm.eps, norm.silu)
     s = sum_of(x, h, bias)
@@ -94,8 +88,8 @@ def add(x, h, bias, summed=True):
     If `summed`, and no gradient is asked for, the kernels take the sums while they write the
     result. Elsewhere h is overwritten.
     """
-    if (summed and enabled and h.is_cuda and x.dtype == h.dtype in KERNEL_TYPES
-            and h.shape[2:].numel() <= MOST and not torch.is_grad_enabled()):
+    if (summed and kernels.usable(h) and x.dtype == h.dtype and h.shape[2:].numel() <= MOST
+            and not torch.is_grad_enabled()):
         return kernel_add(x, h, bias)
     return h.add_(bias[:, None, None]).add_(x), None
 
@@ -330,15 +324,6 @@ if triton is not None:
         tl.store(dx + sample * n * c + offsets, value.to(dx.dtype.element_ty), exist)
 
 
-def power_of_2(count):
-    return triton.next_power_of_2(count)
-
-
-def warps(values, each):
-    """How many hold so many values."""
-    return max(1, min(16, values // each))
-
-
 def tiling(b, c, n, values, per_warp):
     """(grid of programs, options) of a kernel that reads and writes tiles of grids (b, c, n)."""
     columns = COLUMNS if c % (2 * COLUMNS) else 2 * COLUMNS
@@ -364,15 +349,6 @@ def combining(width, k):
     chunk = min(CHUNK, power_of_2(k))
     return {"WIDTH": power_of_2(width), "CHUNK": chunk, "CHUNKS": triton.cdiv(k, chunk),
             "num_warps": 1}
-
-
-def channels_last(x):
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def blank_grid(shape, like):
-    return torch.empty(shape, dtype=like.dtype, device=like.device,
-                       memory_format=torch.channels_last)
 
 
 @torch.library.custom_op("zeronvs::group_norm", mutates_args=())

@@ -15,7 +15,7 @@ from contextlib import nullcontext
 import torch
 
 import clip
-import norm
+import kernels
 import vae
 from benchmarks import variants
 from benchmarks.variants import median_seconds, seconds_in_a_row, tell
@@ -85,7 +85,7 @@ def answer(job):
         tell("encode: bf16 product, burst", burst / 1e12, "TFLOP/s")
         return tell(CEILING, sustained / 1e12, "TFLOP/s")
     torch.backends.cudnn.benchmark = True
-    norm.enabled &= job["name"] != "plain-norm"
+    kernels.enabled &= job["name"] != "plain-norm"
     for part in PARTS:
         try:
             measure(job, part)

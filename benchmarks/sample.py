@@ -15,8 +15,8 @@ import torch
 import torch.nn as nn
 
 import camera
+import kernels
 import model
-import norm
 import vae
 from benchmarks import variants
 from benchmarks.variants import median_seconds, tell
@@ -104,7 +104,7 @@ def answer(job):
     name, tiny = job["name"], job["tiny"]
     what, precision, _ = VARIANTS[name]
     if name in ("reference", "plain-norm"):
-        norm.enabled = False
+        kernels.enabled = False
     net, size = network(tiny, name.startswith("diffusers"))
     # CPUs are slow in half precision, where it is only a test that this runs
     place(net, variants.device(), precision if torch.cuda.is_available() else "fp32")

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 import camera
 import graph
+import kernels
 import model
 import norm
 import train
@@ -212,7 +213,7 @@ def attention_ceilings(device, batch, channels, random):
 def norm_kernels(device, batch, tiny):
     """norm.py's kernels beside PyTorch's own: bytes that must move, forward and backward (5 passes
     at best, as kernels that kept a grid in registers would need), a second."""
-    if not (norm.enabled and device.type == "cuda"):
+    if not (kernels.enabled and device.type == "cuda"):
         print("norm.py's kernels need a GPU and Triton", flush=True)
         return
     sizes = (320, 32), (960, 32), (640, 16), (1280, 8), (2560, 4)
@@ -226,9 +227,9 @@ def norm_kernels(device, batch, tiny):
         def both():
             y = norm.group_norm(x, weight, bias, 32, 1e-5, True, shift)
             torch.autograd.grad(y, (x, weight, bias, shift), dy)
-        for norm.enabled in (False, True):
+        for kernels.enabled in (False, True):
             tell(f"GroupNorm and SiLU, {channels} x {grid} x {grid}"
-                 f"{'' if norm.enabled else ', PyTorch'}",
+                 f"{'' if kernels.enabled else ', PyTorch'}",
                  5 * x.nbytes / seconds_in_a_row(both, 10, 0.15) / GB, "GB/s")
 
 
@@ -417,7 +418,7 @@ def training(variant, device, batch, tiny, where):
     inductor.force_layout_optimization = variant.layout == "on"
     inductor.max_autotune_pointwise = inductor.coordinate_descent_tuning = variant.tuned
     dynamo.config.recompile_limit = 64      # blocks of every shape share their code
-    norm.enabled &= variant.kernels
+    kernels.enabled &= variant.kernels
     config = made_config(tiny, batch, checkpoint_activations=variant.reference, device=device.type)
     if tiny and variant.images:
         config = replace(config, latent="vae", image_size=8 * encode.TINY_SIDE // 2)

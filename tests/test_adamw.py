@@ -11,11 +11,11 @@ from torch import nn
 
 import adamw
 import configs
-import norm
+import kernels
 from distributed import ALONE, Alone
 from optimizer import Ema, Optimizer
 
-needs_triton = pytest.mark.skipif(norm.triton is None, reason="Triton is not installed")
+needs_triton = pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CONFIG = replace(configs.Config((configs.Source("co3d", "co3d", "train.tar", 1.0),)), lr=1e-2,
                  lr_projection=3e-2, warmup_steps=2, warmup_start=0.5, weight_decay=0.1)
@@ -240,10 +240,10 @@ def test_the_kernel_is_for_float32_on_a_gpu_outside_of_graphs(monkeypatch):
         group = {"capturable": capturable, "params": [p]}
         return adamw.usable(types.SimpleNamespace(param_groups=[group]))
 
-    monkeypatch.setattr(norm, "enabled", True)
+    monkeypatch.setattr(kernels, "enabled", True)
     assert usable() and not usable(capturable=True)
     assert not usable(is_cuda=False) and not usable(dtype=torch.bfloat16)
-    monkeypatch.setattr(norm, "enabled", False)
+    monkeypatch.setattr(kernels, "enabled", False)
     assert not usable()
 
 

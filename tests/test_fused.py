@@ -7,9 +7,10 @@ import torch
 import fused
 import geglu
 import model
+import kernels
 import norm
 
-needs_triton = pytest.mark.skipif(norm.triton is None, reason="Triton is not installed")
+needs_triton = pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -67,7 +68,8 @@ def networks(channels_last):
 def fuse(unet, t, context):
     """fused.UNet with its tables filled for a timestep t (1,) and contexts of all rows."""
     fast = fused.UNet(unet)
-    emb = unet.time_embed(model.timestep_embedding(t, unet.model_channels))
+    steps = model.timestep_embedding(t, unet.model_channels)
+    emb = unet.time_embed(steps.to(unet.time_embed[0].weight.dtype))
     for module in fast.modules():
         if isinstance(module, fused.Block):
             module.at_time = module.projected(emb)
@@ -77,15 +79,15 @@ def fuse(unet, t, context):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kernels", [False, pytest.param(True, marks=needs_triton)])
+@pytest.mark.parametrize("by_kernels", [False, pytest.param(True, marks=needs_triton)])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_the_network_is_the_plain_one(channels_last, kernels, monkeypatch):
+def test_the_network_is_the_plain_one(channels_last, by_kernels, monkeypatch):
     unet, x, context = networks(channels_last)
     t = torch.tensor([500], device=DEVICE)
-    monkeypatch.setattr(norm, "enabled", False)
+    monkeypatch.setattr(kernels, "enabled", False)
     wanted = unet(x, t.expand(len(x)), context)
     used = []
-    if kernels:
+    if by_kernels:
         def add_norm(layer, x, h=None, bias=None, skip=None, shift=None):
             if h is None and bias is None and skip is None:
                 return x, layer(x)
@@ -101,11 +103,22 @@ def test_the_network_is_the_plain_one(channels_last, kernels, monkeypatch):
     found = fuse(unet, t, context)(x, None, None)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4 * wanted.abs().max().item())
     # sums of two grids, of one with the bias that its conv has left, each alone or joined
-    assert not kernels or set(used) == {(True, True, False), (False, True, False),
+    assert not by_kernels or set(used) == {(True, True, False), (False, True, False),
                                         (False, True, True), (False, False, True),
                                         (True, True, True)}
     few = fuse(unet, t, context)(x[2:], None, None)         # the last rows of the tables
     torch.testing.assert_close(few, wanted[2:], rtol=0, atol=1e-4 * wanted.abs().max().item())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="bf16 is what GPUs sample in")
+@torch.no_grad()
+def test_in_bf16_it_is_as_near_to_float32_as_the_plain_network():
+    unet, x, context = networks(channels_last=True)
+    t = torch.tensor([500], device=DEVICE)
+    wanted = unet(x, t.expand(len(x)), context)
+    unet, x, context = unet.bfloat16(), x.bfloat16(), context.bfloat16()
+    plain = (unet(x, t.expand(len(x)), context) - wanted).norm()
+    assert (fuse(unet, t, context)(x, None, None) - wanted).norm() < 1.2 * plain < 0.1 * wanted.norm()
 
 
 @needs_triton

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 
 import geglu
-import norm
+import kernels
 
-needs_triton = pytest.mark.skipif(norm.triton is None, reason="Triton is not installed")
+needs_triton = pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 
 import model
+import kernels
 import norm
 import vae
 
-needs_triton = pytest.mark.skipif(norm.triton is None, reason="Triton is not installed")
+needs_triton = pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-5
 
@@ -131,7 +132,7 @@ def test_a_network_with_kernels_learns_as_one_without(monkeypatch):
         if enabled:
             monkeypatch.setattr(norm, "group_norm", lambda x, w, b, groups, eps, silu, shift, sums:
                                 norm.kernel_forward(x, w, b, shift, groups, eps, silu)[0])
-        monkeypatch.setattr(norm, "enabled", enabled)
+        monkeypatch.setattr(kernels, "enabled", enabled)
         unet.zero_grad()
         out = unet(x, torch.tensor([3, 500], device=DEVICE), context)
         out.square().mean().backward()
@@ -148,7 +149,7 @@ def test_an_autoencoder_with_kernels_codes_as_one_without(monkeypatch):
     torch.manual_seed(0)
     net = vae.AutoencoderKL(32, (1, 2)).to(DEVICE)
     image, latent = torch.randn(1, 3, 8, 8, device=DEVICE), torch.randn(1, 4, 4, 4, device=DEVICE)
-    monkeypatch.setattr(norm, "enabled", False)
+    monkeypatch.setattr(kernels, "enabled", False)
     plain, given = [*net.encode(image), net.decode(latent)], []
 
     def kernels_norm(x, w, b, groups, eps, silu, shift, sums):

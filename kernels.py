@@ -1,0 +1,45 @@
+"""What the Triton kernels of this project share: whether they run, for what, and their sizes.
+
+Every one of them has PyTorch's own form beside it, which runs where Triton is not installed, where
+there is no GPU, and everywhere if `enabled` is set to False.
+"""
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:         # no wheel for this system
+    triton = tl = None
+
+TYPES = torch.float32, torch.bfloat16, torch.float16
+HALF_TYPES = TYPES[1:]              # whose products tensor cores take as they are
+MOST_WARPS = 16                     # groups of 32 threads, of one program
+
+enabled = triton is not None
+
+
+def usable(x, types=TYPES):
+    """Whether kernels take the place of PyTorch's operations on a tensor like x."""
+    return enabled and x.is_cuda and x.dtype in types
+
+
+def warps(values, each):
+    """How many groups of 32 threads hold so many values, if each group holds `each`."""
+    return max(1, min(MOST_WARPS, values // each))
+
+
+def power_of_2(count):
+    """The next one, as sizes of tiles must be."""
+    return triton.next_power_of_2(count)
+
+
+def channels_last(x):
+    """The grid x (b, c, h, w), with its channels together in memory."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def blank_grid(shape, like):
+    """A channels-last grid of `shape` with nothing in it yet, of the type and device of `like`."""
+    return torch.empty(shape, dtype=like.dtype, device=like.device,
+                       memory_format=torch.channels_last)
