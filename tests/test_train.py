@@ -692,7 +692,7 @@ def test_a_gpu_for_every_rank_is_asked_for(monkeypatch):
 
 
 def test_a_rank_makes_its_own_gpu_the_current_one(monkeypatch):
-    """Where nobody does, Triton's kernels are launched on the first GPU, whatever they are given."""
+    """Where nobody does, Triton's kernels are launched on the first GPU, whatever they read."""
     made_current = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", made_current.append)
