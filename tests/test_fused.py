@@ -104,8 +104,8 @@ def test_the_network_is_the_plain_one(channels_last, by_kernels, monkeypatch):
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4 * wanted.abs().max().item())
     # sums of two grids, of one with the bias that its conv has left, each alone or joined
     assert not by_kernels or set(used) == {(True, True, False), (False, True, False),
-                                        (False, True, True), (False, False, True),
-                                        (True, True, True)}
+                                           (False, True, True), (False, False, True),
+                                           (True, True, True)}
     few = fuse(unet, t, context)(x[2:], None, None)         # the last rows of the tables
     torch.testing.assert_close(few, wanted[2:], rtol=0, atol=1e-4 * wanted.abs().max().item())
 
