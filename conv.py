@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from kernels import HALF_TYPES, blank_grid, channels_last, tl, triton
+from kernels import HALF_TYPES, begin, blank_grid, channels_last, early, tl, triton
 
 # (positions up to which: positions, channels made and channels given of a tile, taps of a program,
 # groups of 32 threads, tiles that are on their way)
@@ -32,9 +32,11 @@ if triton is not None:
     @triton.jit
     def conv_kernel(x, weight, y, m, c, d, h, w, h_in, w_in, stride, STEPS: tl.constexpr,
                     WHOLE: tl.constexpr, TAPS: tl.constexpr, ROWS: tl.constexpr,
-                    COLUMNS: tl.constexpr, INPUTS: tl.constexpr):
+                    COLUMNS: tl.constexpr, INPUTS: tl.constexpr,
+                    EARLY: tl.constexpr = False):
         """A part of a tile of y (9 / TAPS, m, d): STEPS of INPUTS channels, WHOLE: which are c
         together, for each of TAPS taps."""
+        begin(EARLY)
         part, row = tl.program_id(2), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
         column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
         sample, top = row // (h * w), row // w % h * stride - 1
@@ -54,7 +56,9 @@ if triton is not None:
         tl.store(y + at, total.to(y.dtype.element_ty), (row < m)[:, None] & (column < d)[None, :])
 
     @triton.jit
-    def sum_kernel(parts, y, size, PARTS: tl.constexpr, SIZE: tl.constexpr):
+    def sum_kernel(parts, y, size, PARTS: tl.constexpr, SIZE: tl.constexpr,
+                   EARLY: tl.constexpr = False):
+        begin(EARLY)
         at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
         total = tl.zeros([SIZE], tl.float32)
         for i in tl.static_range(PARTS):
@@ -74,9 +78,9 @@ def kernel_conv(x: Tensor, weight: Tensor, stride: int) -> Tensor:
     grid = triton.cdiv(d, columns), triton.cdiv(m, rows), 9 // taps
     conv_kernel[grid](x, weight, parts, m, c, d, h, w, h_in, w_in, stride, triton.cdiv(c, inputs),
                       c % inputs == 0, taps, rows, columns, inputs, num_warps=warps,
-                      num_stages=stages)
+                      num_stages=stages, **early())
     if taps < 9:
-        sum_kernel[triton.cdiv(m * d, SUMMED),](parts, y, m * d, 9 // taps, SUMMED)
+        sum_kernel[triton.cdiv(m * d, SUMMED),](parts, y, m * d, 9 // taps, SUMMED, **early())
     return y
 
 

@@ -22,9 +22,10 @@ import norm
 import vae
 from conv import conv3x3
 from geglu import geglu_into
-from kernels import tl, triton
+from kernels import begin, early, tl, triton
 
-ROWS, PER_WARP = 2, 512         # tokens of a tile of LayerNorm; its values that 32 threads hold
+# Tokens of a tile of LayerNorm; its values that 32 threads hold, of few tokens and of many
+ROWS, PER_WARP, MANY = 2, (512, 1024), 4096
 
 
 # ---- a sum and its LayerNorm
@@ -32,7 +33,9 @@ ROWS, PER_WARP = 2, 512         # tokens of a tile of LayerNorm; its values that
 if triton is not None:
     @triton.jit
     def layer_norm_kernel(x, h, row, s, weight, bias, y, tokens, n, c, stride, eps,
-                          ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+                          ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                          EARLY: tl.constexpr = False):
+        begin(EARLY)
         first = tl.program_id(0).to(tl.int64) * ROWS
         token, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
         there = column < c
@@ -71,7 +74,7 @@ def kernel_layer_norm(x: Tensor, h: Optional[Tensor], row: Optional[Tensor], s: 
     y, columns = torch.empty_like(x), kernels.power_of_2(c)
     layer_norm_kernel[(triton.cdiv(r * n, ROWS),)](
         x, h, row, s, weight, bias, y, r * n, n, c, 0 if s is None else s.stride(1), eps, ROWS,
-        columns, num_warps=kernels.warps(ROWS * columns, PER_WARP))
+        columns, num_warps=kernels.warps(ROWS * columns, PER_WARP[r * n > MANY]), **early())
     return y
 
 
