@@ -145,7 +145,7 @@ def beside(work, other, x):
     """(work(), other(x)); on a GPU at the same time, as one alone does not fill it."""
     if isinstance(other, nn.Identity) or not x.is_cuda or torch.compiler.is_compiling():
         return work(), other(x)
-    here, there = torch.cuda.current_stream(), second_stream(x.device)
+    here, there = torch.cuda.current_stream(x.device), second_stream(x.device)
     there.wait_stream(here)
     with torch.cuda.stream(there):
         found = other(x)
