@@ -37,8 +37,6 @@ VARIANTS = {
     "graph": ("here", "bf16", 150),
     "diffusers": ("diffusers, compiled", "bf16", 240),
     "compiled": ("here, compiled", "bf16", 240),
-    "layout": ("here, compiled, the compiler's layouts off", "bf16", 240),
-    "tuned": ("here, compiled, kernels tried out", "bf16", 500),
     "fp16": ("here, fp16", "fp16", 90),
     "reference": ("the reference's way", "fp32", 90),
     "plain-norm": ("here, PyTorch's GroupNorm", "bf16", 90),
@@ -46,10 +44,7 @@ VARIANTS = {
     "diffusers-eager": ("diffusers, eager", "bf16", 90),
 }
 DEFAULT = ("ceiling", "graph", "diffusers", "compiled", "fp16", "reference")
-# the compiler's settings
-COMPILED = {"compiled": {}, "layout": {"layout_optimization": False},
-            "tuned": {"max_autotune": True, "layout_optimization": False}}
-OURS = ("graph", *COMPILED, "fp16", "plain-norm", "eager")
+OURS = ("graph", "compiled", "fp16", "plain-norm", "eager")
 
 
 # ---- the process that asks
@@ -118,11 +113,7 @@ def answer(job):
             part.compile(mode="reduce-overhead" if torch.cuda.is_available() else None,
                          dynamic=False)
     # "eager" is as on a machine without graphs
-    if name in COMPILED:
-        import torch._inductor.config as inductor
-        for setting, value in COMPILED[name].items():
-            setattr(inductor, setting, value)
-    fast = Fast(net, name in COMPILED, name != "eager") if name in OURS else None
+    fast = Fast(net, name == "compiled", name != "eager") if name in OURS else None
     for views in job["views"]:
         def sampled(**options):
             return encoded_views(net, *photo, T, range(views), fast=fast, **options)
