@@ -12,7 +12,7 @@ try:
     import triton
     import triton.language as tl
 except ImportError:         # no wheel for this system
-    triton = tl = None
+    triton = tl = begin = None
 
 TYPES = torch.float32, torch.bfloat16, torch.float16
 HALF_TYPES = TYPES[1:]              # whose products tensor cores take as they are
