@@ -31,7 +31,7 @@ def forward_and_gradients(function, inputs, dy, *options):
     return [y, *torch.autograd.grad(y, inputs, dy)]
 
 
-def kernels(x, weight, bias, groups, silu, shift=None):
+def by_kernels(x, weight, bias, groups, silu, shift=None):
     return norm.kernel_forward(x, weight, bias, shift, groups, EPS, silu)[0]
 
 
@@ -64,7 +64,7 @@ def test_kernels_equal_float64_forward_and_backward(shape, groups, silu, path, m
     for name, value in PATHS[path].items():
         monkeypatch.setattr(norm, name, value)
     inputs, dy = drawn(*shape)
-    found = forward_and_gradients(kernels, inputs, dy, groups, silu)
+    found = forward_and_gradients(by_kernels, inputs, dy, groups, silu)
     assert found[0].is_contiguous(memory_format=torch.channels_last)
     assert worst(found, inputs, dy, groups, silu) < 3e-6    # float32 has 6e-8, sums of up to 2150
 
@@ -73,7 +73,7 @@ def test_kernels_equal_float64_forward_and_backward(shape, groups, silu, path, m
 @pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 8e-3), (torch.float16, 1e-3)])
 def test_kernels_round_to_the_input_s_type_only_at_the_end(dtype, bound):
     inputs, dy = drawn(2, 64, 9, 9, dtype)
-    found = forward_and_gradients(kernels, inputs, dy, 32, True)
+    found = forward_and_gradients(by_kernels, inputs, dy, 32, True)
     assert found[0].dtype == found[1].dtype == dtype and found[2].dtype == torch.float32
     assert worst(found, inputs, dy, 32, True) < bound       # twice the type's own rounding
     wanted = forward_and_gradients(exact, [i.double() for i in inputs], dy.double(), 32, True)
@@ -88,7 +88,7 @@ def test_a_mean_far_from_zero_leaves_the_deviations_exact(path, monkeypatch):
     for name, value in PATHS[path].items():
         monkeypatch.setattr(norm, name, value)
     inputs, dy = drawn(1, 64, 13, 11, mean=1e3)
-    found = forward_and_gradients(kernels, inputs, dy, 8, True)
+    found = forward_and_gradients(by_kernels, inputs, dy, 8, True)
     assert worst(found, inputs, dy, 8, True) < 2e-4         # of x itself float32 knows 6e-5
 
 
@@ -96,14 +96,14 @@ def test_a_mean_far_from_zero_leaves_the_deviations_exact(path, monkeypatch):
 def test_without_shift_there_is_none_and_other_strides_are_taken():
     (x, weight, bias, _), dy = drawn(2, 64, 6, 5)
     inputs = [x.contiguous(), weight, bias]
-    found = forward_and_gradients(kernels, inputs, dy.contiguous(), 8, True)
+    found = forward_and_gradients(by_kernels, inputs, dy.contiguous(), 8, True)
     assert worst(found, inputs, dy, 8, True) < 3e-6
 
 
 @needs_triton
 def test_the_same_input_gives_the_same_bits():
     inputs, dy = drawn(2, 96, 12, 12)
-    first, second = (forward_and_gradients(kernels, inputs, dy, 32, True) for _ in range(2))
+    first, second = (forward_and_gradients(by_kernels, inputs, dy, 32, True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
