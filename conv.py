@@ -72,8 +72,7 @@ def kernel_conv(x: Tensor, weight: Tensor, stride: int) -> Tensor:
     x, weight, y = channels_last(x), channels_last(weight), fake_conv(x, weight, stride)
     (r, c, h_in, w_in), (_, d, h, w) = x.shape, y.shape
     m = r * h * w
-    rows, columns, inputs, taps, warps, stages = next(
-        (tile for most, tile in TILES if m <= most), TILES[-1][1])
+    rows, columns, inputs, taps, warps, stages = next(tile for most, tile in TILES if m <= most)
     parts = y if taps == 9 else y.new_empty(9 // taps, m, d, dtype=torch.float32)
     grid = triton.cdiv(d, columns), triton.cdiv(m, rows), 9 // taps
     conv_kernel[grid](x, weight, parts, m, c, d, h, w, h_in, w_in, stride, triton.cdiv(c, inputs),

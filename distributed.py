@@ -124,15 +124,22 @@ def is_loss_of_a_rank(err):
     return isinstance(err, dist.DistError) or "gloo/" in str(err)
 
 
+def own_device(device):
+    """The device of this rank: of "cuda" its own GPU, which becomes the current one, as Triton's
+    kernels and CUDA's events need. ValueError where there is no such GPU."""
+    if device.type != "cuda":
+        return device
+    local, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local >= there:
+        raise ValueError(f"local rank {local} has no GPU of its own, this machine has {there}: "
+                         f"torchrun --nproc_per_node {there}")
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
 def join(device, compiles=False):
-    """(the ranks of this run, this rank's own device). ValueError where there is no such GPU."""
-    if device.type == "cuda":
-        local, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if local >= there:
-            raise ValueError(f"local rank {local} has no GPU of its own, this machine has {there}: "
-                             f"torchrun --nproc_per_node {there}")
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
+    """(the ranks of this run, this rank's own device), see own_device."""
+    device = own_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return ALONE, device
     return Ranks(device, compiles), device

@@ -31,6 +31,7 @@ import metrics
 import model
 import pictures
 import sample
+from distributed import own_device
 from metrics import psnr
 from samplers import novel_views
 from tables import MODEL, WARP, screen, summary
@@ -355,10 +356,7 @@ def run(argv):
     args, overrides = parser().parse_known_args(argv)
     config = config_of(args, overrides)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = device_of(config)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
+    device = own_device(device_of(config))
     pairs = held_out_pairs(config, config.eval_pairs)       # before anything large is read
     for reader in pairs.dataset.readers:
         if reader.kind != "images":

@@ -31,6 +31,7 @@ import checkpoint
 import clip
 import depth
 from cost import ceiling
+from distributed import own_device
 from shards import inspector
 import vae
 from model import viewer_scale
@@ -213,9 +214,7 @@ def run(args):
     """Encodes the shards that are not there yet; under torchrun, each rank its part of them."""
     rank, world = (int(os.environ.get(name, default)) for name, default in
                    (("RANK", 0), ("WORLD_SIZE", 1)))
-    device = torch.device(args.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    device = own_device(torch.device(args.device))
     shards = plan(args)
     networks = load(args.weights, args.depth_weights, args.quantile_blend, device)
     if rank == 0:
@@ -250,8 +249,7 @@ def run(args):
                 problems.extend([problem] * bool(problem))
 
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_shard(path, encoded_scenes(source, networks, args, device, total,
-                                             report))
+            write_shard(path, encoded_scenes(source, networks, args, device, total, report))
             write_text(path.with_suffix(".json"), json.dumps({"left_out": problems}, indent=1))
             for problem in problems:
                 bar.write(f"left out: {problem}", file=sys.stderr)

@@ -118,6 +118,13 @@ def test_the_networks_come_out_of_a_whole_checkpoint(tmp_path, monkeypatch):
     assert all(torch.equal(found[name], value) for name, value in networks.state_dict().items())
 
 
+def test_every_rank_encodes_on_a_device_of_its_own(rendered, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(encode, "own_device", lambda device: asked.append(device) or device)
+    run(rendered, tmp_path)
+    assert asked == [torch.device("cpu")]
+
+
 def test_compiled_networks_see_batches_of_one_size(rendered, encoded, tmp_path, monkeypatch,
                                                    capsys):
     """Else the last views of every shard would be compiled for anew."""
@@ -126,7 +133,7 @@ def test_compiled_networks_see_batches_of_one_size(rendered, encoded, tmp_path, 
     monkeypatch.setattr(encode.Frozen, "forward", lambda self, image, known:
                         seen.append(len(image)) or whole(self, image, known))
     run(rendered, tmp_path, compile=True, batch=4)
-    assert set(seen) == {4} and len(seen) == 6          # 6 shards' views: 6, 3 and 3, twice; by 4
+    assert set(seen) == {4} and len(seen) == 6          # four shards, of 6 and 3 views, twice
     for format in ("co3d", "re10k"):
         _, once = sources(rendered, encoded, format)
         _, compiled = sources(rendered, tmp_path, format)

@@ -691,6 +691,18 @@ def test_a_gpu_for_every_rank_is_asked_for(monkeypatch):
         distributed.join(torch.device("cuda"))
 
 
+def test_a_rank_makes_its_own_gpu_the_current_one(monkeypatch):
+    """Where nobody does, Triton's kernels are launched on the first GPU, whatever they read."""
+    made_current = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", made_current.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert distributed.own_device(torch.device("cuda")) == torch.device("cuda", 1)
+    assert made_current == [1]
+    assert distributed.own_device(torch.device("cpu")) == torch.device("cpu")
+    assert made_current == [1]
+
+
 # ---- configuration
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("[!_]*.py")), ids=lambda p: p.name)
