@@ -1,9 +1,12 @@
-"""A 3x3 convolution of few positions, whose sum is divided among many programs.
+"""3x3 convolutions that are less work than they look.
 
-Sampling one view, the deepest grids have 32 and 128 positions in all, and what counts is how fast
-tens of megabytes of weights are read. cuDNN has no more programs than tiles of the result there, a
-few dozen; here each takes a part of the nine taps, and a second kernel adds the parts, in a fixed
-order. A convolution of many positions is PyTorch's.
+After an upsampling by nearest neighbour, the nine taps of a result meet four different positions:
+with taps summed beforehand it is 4/9 of the arithmetic (arXiv:1609.07009).
+
+Of few positions, the sum is divided among many programs. Sampling one view, the deepest grids have
+32 and 128 positions in all, and what counts is how fast tens of megabytes of weights are read.
+cuDNN has no more programs than tiles of the result there, a few dozen; here each takes a part of
+the nine taps, and a second kernel adds the parts, in a fixed order.
 Letters: `r` rows, `c` and `d` channels given and made, `m` = r h w positions of the result.
 """
 
@@ -18,7 +21,50 @@ from kernels import HALF_TYPES, begin, blank_grid, channels_last, early, tl, tri
 # groups of 32 threads, tiles that are on their way)
 TILES = ((32, (32, 64, 128, 1, 4, 4)), (128, (128, 128, 64, 1, 8, 5)))
 SUMMED = 256                # results of a program that adds parts
+TRANSPOSED = True
 
+
+# ---- after an upsampling
+
+def upsample_taps(weight):
+    """What upsample_conv multiplies by, of the weight (d, c, 3, 3)."""
+    return (transposed_taps if TRANSPOSED else phase_taps)(weight)
+
+
+def upsample_conv(x, taps, bias=None):
+    """The 3x3 conv of padding 1 of a grid x (r, c, h, w) with every position repeated twice each
+    way: (r, d, 2h, 2w)."""
+    return (transposed if TRANSPOSED else phases)(x, taps, bias)
+
+
+def transposed_taps(weight):
+    weight = weight.transpose(0, 1).flip(2, 3)
+    weight = F.pad(weight, (0, 0, 0, 1)) + F.pad(weight, (0, 0, 1, 0))
+    weight = F.pad(weight, (0, 1)) + F.pad(weight, (1, 0))              # (c, d, 4, 4)
+    return weight.contiguous(memory_format=torch.channels_last)
+
+
+def transposed(x, taps, bias=None):
+    return F.conv_transpose2d(x, taps, bias, stride=2, padding=1)
+
+
+def phase_taps(weight):
+    def halves(a, b, c, dim):
+        return torch.cat([a, b + c], dim), torch.cat([a + b, c], dim)
+    parts = [part for row in halves(*weight.split(1, 2), 2) for part in halves(*row.split(1, 3), 3)]
+    return torch.cat(parts)                                             # (4d, c, 2, 2)
+
+
+def phases(x, taps, bias=None):
+    (h, w), d = x.shape[2:], len(taps) // 4
+    y = F.conv2d(x, taps, bias if bias is None else bias.repeat(4), padding=1)
+    y = y.permute(0, 2, 3, 1)                                           # (r, h + 1, w + 1, 4d)
+    y = [torch.stack([y[:, i:i + h, j:j + w, (2 * i + j) * d:(2 * i + j + 1) * d] for j in (0, 1)],
+                     3) for i in (0, 1)]                                # (r, h, w, 2, d)
+    return torch.stack(y, 2).view(-1, 2 * h, 2 * w, d).permute(0, 3, 1, 2)
+
+
+# ---- of few positions
 
 def conv3x3(x, weight, stride=1):
     """The convolution of x (r, c, h, w) with weight (d, c, 3, 3), padding 1, for sampling."""

@@ -19,8 +19,7 @@ from torch import Tensor
 import kernels
 import model
 import norm
-import vae
-from conv import conv3x3
+from conv import conv3x3, upsample_conv, upsample_taps
 from geglu import geglu_into
 from kernels import begin, early, tl, triton
 
@@ -105,16 +104,25 @@ class Sum:
 
 
 class Conv(nn.Module):
-    """A 3x3 conv between blocks: the first, that of a model.Downsample, or of a model.Upsample."""
-    def __init__(self, conv, larger=False):
+    """A 3x3 conv between blocks: the first, or that of a model.Downsample."""
+    def __init__(self, conv):
         super().__init__()
-        self.conv, self.larger = conv, larger
+        self.conv = conv
 
     def forward(self, grid):
-        x = grid.whole()
-        if self.larger:
-            x = vae.larger(x)
-        return Sum(conv3x3(x, self.conv.weight, self.conv.stride[0]), bias=self.conv.bias)
+        return Sum(conv3x3(grid.whole(), self.conv.weight, self.conv.stride[0]),
+                   bias=self.conv.bias)
+
+
+class Upsample(nn.Module):
+    """A model.Upsample."""
+    def __init__(self, conv):
+        super().__init__()
+        self.bias = conv.bias
+        self.register_buffer("taps", upsample_taps(conv.weight.detach()))
+
+    def forward(self, grid):
+        return Sum(upsample_conv(grid.whole(), self.taps), bias=self.bias)
 
 
 class Block(nn.Module):
@@ -236,9 +244,9 @@ class UNet(nn.Module):
             grid = stage(grid)
             skips.append(grid)
         grid = self.middle_block(grid)
-        for block, *larger in self.output_blocks:
+        for block, *upsample in self.output_blocks:
             grid = block(grid, skips.pop().whole())     # it was taken long ago
-            for conv in larger:
+            for conv in upsample:
                 grid = conv(grid)
         layer, *_, conv = self.out
         return conv(grid.normed(layer)[1])
@@ -252,7 +260,7 @@ def taken(stage):
         if isinstance(layer, model.ResBlock):
             layers.append(Block(layer, *transformer))
         elif isinstance(layer, model.Upsample):
-            layers.append(Conv(layer.conv, larger=True))
+            layers.append(Upsample(layer.conv))
         elif isinstance(layer, (model.Downsample, nn.Conv2d)):
             layers.append(Conv(getattr(layer, "op", layer)))
     return nn.Sequential(*layers)

@@ -231,9 +231,17 @@ def fetch(command, folder, keep):
     path = folder / (hashlib.sha256(command.encode()).hexdigest()[:32] + ".tar")
     unfinished = path.with_suffix(".part")
     folder.mkdir(parents=True, exist_ok=True)
-    while not path.exists():
+    while True:
+        try:
+            os.utime(path)                  # used now: not the next to be deleted
+            return path
+        except FileNotFoundError:
+            pass
         try:
             with open(unfinished, "xb") as file:
+                if path.exists():           # another process has finished it just now
+                    unfinished.unlink()
+                    continue
                 copy(command, file, unfinished)
             os.replace(unfinished, path)
             delete_oldest(folder, keep)
@@ -245,8 +253,6 @@ def fetch(command, folder, keep):
         except BaseException:
             unfinished.unlink(missing_ok=True)
             raise
-    os.utime(path)
-    return path
 
 
 def copy(command, file, path):

@@ -431,6 +431,22 @@ def test_a_copy_whose_maker_was_killed_is_made_by_another(stream, tmp_path, monk
     assert files.fetch(command, folder, 4).read_bytes() == b"whole\n"
 
 
+def test_a_copy_that_another_finishes_meanwhile_is_not_made_again(tmp_path, monkeypatch):
+    command = f"echo x >> {shlex.quote(str(tmp_path))}/log; echo whole"
+    path = files.fetch(command, tmp_path / "copies", 4)
+    looks = iter([FileNotFoundError])               # the first look was before it was finished
+
+    def utime(path, real=os.utime):
+        for failure in looks:
+            raise failure
+        real(path)
+
+    monkeypatch.setattr(files.os, "utime", utime)
+    assert files.fetch(command, tmp_path / "copies", 4).read_bytes() == b"whole\n"
+    assert (tmp_path / "log").read_text() == "x\n"
+    assert list((tmp_path / "copies").iterdir()) == [path]
+
+
 def test_a_stream_has_no_fixed_pass(stream):
     with pytest.raises(ValueError, match="'here' is a stream, which has no fixed pass"):
         all_pairs(open_stream(stream), ordered=True)
