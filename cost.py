@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import model
 from distributed import Division
@@ -73,7 +73,7 @@ def of(config, ranks, micro_batch):
     with torch.device("meta"):
         net = model.build(config).train()
     shapes = FakeTensorMode(allow_non_fake_inputs=True)
-    with shapes, FlopCounterMode(display=False) as counted:
+    with shapes:
         net.to_empty(device="cpu")
         unet = net.model.diffusion_model
         channels, *grid = model.latent_shape(config)
@@ -81,7 +81,8 @@ def of(config, ranks, micro_batch):
         context = torch.zeros(PAIRS, 1, config.context_dim, requires_grad=True)
         with (torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
               torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext()):
-            unet(torch.zeros(PAIRS, 2 * channels, *grid), torch.zeros(PAIRS), context)
+            flops = flops_of(lambda: unet(torch.zeros(PAIRS, 2 * channels, *grid),
+                                          torch.zeros(PAIRS), context))
         own = {p.untyped_storage()._cdata for p in net.parameters()}
         saved = [size for key, (_, size) in kept.items() if key not in own]
         activations = sum(size for size in saved if size % PAIRS == 0)
@@ -104,7 +105,18 @@ def of(config, ranks, micro_batch):
         gradients=FLOAT * sizes["trained"] * (1 + summed), moments=2 * FLOAT * kept_most[0],
         average=FLOAT * kept_most[1], copies=HALF * sizes["trained"] if bf16 else 0,
         activations=activations // PAIRS * micro_batch,
-        host=FLOAT * (3 * sizes["trained"] + averaged), flops=counted.get_total_flops() // PAIRS)
+        host=FLOAT * (3 * sizes["trained"] + averaged), flops=flops // PAIRS)
+
+
+def flops_of(function):
+    """FLOPs of what a function without arguments runs; a multiplication and an addition are two."""
+    def attention(q, k, v, *_, **__):
+        return sdpa_flop_count(q, k, v)
+    # PyTorch's own count leaves out attention on a CPU
+    cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
+    with FlopCounterMode(display=False, custom_mapping=cpu) as counted:
+        function()
+    return counted.get_total_flops()
 
 
 def advice(config, world):

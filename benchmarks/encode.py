@@ -19,6 +19,7 @@ import kernels
 import vae
 from benchmarks import variants
 from benchmarks.variants import median_seconds, seconds_in_a_row, tell
+from cost import flops_of
 from shards.encode import halve_weights
 
 BATCH, TINY_BATCH, SIDE, TINY_SIDE = 64, 2, 256, 32
@@ -115,7 +116,7 @@ def measure(job, part):
         with torch.autocast(device.type, half) if autocast and half != dtype else nullcontext():
             return encode(views)
 
-    flops = flops_of(module, function) if not compiled else None
+    flops = flops_of(function) if not compiled else None
     if job["where"]:
         function()
         return variants.where(title(name, part), function)
@@ -130,19 +131,12 @@ def measure(job, part):
         tell(f"{title(name, part)}: peak memory", variants.peak_gb(), "GB")
 
 
-def flops_of(module, function):
-    from torch.utils.flop_counter import FlopCounterMode
-    with FlopCounterMode(display=False) as counted:
-        function()
-    return counted.get_total_flops()
-
-
 def uncompiled_flops(name, part, tiny, dtype, views):
     """Of a fresh network without values, as a compiled one does not tell."""
     with torch.device("meta"):
         module, encode = (PEERS if name.startswith("peers") else OURS)[part](tiny)
         module.to("meta", dtype).eval().requires_grad_(False)
-        return flops_of(module, lambda: encode(torch.empty(views.shape, dtype=dtype)))
+        return flops_of(lambda: encode(torch.empty(views.shape, dtype=dtype)))
 
 
 def our_vae(tiny):

@@ -20,6 +20,7 @@ import model
 import vae
 from benchmarks import variants
 from benchmarks.variants import median_seconds, tell
+from cost import flops_of
 from fast import Fast
 from sample import place
 from samplers import encoded_views
@@ -208,17 +209,14 @@ class OnlyDecoder(nn.Module):
 
 
 def flops(net, size):
-    """Of the UNet for one row, and of the decoder for one view; multiply and add are two."""
-    from torch.utils.flop_counter import FlopCounterMode
+    """Of the UNet for one row, and of the decoder for one view."""
     unet, device = net.model.diffusion_model, net.betas.device
     dtype = next(unet.parameters()).dtype
     x = torch.zeros(1, 2 * size[0], *size[1:], dtype=dtype, device=device)
     context = torch.zeros(1, 1, net.cc_projection.out_features, dtype=dtype, device=device)
-    with FlopCounterMode(display=False) as counted, torch.no_grad():
-        unet(x, torch.zeros(1, device=device), context)
-        of_unet = counted.get_total_flops()
-        net.decode(torch.zeros(1, *size, device=device))
-        return of_unet, counted.get_total_flops() - of_unet
+    with torch.no_grad():
+        return (flops_of(lambda: unet(x, torch.zeros(1, device=device), context)),
+                flops_of(lambda: net.decode(torch.zeros(1, *size, device=device))))
 
 
 if __name__ == "__main__":

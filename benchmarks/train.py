@@ -22,6 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import camera
+import cost
 import graph
 import kernels
 import model
@@ -31,6 +32,7 @@ import vae
 from benchmarks import GB, encode, row, variants
 from benchmarks.variants import ask, seconds_in_a_row
 from configs import Config, Source
+from distributed import ALONE
 from optimizer import Ema, Optimizer
 
 EMBEDDING = 768
@@ -38,7 +40,6 @@ WARM, LEAST_STEPS, MEASURED = 3, 5, 4.0         # steps; steps; seconds
 SUSTAINED = 4.0                         # seconds of products, after which a GPU runs at its limit
 PROFILED = 3                            # steps
 ONCE_SECONDS = 90                       # that ceilings or kernels may take
-BACKWARD = 2                            # FLOPs of a backward pass, in forward passes
 EMA_DECAY = 0.9999
 WARMED_UP = 1000                        # a step with the full learning rate
 TINY = {"latent": "pixels", "image_size": 32, "model_channels": 32, "channel_mult": (1, 2),
@@ -133,15 +134,8 @@ def limit_of(job):
 
 
 def flops_a_pair(tiny):
-    """Of the UNet, forward and backward; multiply and add are two."""
-    from torch.utils.flop_counter import FlopCounterMode
-    config = made_config(tiny, 1)
-    with torch.device("meta"), FlopCounterMode(display=False) as counted, torch.no_grad():
-        net = network(config)
-        shape = (1, 2 * model.latent_shape(config)[0], *model.latent_shape(config)[1:])
-        net.model.diffusion_model(torch.empty(shape), torch.empty(1),
-                                  torch.empty(1, 1, config.context_dim))
-    return (1 + BACKWARD) * counted.get_total_flops()
+    """Of the UNet, forward and backward."""
+    return (1 + cost.BACKWARD) * cost.of(made_config(tiny, 1), ALONE, 1).flops
 
 
 # ---- the process that answers

@@ -24,13 +24,12 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import checkpoint
 import clip
 import depth
-from cost import ceiling
+from cost import ceiling, flops_of
 from distributed import own_device
 from shards import inspector
 import vae
@@ -266,12 +265,11 @@ def run(args):
 
 @torch.no_grad()
 def view_flops(networks, side, device):
-    """What the autoencoder and CLIP cost a view of side x side; multiply and add are two."""
+    """FLOPs of the autoencoder and CLIP for a view of side x side."""
     view = torch.zeros(1, 3, side, side, device=device)
-    with FlopCounterMode(display=False) as counted, torch.autocast(device.type, torch.bfloat16):
-        networks.first_stage_model.encode(view)
-        networks.cond_stage_model.model.encode_image(view)
-    return counted.get_total_flops()
+    with torch.autocast(device.type, torch.bfloat16):
+        return (flops_of(lambda: networks.first_stage_model.encode(view))
+                + flops_of(lambda: networks.cond_stage_model.model.encode_image(view)))
 
 
 def rates(total, started, batch, device, seconds_a_view):

@@ -25,3 +25,10 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.section("largest differences: absolute, largest value, share of the bound")
         for test, (share, error, largest) in sorted(golden.measured.items()):
             terminalreporter.write_line(f"{error:9.2g} {largest:9.2g} {share:8.1%}  {test}")
+
+
+def pytest_unconfigure():
+    from shards import files
+
+    for file in files.OPEN.values():        # else Python names each of them behind the last line
+        file.close()

@@ -20,6 +20,7 @@ import golden
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from test_model import small_model
 
@@ -502,6 +503,19 @@ def test_activations_are_what_a_forward_pass_keeps(shards, tmp_path, recompute):
     own = {p.data_ptr() for p in unet.parameters()}
     found = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
     assert cost.of(config, ALONE, 3).activations == pytest.approx(found, rel=0.02)
+
+
+def test_flops_are_those_of_products_convolutions_and_attention():
+    a, b, x, kernel = (torch.randn(shape) for shape in ((5, 7), (7, 11), (2, 3, 8, 8),
+                                                        (4, 3, 3, 3)))
+    assert cost.flops_of(lambda: a @ b) == 2 * 5 * 7 * 11
+    assert cost.flops_of(lambda: F.conv2d(x, kernel, padding=1)) == 2 * 2 * 8 * 8 * 4 * 3 * 9
+    q, k, v = torch.randn(3, 2, 4, 16, 8)       # with each of 16 tokens: q k, and what that gives v
+    products = 2 * (2 * 2 * 4 * 16**2 * 8)
+    assert cost.flops_of(lambda: F.scaled_dot_product_attention(q, k, v)) == products
+    full = cost.of(configs.load([str(Path(configs.__file__).parent / "mix.py")]), ALONE, 1)
+    # 510 GFLOP a pair forward and backward: each is counted as one and two passes forward
+    assert (1 + cost.BACKWARD) * full.flops == pytest.approx(510e9, rel=1e-3)
 
 
 def test_ranks_that_divide_keep_their_share():
