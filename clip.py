@@ -122,22 +122,26 @@ class VisionTransformer(nn.Module):
         x = self.conv1(x.to(self.conv1.weight.dtype)).flatten(2).mT           # (b, n - 1, c)
         first = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)
         x = torch.cat([first, x], dim=1) + self.positional_embedding          # (b, n, c)
-        x = self.transformer(self.ln_pre(x))
+        x = self.transformer(self.ln_pre(x), asked=1)
         return self.ln_post(x[:, 0]) @ self.proj                              # (b, d)
 
 
 class Transformer(nn.Module):
-    """A stack of blocks. (b, n, c) -> same."""
+    """A stack of blocks. (b, n, c) -> same, or the first `asked` tokens of it alone."""
     def __init__(self, c, layers, heads, causal):
         super().__init__()
         self.resblocks = nn.Sequential(*(Block(c, heads, causal) for _ in range(layers)))
 
-    def forward(self, x):
-        return self.resblocks(x)
+    def forward(self, x, asked=None):
+        *blocks, last = self.resblocks
+        for block in blocks:
+            x = block(x)
+        return last(x, asked)       # whose other tokens nobody would read
 
 
 class Block(nn.Module):
-    """Attention and MLP, each after its norm and around a skip connection. (b, n, c) -> same."""
+    """Attention and MLP, each after its norm and around a skip connection. (b, n, c) -> same, or
+    the first `asked` tokens of it alone."""
     def __init__(self, c, heads, causal):
         super().__init__()
         self.attn = Attention(c, heads, causal)
@@ -146,8 +150,8 @@ class Block(nn.Module):
                                              c_proj=nn.Linear(MLP_RATIO * c, c)))
         self.ln_2 = nn.LayerNorm(c)
 
-    def forward(self, x):
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x, asked=None):
+        x = x[:, :asked] + self.attn(self.ln_1(x), asked)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -160,10 +164,10 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * c))
         self.out_proj = nn.Linear(c, c)
 
-    def forward(self, x):
+    def forward(self, x, asked=None):
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)             # (b, n, 3c)
-        qkv = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(*qkv, is_causal=self.causal)       # (b, heads, n, c/h)
+        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q[:, :, :asked], k, v, is_causal=self.causal)
         return self.out_proj(x.transpose(1, 2).flatten(2))                    # (b, n, c)
 
 

@@ -1,9 +1,12 @@
-"""A 3x3 convolution of few positions, whose sum is divided among many programs.
+"""3x3 convolutions that are less work than they look.
 
-Sampling one view, the deepest grids have 32 and 128 positions in all, and what counts is how fast
-tens of megabytes of weights are read. cuDNN has no more programs than tiles of the result there, a
-few dozen; here each takes a part of the nine taps, and a second kernel adds the parts, in a fixed
-order. A convolution of many positions is PyTorch's.
+After an upsampling by nearest neighbour, the nine taps of a result meet four different positions:
+with taps summed beforehand it is 4/9 of the arithmetic (arXiv:1609.07009).
+
+Of few positions, the sum is divided among many programs. Sampling one view, the deepest grids have
+32 and 128 positions in all, and what counts is how fast tens of megabytes of weights are read.
+cuDNN has no more programs than tiles of the result there, a few dozen; here each takes one of
+the nine taps, and a second kernel adds the nine, in a fixed order.
 Letters: `r` rows, `c` and `d` channels given and made, `m` = r h w positions of the result.
 """
 
@@ -12,13 +15,56 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from kernels import HALF_TYPES, blank_grid, channels_last, tl, triton
+from kernels import HALF_TYPES, begin, blank_grid, channels_last, early, tl, triton
 
-# (positions up to which: positions, channels made and channels given of a tile, taps of a program,
-# groups of 32 threads, tiles that are on their way)
-TILES = ((32, (32, 64, 128, 1, 4, 4)), (128, (128, 128, 64, 1, 8, 5)))
-SUMMED = 256                # results of a program that adds parts
+# (positions up to which: positions, channels made and channels given of a tile, groups of 32
+# threads, tiles that are on their way)
+TILES = ((32, (32, 64, 128, 4, 4)), (128, (128, 128, 64, 8, 5)))
+SUMMED = 256                # results of a program that adds the taps
+TRANSPOSED = True
 
+
+# ---- after an upsampling
+
+def upsample_taps(weight):
+    """What upsample_conv multiplies by, of the weight (d, c, 3, 3)."""
+    return (transposed_taps if TRANSPOSED else phase_taps)(weight)
+
+
+def upsample_conv(x, taps, bias=None):
+    """The 3x3 conv of padding 1 of a grid x (r, c, h, w) with every position repeated twice each
+    way: (r, d, 2h, 2w)."""
+    return (transposed if TRANSPOSED else phases)(x, taps, bias)
+
+
+def transposed_taps(weight):
+    weight = weight.transpose(0, 1).flip(2, 3)
+    weight = F.pad(weight, (0, 0, 0, 1)) + F.pad(weight, (0, 0, 1, 0))
+    weight = F.pad(weight, (0, 1)) + F.pad(weight, (1, 0))              # (c, d, 4, 4)
+    return weight.contiguous(memory_format=torch.channels_last)
+
+
+def transposed(x, taps, bias=None):
+    return F.conv_transpose2d(x, taps, bias, stride=2, padding=1)
+
+
+def phase_taps(weight):
+    def halves(a, b, c, dim):
+        return torch.cat([a, b + c], dim), torch.cat([a + b, c], dim)
+    parts = [part for row in halves(*weight.split(1, 2), 2) for part in halves(*row.split(1, 3), 3)]
+    return torch.cat(parts)                                             # (4d, c, 2, 2)
+
+
+def phases(x, taps, bias=None):
+    (h, w), d = x.shape[2:], len(taps) // 4
+    y = F.conv2d(x, taps, bias if bias is None else bias.repeat(4), padding=1)
+    y = y.permute(0, 2, 3, 1)                                           # (r, h + 1, w + 1, 4d)
+    y = [torch.stack([y[:, i:i + h, j:j + w, (2 * i + j) * d:(2 * i + j + 1) * d] for j in (0, 1)],
+                     3) for i in (0, 1)]                                # (r, h, w, 2, d)
+    return torch.stack(y, 2).view(-1, 2 * h, 2 * w, d).permute(0, 3, 1, 2)
+
+
+# ---- of few positions
 
 def conv3x3(x, weight, stride=1):
     """The convolution of x (r, c, h, w) with weight (d, c, 3, 3), padding 1, for sampling."""
@@ -31,34 +77,37 @@ def conv3x3(x, weight, stride=1):
 if triton is not None:
     @triton.jit
     def conv_kernel(x, weight, y, m, c, d, h, w, h_in, w_in, stride, STEPS: tl.constexpr,
-                    WHOLE: tl.constexpr, TAPS: tl.constexpr, ROWS: tl.constexpr,
-                    COLUMNS: tl.constexpr, INPUTS: tl.constexpr):
-        """A part of a tile of y (9 / TAPS, m, d): STEPS of INPUTS channels, WHOLE: which are c
-        together, for each of TAPS taps."""
-        part, row = tl.program_id(2), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+                    WHOLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                    INPUTS: tl.constexpr, EARLY: tl.constexpr = False):
+        """A tile of y (9, m, d), what each tap adds, in STEPS of INPUTS channels; WHOLE: which are
+        c together."""
+        begin(EARLY)
+        tap, row = tl.program_id(2), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
         column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
         sample, top = row // (h * w), row // w % h * stride - 1
-        left, total = row % w * stride - 1, tl.zeros([ROWS, COLUMNS], tl.float32)
-        for i in range(TAPS * STEPS):
-            tap, k = part * TAPS + i // STEPS, i % STEPS * INPUTS + tl.arange(0, INPUTS)
-            up, across = top + tap // 3, left + tap % 3
-            here = (row < m) & (up >= 0) & (up < h_in) & (across >= 0) & (across < w_in)
-            at = ((sample * h_in + up) * w_in + across) * c
-            here, there = here[:, None], (column < d)[None, :]
+        up, across = top + tap // 3, row % w * stride - 1 + tap % 3
+        inside = (row < m) & (up >= 0) & (up < h_in) & (across >= 0) & (across < w_in)
+        inside, exist = inside[:, None], (column < d)[None, :]
+        x += (((sample * h_in + up) * w_in + across) * c)[:, None]
+        weight += (column[None, :] * 9 + tap) * c
+        total = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for step in range(STEPS):
+            k = step * INPUTS + tl.arange(0, INPUTS)
+            here, there = inside, exist
             if not WHOLE:
                 here, there = here & (k < c)[None, :], there & (k < c)[:, None]
-            pixels = tl.load(x + at[:, None] + k[None, :], here, 0.0)
-            weights = tl.load(weight + (column[None, :] * 9 + tap) * c + k[:, None], there, 0.0)
-            total = tl.dot(pixels, weights, total)
-        at = (part * m + row)[:, None] * d + column[None, :]
-        tl.store(y + at, total.to(y.dtype.element_ty), (row < m)[:, None] & (column < d)[None, :])
+            pixels = tl.load(x + k[None, :], here, 0.0)
+            total = tl.dot(pixels, tl.load(weight + k[:, None], there, 0.0), total)
+        tl.store(y + (tap * m + row)[:, None] * d + column[None, :], total,
+                 (row < m)[:, None] & exist)
 
     @triton.jit
-    def sum_kernel(parts, y, size, PARTS: tl.constexpr, SIZE: tl.constexpr):
+    def sum_kernel(parts, y, size, SIZE: tl.constexpr, EARLY: tl.constexpr = False):
+        begin(EARLY)
         at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
         total = tl.zeros([SIZE], tl.float32)
-        for i in tl.static_range(PARTS):
-            total += tl.load(parts + i * size + at, at < size, 0.0)
+        for tap in tl.static_range(9):
+            total += tl.load(parts + tap * size + at, at < size, 0.0)
         tl.store(y + at, total.to(y.dtype.element_ty), at < size)
 
 
@@ -68,14 +117,13 @@ def kernel_conv(x: Tensor, weight: Tensor, stride: int) -> Tensor:
     x, weight, y = channels_last(x), channels_last(weight), fake_conv(x, weight, stride)
     (r, c, h_in, w_in), (_, d, h, w) = x.shape, y.shape
     m = r * h * w
-    rows, columns, inputs, taps, warps, stages = next(tile for most, tile in TILES if m <= most)
-    parts = y if taps == 9 else y.new_empty(9 // taps, m, d, dtype=torch.float32)
-    grid = triton.cdiv(d, columns), triton.cdiv(m, rows), 9 // taps
+    rows, columns, inputs, warps, stages = next(tile for most, tile in TILES if m <= most)
+    parts = y.new_empty(9, m, d, dtype=torch.float32)
+    grid = triton.cdiv(d, columns), triton.cdiv(m, rows), 9
     conv_kernel[grid](x, weight, parts, m, c, d, h, w, h_in, w_in, stride, triton.cdiv(c, inputs),
-                      c % inputs == 0, taps, rows, columns, inputs, num_warps=warps,
-                      num_stages=stages)
-    if taps < 9:
-        sum_kernel[triton.cdiv(m * d, SUMMED),](parts, y, m * d, 9 // taps, SUMMED)
+                      c % inputs == 0, rows, columns, inputs, num_warps=warps, num_stages=stages,
+                      **early())
+    sum_kernel[triton.cdiv(m * d, SUMMED),](parts, y, m * d, SUMMED, **early())
     return y
 
 

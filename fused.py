@@ -19,12 +19,12 @@ from torch import Tensor
 import kernels
 import model
 import norm
-import vae
-from conv import conv3x3
+from conv import conv3x3, upsample_conv, upsample_taps
 from geglu import geglu_into
-from kernels import tl, triton
+from kernels import begin, early, tl, triton
 
-ROWS, PER_WARP = 2, 512         # tokens of a tile of LayerNorm; its values that 32 threads hold
+# Tokens of a tile of LayerNorm; its values that 32 threads hold, of few tokens and of many
+ROWS, PER_WARP, MANY = 2, (512, 1024), 4096
 
 
 # ---- a sum and its LayerNorm
@@ -32,7 +32,9 @@ ROWS, PER_WARP = 2, 512         # tokens of a tile of LayerNorm; its values that
 if triton is not None:
     @triton.jit
     def layer_norm_kernel(x, h, row, s, weight, bias, y, tokens, n, c, stride, eps,
-                          ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+                          ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                          EARLY: tl.constexpr = False):
+        begin(EARLY)
         first = tl.program_id(0).to(tl.int64) * ROWS
         token, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
         there = column < c
@@ -71,7 +73,7 @@ def kernel_layer_norm(x: Tensor, h: Optional[Tensor], row: Optional[Tensor], s: 
     y, columns = torch.empty_like(x), kernels.power_of_2(c)
     layer_norm_kernel[(triton.cdiv(r * n, ROWS),)](
         x, h, row, s, weight, bias, y, r * n, n, c, 0 if s is None else s.stride(1), eps, ROWS,
-        columns, num_warps=kernels.warps(ROWS * columns, PER_WARP))
+        columns, num_warps=kernels.warps(ROWS * columns, PER_WARP[r * n > MANY]), **early())
     return y
 
 
@@ -102,16 +104,25 @@ class Sum:
 
 
 class Conv(nn.Module):
-    """A 3x3 conv between blocks: the first, that of a model.Downsample, or of a model.Upsample."""
-    def __init__(self, conv, larger=False):
+    """A 3x3 conv between blocks: the first, or that of a model.Downsample."""
+    def __init__(self, conv):
         super().__init__()
-        self.conv, self.larger = conv, larger
+        self.conv = conv
 
     def forward(self, grid):
-        x = grid.whole()
-        if self.larger:
-            x = vae.larger(x)
-        return Sum(conv3x3(x, self.conv.weight, self.conv.stride[0]), bias=self.conv.bias)
+        return Sum(conv3x3(grid.whole(), self.conv.weight, self.conv.stride[0]),
+                   bias=self.conv.bias)
+
+
+class Upsample(nn.Module):
+    """A model.Upsample."""
+    def __init__(self, conv):
+        super().__init__()
+        self.bias = conv.bias
+        self.register_buffer("taps", upsample_taps(conv.weight.detach()))
+
+    def forward(self, grid):
+        return Sum(upsample_conv(grid.whole(), self.taps), bias=self.bias)
 
 
 class Block(nn.Module):
@@ -233,9 +244,9 @@ class UNet(nn.Module):
             grid = stage(grid)
             skips.append(grid)
         grid = self.middle_block(grid)
-        for block, *larger in self.output_blocks:
+        for block, *upsample in self.output_blocks:
             grid = block(grid, skips.pop().whole())     # it was taken long ago
-            for conv in larger:
+            for conv in upsample:
                 grid = conv(grid)
         layer, *_, conv = self.out
         return conv(grid.normed(layer)[1])
@@ -249,7 +260,7 @@ def taken(stage):
         if isinstance(layer, model.ResBlock):
             layers.append(Block(layer, *transformer))
         elif isinstance(layer, model.Upsample):
-            layers.append(Conv(layer.conv, larger=True))
+            layers.append(Upsample(layer.conv))
         elif isinstance(layer, (model.Downsample, nn.Conv2d)):
             layers.append(Conv(getattr(layer, "op", layer)))
     return nn.Sequential(*layers)

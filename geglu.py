@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from kernels import tl, triton
+from kernels import begin, early, tl, triton
 
 ROWS, COLUMNS, WARPS = 4, 256, 4    # tokens and channels of a tile, and what holds them
 
@@ -45,7 +45,9 @@ if triton is not None:
         return rows, columns, (rows < m) & (columns < c)
 
     @triton.jit
-    def geglu_kernel(x, y, m, c, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    def geglu_kernel(x, y, m, c, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                     EARLY: tl.constexpr = False):
+        begin(EARLY)
         rows, columns, exist = tile_of(m, c, ROWS, COLUMNS)
         at = x + rows * 2 * c + columns
         value = tl.load(at, exist, 0.0).to(tl.float32)
@@ -54,7 +56,9 @@ if triton is not None:
         tl.store(y + rows * stride + columns, value.to(y.dtype.element_ty), exist)
 
     @triton.jit
-    def geglu_backward_kernel(dy, x, dx, m, c, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    def geglu_backward_kernel(dy, x, dx, m, c, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                              EARLY: tl.constexpr = False):
+        begin(EARLY)
         rows, columns, exist = tile_of(m, c, ROWS, COLUMNS)
         at = rows * 2 * c + columns
         value = tl.load(x + at, exist, 0.0).to(tl.float32)
@@ -91,7 +95,7 @@ def write(y, x):
     x, c = x.contiguous(), y.shape[-1]
     m = y.numel() // c
     grid, tile = tiling(m, c)
-    geglu_kernel[grid](x, y, m, c, y.stride(-2), **tile)
+    geglu_kernel[grid](x, y, m, c, y.stride(-2), **tile, **early())
 
 
 @kernel_forward.register_fake
@@ -105,7 +109,7 @@ def kernel_backward(dy: Tensor, x: Tensor) -> Tensor:
     dy, x, dx = dy.contiguous(), x.contiguous(), fake_backward(dy, x)
     m, c = dy.numel() // dy.shape[-1], dy.shape[-1]
     grid, tile = tiling(m, c)
-    geglu_backward_kernel[grid](dy, x, dx, m, c, **tile)
+    geglu_backward_kernel[grid](dy, x, dx, m, c, **tile, **early())
     return dx
 
 

@@ -4,13 +4,15 @@ Every one of them has PyTorch's own form beside it, which runs where Triton is n
 there is no GPU, and everywhere if `enabled` is set to False.
 """
 
+import functools
+
 import torch
 
 try:
     import triton
     import triton.language as tl
 except ImportError:         # no wheel for this system
-    triton = tl = None
+    triton = tl = begin = None
 
 TYPES = torch.float32, torch.bfloat16, torch.float16
 HALF_TYPES = TYPES[1:]              # whose products tensor cores take as they are
@@ -22,6 +24,25 @@ enabled = triton is not None
 def usable(x, types=TYPES):
     """Whether kernels take the place of PyTorch's operations on a tensor like x."""
     return enabled and x.is_cuda and x.dtype in types
+
+
+if triton is not None:
+    @triton.jit
+    def begin(EARLY: tl.constexpr):
+        """First of all, a kernel that was launched `early` lets the one after it be launched, and
+        waits for the one before it."""
+        if EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
+
+
+@functools.cache
+def early():
+    """Options of a kernel that is launched before the one before it ends, see `begin`: launching
+    takes as long as a small kernel. GPUs from Hopper on can do it."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
+        return {}
+    return {"EARLY": True, "launch_pdl": True}
 
 
 def warps(values, each):

@@ -21,6 +21,7 @@ from clip import CLIP
 from geglu import geglu
 from noise import DROP, NOISE, POSTERIOR, TIMESTEP, normal, uniform
 from norm import GroupNorm
+from vae import Upsample
 
 RES_EPS, TRANSFORMER_EPS = 1e-5, 1e-6       # quirk: the two kinds of block use different eps
 LARGEST_PERIOD = 10_000                     # of the timestep embedding
@@ -164,16 +165,6 @@ class Downsample(nn.Module):
 
     def forward(self, x):
         return self.op(x)
-
-
-class Upsample(nn.Module):
-    """Twice the grid: nearest neighbour, then a 3x3 conv."""
-    def __init__(self, c):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(vae.larger(x))
 
 
 class Stage(nn.Sequential):

@@ -8,10 +8,14 @@ import math
 
 import torch
 
+import kernels
+from kernels import begin, early, tl, triton
+
 # Streams: what is drawn for a number. Step k of a sampler draws from SAMPLE + k.
 TIMESTEP, DROP, POSTERIOR, NOISE, SAMPLE = range(5)
 PHILOX_M, PHILOX_W = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
 PHILOX_ROUNDS, WORD = 10, 0xFFFFFFFF
+BLOCKS = 256                # of four words, of one program of the kernel
 
 
 def philox(counter, key):
@@ -34,6 +38,8 @@ def uniform(seed, stream, numbers, count):
     seed: int from 0. stream: int from 0, or (b,) int64, one of each row. numbers: (b,) int64 from
     0, those of the pairs or views.
     """
+    if kernels.enabled and numbers.is_cuda:
+        return kernel_uniform(seed, stream, numbers, count)
     block = torch.arange(-(-count // 4), device=numbers.device)[None]
     number = numbers[:, None]
     stream = (stream[:, None] if isinstance(stream, torch.Tensor)
@@ -42,6 +48,35 @@ def uniform(seed, stream, numbers, count):
     words = torch.stack(philox(counter, (seed & WORD, seed >> 32 & WORD)), dim=-1)  # (b, blocks, 4)
     # 23 bits and a half: exact in float32, never 0 or 1
     return ((words.flatten(1)[:, :count] >> 9).float() + 0.5) * 2.0**-23
+
+
+if triton is not None:
+    @triton.jit(do_not_specialize=["key", "key_high", "stream"])
+    def uniform_kernel(key, key_high, stream, streams, numbers, y, count, BLOCKS: tl.constexpr,
+                       EARLY: tl.constexpr = False):
+        """What `uniform` draws, the same bits, in one kernel; streams (b,), or None for one."""
+        begin(EARLY)
+        row = tl.program_id(0).to(tl.int64)
+        block, number = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS), tl.load(numbers + row)
+        if streams is not None:
+            stream = tl.load(streams + row)
+        zero = (block * 0).to(tl.uint32)
+        words = tl.philox_impl(block.to(tl.uint32), zero + stream.to(tl.uint32),
+                               zero + number.to(tl.uint32), zero + (number >> 32).to(tl.uint32),
+                               key.to(tl.uint32), key_high.to(tl.uint32))
+        for i in tl.static_range(4):
+            value = ((words[i] >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07      # 2**-23
+            tl.store(y + row * count + 4 * block + i, value, 4 * block + i < count)
+
+
+def kernel_uniform(seed, stream, numbers, count):
+    """See uniform."""
+    y = torch.empty(len(numbers), count, device=numbers.device)
+    streams = stream.contiguous() if isinstance(stream, torch.Tensor) else None
+    uniform_kernel[len(numbers), triton.cdiv(count, 4 * BLOCKS)](
+        seed & WORD, seed >> 32 & WORD, 0 if streams is not None else stream, streams,
+        numbers.contiguous(), y, count, BLOCKS, **early())
+    return y
 
 
 def normal(seed, stream, numbers, shape):

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from kernels import blank_grid, channels_last, power_of_2, tl, triton, warps
+from kernels import begin, blank_grid, channels_last, early, power_of_2, tl, triton, warps
 
 COLUMNS = 64                # channels of a tile: lines of whole 128 bytes of bf16
 # Values of a tile that is read and written, forward and backward; and of 32 threads of it
@@ -140,13 +140,15 @@ if triton is not None:
 
     @triton.jit
     def moments_kernel(x, h, bias, skip, y, sums, n, c, c_x, ROWS: tl.constexpr,
-                       SLICES: tl.constexpr, COLUMNS: tl.constexpr):
+                       SLICES: tl.constexpr, COLUMNS: tl.constexpr,
+                       EARLY: tl.constexpr = False):
         """Mean and sum of squared deviations of every channel of a block of load_sum, which is y
         where y is not None.
 
         Deviations are first taken from the block's first value, which is as near to the mean as
         any: what the sum of their squares then loses is about as large as what is left of it.
         """
+        begin(EARLY)
         sample, first = tl.program_id(2).to(tl.int64), tl.program_id(1) * SLICES * ROWS
         columns = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
         rows = first + tl.arange(0, ROWS)[:, None]
@@ -170,12 +172,14 @@ if triton is not None:
 
     @triton.jit
     def combine_kernel(sums, shift, moments, n, c, k, width, stride, eps, ROWS: tl.constexpr,
-                       WIDTH: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+                       WIDTH: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+                       EARLY: tl.constexpr = False):
         """Moments of the blocks of ROWS -> center, rstd and the channel's mean less the group's.
 
         Chan's formula: deviations add up, and those of the means with their counts. One program a
         group of `width` channels; moments: (3, b, c).
         """
+        begin(EARLY)
         sample, exist = tl.program_id(1).to(tl.int64), tl.arange(0, WIDTH) < width
         channel = tl.program_id(0) * width + tl.arange(0, WIDTH)
         sums += sample * k * 2 * c + channel[None, :]
@@ -207,9 +211,11 @@ if triton is not None:
 
     @triton.jit
     def whole_kernel(x, h, constant, skip, s, weight, bias, shift, moments, y, n, c, c_x, width,
-                     stride, eps, SILU: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+                     stride, eps, SILU: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+                     EARLY: tl.constexpr = False):
         """All of the forward pass of load_sum with the bias `constant`, which is s where s is not
         None; one program a group (ROWS >= n, WIDTH >= width)."""
+        begin(EARLY)
         sample, rows = tl.program_id(1).to(tl.int64), tl.arange(0, ROWS)[:, None]
         among = tl.arange(0, WIDTH)[None, :]
         channel = tl.program_id(0) * width + among
@@ -238,7 +244,9 @@ if triton is not None:
 
     @triton.jit
     def apply_kernel(x, weight, bias, moments, y, n, c, SILU: tl.constexpr, ROWS: tl.constexpr,
-                     COLUMNS: tl.constexpr):
+                     COLUMNS: tl.constexpr,
+                     EARLY: tl.constexpr = False):
+        begin(EARLY)
         sample = tl.num_programs(2) - 1 - tl.program_id(2).to(tl.int64)
         table = tl.num_programs(2).to(tl.int64) * c
         values, offsets, exist = load_tile(x, sample, tl.program_id(1) * ROWS, n, c, ROWS, COLUMNS)
@@ -261,8 +269,10 @@ if triton is not None:
 
     @triton.jit
     def gradient_sums_kernel(dy, x, weight, bias, moments, sums, n, c, SILU: tl.constexpr,
-                             ROWS: tl.constexpr, SLICES: tl.constexpr, COLUMNS: tl.constexpr):
+                             ROWS: tl.constexpr, SLICES: tl.constexpr, COLUMNS: tl.constexpr,
+                             EARLY: tl.constexpr = False):
         """Sums of dz and of dz (x - center) over every channel of a block."""
+        begin(EARLY)
         sample, first = tl.program_id(2).to(tl.int64), tl.program_id(1) * SLICES * ROWS
         table = tl.num_programs(2).to(tl.int64) * c
         center = load_channels(moments, sample, c, COLUMNS)
@@ -282,9 +292,11 @@ if triton is not None:
 
     @triton.jit
     def gradient_combine_kernel(sums, weight, moments, parts, n, c, k, width, WIDTH: tl.constexpr,
-                                CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+                                CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+                                EARLY: tl.constexpr = False):
         """Sums of the blocks -> parts (5, b, c): of dweight, of dbias, dshift, and `level` and
         `slope` of dx = dz rstd weight - level - slope (x - center)."""
+        begin(EARLY)
         sample, exist = tl.program_id(1).to(tl.int64), tl.arange(0, WIDTH) < width
         channel = tl.program_id(0) * width + tl.arange(0, WIDTH)
         sums += sample * k * 2 * c + channel[None, :]
@@ -309,7 +321,9 @@ if triton is not None:
 
     @triton.jit
     def gradient_kernel(dy, x, weight, bias, moments, parts, dx, n, c, SILU: tl.constexpr,
-                        ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+                        ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                        EARLY: tl.constexpr = False):
+        begin(EARLY)
         sample = tl.num_programs(2) - 1 - tl.program_id(2).to(tl.int64)
         table, first = tl.num_programs(2).to(tl.int64) * c, tl.program_id(1) * ROWS
         values, offsets, exist = load_tile(x, sample, first, n, c, ROWS, COLUMNS)
@@ -365,11 +379,12 @@ def kernel_forward(x: Tensor, weight: Tensor, bias: Tensor, shift: Optional[Tens
     grid, block = summing(b, c, n, MOMENTS if sums is None else WRITTEN)
     if sums is None:
         sums = moments.new_empty(b, grid[1], 2, c)
-        moments_kernel[grid](x, None, None, None, None, sums, n, c, c, **block)
+        moments_kernel[grid](x, None, None, None, None, sums, n, c, c, **block, **early())
     combine_kernel[groups, b](sums, shift, moments, n, c, grid[1], width, stride, eps,
-                              block["ROWS"] * block["SLICES"], **combining(width, grid[1]))
+                              block["ROWS"] * block["SLICES"], **combining(width, grid[1]),
+                              **early())
     grid, tile = tiling(b, c, n, *APPLY)
-    apply_kernel[grid](x, weight, bias, moments, y, n, c, silu, **tile)
+    apply_kernel[grid](x, weight, bias, moments, y, n, c, silu, **tile, **early())
     return y, moments
 
 
@@ -396,7 +411,7 @@ def whole(x, h, constant, skip, s, weight, bias, shift, moments, y, groups, eps,
     rows, across = power_of_2(n), power_of_2(width)
     whole_kernel[groups, b](x, h, constant, skip, s, weight, bias, shift, moments, y, n, c,
                             x.shape[1], width, stride, eps, silu, rows, across,
-                            num_warps=warps(rows * across, WHOLE_PER_WARP))
+                            num_warps=warps(rows * across, WHOLE_PER_WARP), **early())
 
 
 @kernel_forward.register_fake
@@ -414,7 +429,7 @@ def kernel_add(x: Tensor, h: Optional[Tensor], bias: Optional[Tensor],
     n = math.prod(sides)
     x, h, skip = (None if part is None else channels_last(part) for part in (x, h, skip))
     grid, block = summing(b, c, n, WRITTEN)
-    moments_kernel[grid](x, h, bias, skip, s, sums, n, c, x.shape[1], **block)
+    moments_kernel[grid](x, h, bias, skip, s, sums, n, c, x.shape[1], **block, **early())
     return s, sums
 
 
@@ -456,11 +471,11 @@ def kernel_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, moments
     dx, parts = fake_backward(dy, x, weight, bias, moments, groups, silu)
     grid, block = summing(b, c, n, SUMS)
     sums = moments.new_empty(b, grid[1], 2, c)
-    gradient_sums_kernel[grid](dy, x, weight, bias, moments, sums, n, c, silu, **block)
+    gradient_sums_kernel[grid](dy, x, weight, bias, moments, sums, n, c, silu, **block, **early())
     gradient_combine_kernel[groups, b](sums, weight, moments, parts, n, c, grid[1], width,
-                                       **combining(width, grid[1]))
+                                       **combining(width, grid[1]), **early())
     grid, tile = tiling(b, c, n, *GRADIENT)
-    gradient_kernel[grid](dy, x, weight, bias, moments, parts, dx, n, c, silu, **tile)
+    gradient_kernel[grid](dy, x, weight, bias, moments, parts, dx, n, c, silu, **tile, **early())
     return dx, parts
 
 

@@ -9,6 +9,7 @@ b batch, c channels, h w image or feature grid, z latent channels.
 import torch.nn as nn
 import torch.nn.functional as F
 
+from conv import upsample_conv, upsample_taps
 from norm import GroupNorm, add
 
 SCALE_FACTOR = 0.18215         # Stable Diffusion's: latents times this have a deviation near 1
@@ -221,13 +222,4 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(c, c, 3, padding=1)
 
     def forward(self, x):
-        return self.conv(larger(x))
-
-
-def larger(x):
-    """Every position of a grid (b, c, h, w) four times: (b, c, 2h, 2w)."""
-    b, c, h, w = x.shape
-    # Repeated by strides: interpolate's kernel takes longer, and compiled, its gradient would be a
-    # scatter of atomic additions. Channels-last, as products and kernels want it.
-    x = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(b, h, 2, w, 2, c)
-    return x.reshape(b, 2 * h, 2 * w, c).permute(0, 3, 1, 2)
+        return upsample_conv(x, upsample_taps(self.conv.weight), self.conv.bias)

@@ -1,9 +1,13 @@
 """noise.py: known answers of Philox, and draws that are functions of seed and number alone."""
 
+import pytest
 import torch
 
+import kernels
 import model
 import noise
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def test_philox_gives_the_published_known_answers():
@@ -41,3 +45,16 @@ def test_draws_have_the_right_distribution():
     assert 0 <= draws.t.min() <= 5 and 994 <= draws.t.max() <= 999
     assert abs(draws.t.float().mean() - 499.5) < 5 * 1000 / 12**0.5 / 4000**0.5
     assert abs((draws.u < 0.1).float().mean() - 0.1) < 5 * (0.09 / 4000)**0.5
+
+
+@pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
+@pytest.mark.parametrize("seed", [0, 1, 2**31 + 5, 2**40 + 3])
+@pytest.mark.parametrize("count", [1, 6, 4096])
+def test_the_kernel_draws_the_same_bits(seed, count, monkeypatch):
+    numbers = torch.tensor([0, 1, 2**31 + 1, 2**33 + 7], device=DEVICE)
+    streams = torch.tensor([0, 3, 55, 2**20], device=DEVICE)
+    monkeypatch.setattr(kernels, "enabled", False)
+    for stream in (0, 1, 7, streams):
+        found = noise.kernel_uniform(seed, stream, numbers, count)
+        assert torch.equal(found, noise.uniform(seed, stream, numbers, count))
+        assert (found > 0).all() and (found < 1).all()
