@@ -21,55 +21,39 @@ from kernels import HALF_TYPES, begin, blank_grid, channels_last, early, tl, tri
 # threads, tiles that are on their way)
 TILES = ((32, (32, 64, 128, 4, 4)), (128, (128, 128, 64, 8, 5)))
 SUMMED = 256                # results of a program that adds the taps
-TRANSPOSED = True
 
 
 # ---- after an upsampling
 
 def upsample_taps(weight):
-    """What upsample_conv multiplies by, of the weight (d, c, 3, 3)."""
-    return (transposed_taps if TRANSPOSED else phase_taps)(weight)
+    """What upsample_conv multiplies by, of the weight (d, c, 3, 3): (c, d, 4, 4)."""
+    weight = weight.transpose(0, 1).flip(2, 3)
+    weight = F.pad(weight, (0, 0, 0, 1)) + F.pad(weight, (0, 0, 1, 0))
+    weight = F.pad(weight, (0, 1)) + F.pad(weight, (1, 0))
+    return weight.contiguous(memory_format=torch.channels_last)
 
 
 def upsample_conv(x, taps, bias=None):
     """The 3x3 conv of padding 1 of a grid x (r, c, h, w) with every position repeated twice each
-    way: (r, d, 2h, 2w)."""
-    return (transposed if TRANSPOSED else phases)(x, taps, bias)
-
-
-def transposed_taps(weight):
-    weight = weight.transpose(0, 1).flip(2, 3)
-    weight = F.pad(weight, (0, 0, 0, 1)) + F.pad(weight, (0, 0, 1, 0))
-    weight = F.pad(weight, (0, 1)) + F.pad(weight, (1, 0))              # (c, d, 4, 4)
-    return weight.contiguous(memory_format=torch.channels_last)
-
-
-def transposed(x, taps, bias=None):
+    way: (r, d, 2h, 2w). A position adds its 4x4 taps to the result about it."""
     return F.conv_transpose2d(x, taps, bias, stride=2, padding=1)
-
-
-def phase_taps(weight):
-    def halves(a, b, c, dim):
-        return torch.cat([a, b + c], dim), torch.cat([a + b, c], dim)
-    parts = [part for row in halves(*weight.split(1, 2), 2) for part in halves(*row.split(1, 3), 3)]
-    return torch.cat(parts)                                             # (4d, c, 2, 2)
-
-
-def phases(x, taps, bias=None):
-    (h, w), d = x.shape[2:], len(taps) // 4
-    y = F.conv2d(x, taps, bias if bias is None else bias.repeat(4), padding=1)
-    y = y.permute(0, 2, 3, 1)                                           # (r, h + 1, w + 1, 4d)
-    y = [torch.stack([y[:, i:i + h, j:j + w, (2 * i + j) * d:(2 * i + j + 1) * d] for j in (0, 1)],
-                     3) for i in (0, 1)]                                # (r, h, w, 2, d)
-    return torch.stack(y, 2).view(-1, 2 * h, 2 * w, d).permute(0, 3, 1, 2)
 
 
 # ---- of few positions
 
+def sides(x, stride):
+    """Height and width of the result."""
+    return [-(-side // stride) for side in x.shape[2:]]
+
+
+def few(r, h, w):
+    """Whether so many positions of the result are few."""
+    return r * h * w <= TILES[-1][0]
+
+
 def conv3x3(x, weight, stride=1):
     """The convolution of x (r, c, h, w) with weight (d, c, 3, 3), padding 1, for sampling."""
-    few = -(-x.shape[2] // stride) * -(-x.shape[3] // stride) * len(x) <= TILES[-1][0]
-    if few and kernels.usable(x, HALF_TYPES):
+    if few(len(x), *sides(x, stride)) and kernels.usable(x, HALF_TYPES):
         return kernel_conv(x, weight, stride)
     return F.conv2d(x, weight, stride=stride, padding=1)
 
@@ -78,10 +62,10 @@ if triton is not None:
     @triton.jit
     def conv_kernel(x, weight, y, m, c, d, h, w, h_in, w_in, stride, STEPS: tl.constexpr,
                     WHOLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-                    INPUTS: tl.constexpr, EARLY: tl.constexpr = False):
+                    INPUTS: tl.constexpr):
         """A tile of y (9, m, d), what each tap adds, in STEPS of INPUTS channels; WHOLE: which are
         c together."""
-        begin(EARLY)
+        begin()
         tap, row = tl.program_id(2), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
         column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
         sample, top = row // (h * w), row // w % h * stride - 1
@@ -102,8 +86,8 @@ if triton is not None:
                  (row < m)[:, None] & exist)
 
     @triton.jit
-    def sum_kernel(parts, y, size, SIZE: tl.constexpr, EARLY: tl.constexpr = False):
-        begin(EARLY)
+    def sum_kernel(parts, y, size, SIZE: tl.constexpr):
+        begin()
         at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
         total = tl.zeros([SIZE], tl.float32)
         for tap in tl.static_range(9):
@@ -129,5 +113,4 @@ def kernel_conv(x: Tensor, weight: Tensor, stride: int) -> Tensor:
 
 @kernel_conv.register_fake
 def fake_conv(x, weight, stride):
-    h, w = (-(-side // stride) for side in x.shape[2:])
-    return blank_grid((len(x), len(weight), h, w), x)
+    return blank_grid((len(x), len(weight), *sides(x, stride)), x)

@@ -19,7 +19,7 @@ from torch import Tensor
 import kernels
 import model
 import norm
-from conv import conv3x3, upsample_conv, upsample_taps
+from conv import conv3x3, few, upsample_conv, upsample_taps
 from geglu import geglu_into
 from kernels import begin, early, tl, triton
 
@@ -32,9 +32,8 @@ ROWS, PER_WARP, MANY = 2, (512, 1024), 4096
 if triton is not None:
     @triton.jit
     def layer_norm_kernel(x, h, row, s, weight, bias, y, tokens, n, c, stride, eps,
-                          ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-                          EARLY: tl.constexpr = False):
-        begin(EARLY)
+                          ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+        begin()
         first = tl.program_id(0).to(tl.int64) * ROWS
         token, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
         there = column < c
@@ -118,11 +117,15 @@ class Upsample(nn.Module):
     """A model.Upsample."""
     def __init__(self, conv):
         super().__init__()
-        self.bias = conv.bias
-        self.register_buffer("taps", upsample_taps(conv.weight.detach()))
+        self.weight, self.bias = conv.weight, conv.bias
+        taps = upsample_taps(conv.weight.detach().float())
+        self.register_buffer("taps", taps.to(conv.weight.dtype))
 
     def forward(self, grid):
-        return Sum(upsample_conv(grid.whole(), self.taps), bias=self.bias)
+        x = grid.whole()
+        if few(len(x), 2 * x.shape[2], 2 * x.shape[3]):     # then taps are what is read
+            return Sum(conv3x3(F.interpolate(x, scale_factor=2), self.weight), bias=self.bias)
+        return Sum(upsample_conv(x, self.taps), bias=self.bias)
 
 
 class Block(nn.Module):

@@ -45,9 +45,8 @@ if triton is not None:
         return rows, columns, (rows < m) & (columns < c)
 
     @triton.jit
-    def geglu_kernel(x, y, m, c, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-                     EARLY: tl.constexpr = False):
-        begin(EARLY)
+    def geglu_kernel(x, y, m, c, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+        begin()
         rows, columns, exist = tile_of(m, c, ROWS, COLUMNS)
         at = x + rows * 2 * c + columns
         value = tl.load(at, exist, 0.0).to(tl.float32)
@@ -56,9 +55,8 @@ if triton is not None:
         tl.store(y + rows * stride + columns, value.to(y.dtype.element_ty), exist)
 
     @triton.jit
-    def geglu_backward_kernel(dy, x, dx, m, c, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-                              EARLY: tl.constexpr = False):
-        begin(EARLY)
+    def geglu_backward_kernel(dy, x, dx, m, c, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+        begin()
         rows, columns, exist = tile_of(m, c, ROWS, COLUMNS)
         at = rows * 2 * c + columns
         value = tl.load(x + at, exist, 0.0).to(tl.float32)

@@ -11,6 +11,7 @@ import torch
 try:
     import triton
     import triton.language as tl
+    from triton.language.target_info import cuda_capability_geq
 except ImportError:         # no wheel for this system
     triton = tl = begin = None
 
@@ -28,10 +29,10 @@ def usable(x, types=TYPES):
 
 if triton is not None:
     @triton.jit
-    def begin(EARLY: tl.constexpr):
-        """First of all, a kernel that was launched `early` lets the one after it be launched, and
-        waits for the one before it."""
-        if EARLY:
+    def begin():
+        """First of all, a kernel lets the one after it be launched, and waits for the one before
+        it: both mean nothing if they were not launched `early`."""
+        if cuda_capability_geq(9):
             tl.extra.cuda.gdc_launch_dependents()
             tl.extra.cuda.gdc_wait()
 
@@ -39,10 +40,9 @@ if triton is not None:
 @functools.cache
 def early():
     """Options of a kernel that is launched before the one before it ends, see `begin`: launching
-    takes as long as a small kernel. GPUs from Hopper on can do it."""
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
-        return {}
-    return {"EARLY": True, "launch_pdl": True}
+    takes as long as a small kernel does. GPUs from Hopper on can do it."""
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+    return {"launch_pdl": True} if hopper else {}
 
 
 def warps(values, each):

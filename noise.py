@@ -52,10 +52,9 @@ def uniform(seed, stream, numbers, count):
 
 if triton is not None:
     @triton.jit(do_not_specialize=["key", "key_high", "stream"])
-    def uniform_kernel(key, key_high, stream, streams, numbers, y, count, BLOCKS: tl.constexpr,
-                       EARLY: tl.constexpr = False):
+    def uniform_kernel(key, key_high, stream, streams, numbers, y, count, BLOCKS: tl.constexpr):
         """What `uniform` draws, the same bits, in one kernel; streams (b,), or None for one."""
-        begin(EARLY)
+        begin()
         row = tl.program_id(0).to(tl.int64)
         block, number = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS), tl.load(numbers + row)
         if streams is not None:

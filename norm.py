@@ -140,15 +140,14 @@ if triton is not None:
 
     @triton.jit
     def moments_kernel(x, h, bias, skip, y, sums, n, c, c_x, ROWS: tl.constexpr,
-                       SLICES: tl.constexpr, COLUMNS: tl.constexpr,
-                       EARLY: tl.constexpr = False):
+                       SLICES: tl.constexpr, COLUMNS: tl.constexpr):
         """Mean and sum of squared deviations of every channel of a block of load_sum, which is y
         where y is not None.
 
         Deviations are first taken from the block's first value, which is as near to the mean as
         any: what the sum of their squares then loses is about as large as what is left of it.
         """
-        begin(EARLY)
+        begin()
         sample, first = tl.program_id(2).to(tl.int64), tl.program_id(1) * SLICES * ROWS
         columns = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
         rows = first + tl.arange(0, ROWS)[:, None]
@@ -172,14 +171,13 @@ if triton is not None:
 
     @triton.jit
     def combine_kernel(sums, shift, moments, n, c, k, width, stride, eps, ROWS: tl.constexpr,
-                       WIDTH: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-                       EARLY: tl.constexpr = False):
+                       WIDTH: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
         """Moments of the blocks of ROWS -> center, rstd and the channel's mean less the group's.
 
         Chan's formula: deviations add up, and those of the means with their counts. One program a
         group of `width` channels; moments: (3, b, c).
         """
-        begin(EARLY)
+        begin()
         sample, exist = tl.program_id(1).to(tl.int64), tl.arange(0, WIDTH) < width
         channel = tl.program_id(0) * width + tl.arange(0, WIDTH)
         sums += sample * k * 2 * c + channel[None, :]
@@ -211,11 +209,10 @@ if triton is not None:
 
     @triton.jit
     def whole_kernel(x, h, constant, skip, s, weight, bias, shift, moments, y, n, c, c_x, width,
-                     stride, eps, SILU: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-                     EARLY: tl.constexpr = False):
+                     stride, eps, SILU: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
         """All of the forward pass of load_sum with the bias `constant`, which is s where s is not
         None; one program a group (ROWS >= n, WIDTH >= width)."""
-        begin(EARLY)
+        begin()
         sample, rows = tl.program_id(1).to(tl.int64), tl.arange(0, ROWS)[:, None]
         among = tl.arange(0, WIDTH)[None, :]
         channel = tl.program_id(0) * width + among
@@ -244,9 +241,8 @@ if triton is not None:
 
     @triton.jit
     def apply_kernel(x, weight, bias, moments, y, n, c, SILU: tl.constexpr, ROWS: tl.constexpr,
-                     COLUMNS: tl.constexpr,
-                     EARLY: tl.constexpr = False):
-        begin(EARLY)
+                     COLUMNS: tl.constexpr):
+        begin()
         sample = tl.num_programs(2) - 1 - tl.program_id(2).to(tl.int64)
         table = tl.num_programs(2).to(tl.int64) * c
         values, offsets, exist = load_tile(x, sample, tl.program_id(1) * ROWS, n, c, ROWS, COLUMNS)
@@ -269,10 +265,9 @@ if triton is not None:
 
     @triton.jit
     def gradient_sums_kernel(dy, x, weight, bias, moments, sums, n, c, SILU: tl.constexpr,
-                             ROWS: tl.constexpr, SLICES: tl.constexpr, COLUMNS: tl.constexpr,
-                             EARLY: tl.constexpr = False):
+                             ROWS: tl.constexpr, SLICES: tl.constexpr, COLUMNS: tl.constexpr):
         """Sums of dz and of dz (x - center) over every channel of a block."""
-        begin(EARLY)
+        begin()
         sample, first = tl.program_id(2).to(tl.int64), tl.program_id(1) * SLICES * ROWS
         table = tl.num_programs(2).to(tl.int64) * c
         center = load_channels(moments, sample, c, COLUMNS)
@@ -292,11 +287,10 @@ if triton is not None:
 
     @triton.jit
     def gradient_combine_kernel(sums, weight, moments, parts, n, c, k, width, WIDTH: tl.constexpr,
-                                CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-                                EARLY: tl.constexpr = False):
+                                CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
         """Sums of the blocks -> parts (5, b, c): of dweight, of dbias, dshift, and `level` and
         `slope` of dx = dz rstd weight - level - slope (x - center)."""
-        begin(EARLY)
+        begin()
         sample, exist = tl.program_id(1).to(tl.int64), tl.arange(0, WIDTH) < width
         channel = tl.program_id(0) * width + tl.arange(0, WIDTH)
         sums += sample * k * 2 * c + channel[None, :]
@@ -321,9 +315,8 @@ if triton is not None:
 
     @triton.jit
     def gradient_kernel(dy, x, weight, bias, moments, parts, dx, n, c, SILU: tl.constexpr,
-                        ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-                        EARLY: tl.constexpr = False):
-        begin(EARLY)
+                        ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+        begin()
         sample = tl.num_programs(2) - 1 - tl.program_id(2).to(tl.int64)
         table, first = tl.num_programs(2).to(tl.int64) * c, tl.program_id(1) * ROWS
         values, offsets, exist = load_tile(x, sample, first, n, c, ROWS, COLUMNS)
