@@ -78,8 +78,8 @@ def run(given):
 
 
 def views_of(name, views):
-    """The numbers of views at once that a variant is measured at: peers at fewer."""
-    return views[:1] if name in ("fp16", "reference") else views if name in OURS else views[:2]
+    """The numbers of views at once that a variant is measured at: slow ones at the first alone."""
+    return views[:1] if name in ("fp16", "reference", "diffusers-eager") else views
 
 
 def title(what, views):
