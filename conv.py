@@ -26,11 +26,11 @@ SUMMED = 256                # results of a program that adds the taps
 # ---- after an upsampling
 
 def upsample_taps(weight):
-    """What upsample_conv multiplies by, of the weight (d, c, 3, 3): (c, d, 4, 4)."""
-    weight = weight.transpose(0, 1).flip(2, 3)
-    weight = F.pad(weight, (0, 0, 0, 1)) + F.pad(weight, (0, 0, 1, 0))
-    weight = F.pad(weight, (0, 1)) + F.pad(weight, (1, 0))
-    return weight.contiguous(memory_format=torch.channels_last)
+    """What upsample_conv multiplies by, of the weight (d, c, 3, 3): (c, d, 4, 4), rounded once."""
+    taps = weight.to(torch.promote_types(weight.dtype, torch.float32)).transpose(0, 1).flip(2, 3)
+    taps = F.pad(taps, (0, 0, 0, 1)) + F.pad(taps, (0, 0, 1, 0))
+    taps = F.pad(taps, (0, 1)) + F.pad(taps, (1, 0))
+    return taps.to(weight.dtype).contiguous(memory_format=torch.channels_last)
 
 
 def upsample_conv(x, taps, bias=None):

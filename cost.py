@@ -22,6 +22,7 @@ from distributed import Division
 GB = 1e9
 FLOAT, HALF = 4, 2                  # bytes
 PAIRS = 7       # divides no width of a network: tells activations from bf16 copies of weights
+TAPS = 4 * 4                        # of a conv after an upsampling
 BACKWARD = 2                        # FLOPs of a backward pass, in forward passes
 CEILING_SIDE = {"cuda": 8192}       # of the matrices of `ceiling`
 SMALL_SIDE = 1024
@@ -38,7 +39,7 @@ class Cost:
     gradients: int
     moments: int            # AdamW's
     average: int
-    copies: int             # of weights in bf16, estimate
+    copies: int             # of weights: in bf16, and taps that are summed (conv.py); estimate
     activations: int        # of one micro-batch, estimate
     host: int               # bytes in host memory of rank 0: the copy that is being saved
     flops: int
@@ -54,7 +55,7 @@ class Cost:
 
     def __str__(self):
         names = ("weights", "depth", "gradients", "moments", "average", "copies", "activations")
-        labels = {"depth": "depth network", "copies": "bf16 copies", "activations": "activations ~"}
+        labels = {"depth": "depth network", "copies": "copies", "activations": "activations ~"}
         parts = [f"{labels.get(name, name)} {getattr(self, name) / GB:.3g}"
                  for name in names if getattr(self, name)]
         return f"~ {self.total / GB:.3g} GB ({', '.join(parts)})"
@@ -95,6 +96,8 @@ def of(config, ranks, micro_batch):
         kept_most = [max(sum(p.numel() for name, p in d.parameters.items() if d.owner[name] == r)
                          for r in set(d.owner.values())) for d in divisions]
         averaged = sum(p.numel() for p in unet.parameters())
+        taps = sum(TAPS * part.conv.weight[..., 0, 0].numel() for part in unet.modules()
+                   if isinstance(part, model.Upsample))
     depth = Path(config.depth_weights) if config.depth_weights else None
     # with micro-steps also those that are summed up, beside what ranks send and what a graph writes
     summed = (ranks.world > 1 or config.graph) and config.batch_size > ranks.world * micro_batch
@@ -103,7 +106,8 @@ def of(config, ranks, micro_batch):
         weights=FLOAT * sizes["all"] + sizes["buffers"],
         depth=depth.stat().st_size if depth and depth.exists() else 0,
         gradients=FLOAT * sizes["trained"] * (1 + summed), moments=2 * FLOAT * kept_most[0],
-        average=FLOAT * kept_most[1], copies=HALF * sizes["trained"] if bf16 else 0,
+        average=FLOAT * kept_most[1],
+        copies=HALF * (sizes["trained"] + taps) if bf16 else FLOAT * taps,
         activations=activations // PAIRS * micro_batch,
         host=FLOAT * (3 * sizes["trained"] + averaged), flops=flops // PAIRS)
 

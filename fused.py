@@ -118,8 +118,7 @@ class Upsample(nn.Module):
     def __init__(self, conv):
         super().__init__()
         self.weight, self.bias = conv.weight, conv.bias
-        taps = upsample_taps(conv.weight.detach().float())
-        self.register_buffer("taps", taps.to(conv.weight.dtype))
+        self.register_buffer("taps", upsample_taps(conv.weight.detach()))
 
     def forward(self, grid):
         x = grid.whole()

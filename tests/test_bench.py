@@ -169,8 +169,9 @@ def test_halves_train_as_autocast_does():
     torch.manual_seed(0)
     config = bench_train.made_config(True, 2)
     net = bench_train.network(config)
-    for parameter in net.parameters():
+    for parameter in net.parameters():      # numbers of bf16, whose sums as taps are then the same
         torch.nn.init.normal_(parameter, std=0.05)
+        parameter.data = parameter.data.bfloat16().float()
     twin = copy.deepcopy(net)
     masters = dict(net.named_parameters())
     halves = bench_train.Halves(net.model.diffusion_model)
@@ -183,7 +184,9 @@ def test_halves_train_as_autocast_does():
     for name, parameter in twin.named_parameters():
         assert masters[name].dtype == torch.float32
         if parameter.requires_grad and parameter.grad is not None:
-            torch.testing.assert_close(masters[name].grad, parameter.grad)
+            # gradients of taps after an upsampling are summed, then rounded to the weights' type
+            rounded = {"rtol": 2**-7, "atol": 1e-5} if name.endswith(".conv.weight") else {}
+            torch.testing.assert_close(masters[name].grad, parameter.grad, **rounded)
     with torch.no_grad():
         halves.masters[0].add_(1)
     halves.refresh()
