@@ -1,6 +1,6 @@
 """Encoded shards: what the frozen networks make of every view, computed once.
 
-    python prepare.py encode data/co3d/train-*.tar --weights zero123-xl.ckpt --out data/encoded
+    python prepare.py encode data/co3d/train-*.tar --weights zero123-xl.ckpt --out data/encoded/co3d
     torchrun --nproc_per_node 8 prepare.py encode ...
 
 A member `category/scene.safetensors` a scene, with arrays over its n views:
@@ -18,10 +18,13 @@ import json
 import os
 import sys
 import time
+import zlib
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -42,6 +45,8 @@ from tensorfile import pack
 ENCODE_VERSION = 1
 FEWEST_VIEWS = 2                # of a scene: a pair
 MOST_LOADERS = 16               # processes, by default
+START = 2**16                   # bytes
+PATIENCE = timedelta(days=30)   # of a rank that is done, with the others
 
 
 def member(moments, clip, c2w, fov, scale, radius, nearplane):
@@ -209,6 +214,23 @@ def plan(args):
             for file, format, side in found]
 
 
+def is_there(file, path):
+    """Whether the encoded shard of a raw one is there. ValueError where it is another's."""
+    if not path.is_file():
+        return False
+    note = path.with_suffix(".json")
+    raw = json.loads(note.read_text()).get("raw") if note.is_file() else None
+    if raw and raw["start"] != start(file):
+        raise ValueError(f"{path} was made of {raw['path']}, and not of {file.path}: choose "
+                         "another --out for each set")
+    return True
+
+
+def start(file):
+    """The CRC-32 of the first bytes of a shard, which tells it from others: there names begin."""
+    return zlib.crc32(file.read(0, min(START, file.size)))
+
+
 def run(args):
     """Encodes the shards that are not there yet; under torchrun, each rank its part of them."""
     rank, world = (int(os.environ.get(name, default)) for name, default in
@@ -216,12 +238,18 @@ def run(args):
     device = own_device(torch.device(args.device))
     shards = plan(args)
     networks = load(args.weights, args.depth_weights, args.quantile_blend, device)
+    if world > 1:
+        dist.init_process_group("gloo", timeout=PATIENCE)       # to wait for one another, no more
     if rank == 0:
         arguments = {"version": ENCODE_VERSION, "weights": Path(args.weights).name,
                      "depth-weights": Path(args.depth_weights).name, "precision": args.precision,
                      "quantile-blend": args.quantile_blend}
         check_out(Path(args.out) / "encode.json", arguments, list(Path(args.out).rglob("*.tar")),
                   args.overwrite)
+        for file, *_, path in shards:
+            is_there(file, path)
+    if world > 1:
+        dist.barrier()      # with --overwrite, shards that are there now are to stay
     if args.precision == "bf16":
         halve_weights(networks.first_stage_model)
         halve_weights(networks.cond_stage_model)
@@ -235,7 +263,7 @@ def run(args):
     started, total = time.perf_counter(), {"views": 0, "waited": 0.0}
     with tqdm(unit=" views", desc=f"encode on {device}", disable=rank > 0) as bar:
         for file, format, side, path in shards[rank::world]:
-            if path.is_file():
+            if is_there(file, path):
                 continue
             source = of_files(file.name, format, [file], side)
             problems = list(source.problems)
@@ -249,13 +277,17 @@ def run(args):
 
             path.parent.mkdir(parents=True, exist_ok=True)
             write_shard(path, encoded_scenes(source, networks, args, device, total, report))
-            write_text(path.with_suffix(".json"), json.dumps({"left_out": problems}, indent=1))
+            note = {"raw": {"path": file.path, "start": start(file)}, "left_out": problems}
+            write_text(path.with_suffix(".json"), json.dumps(note, indent=1))
             for problem in problems:
                 bar.write(f"left out: {problem}", file=sys.stderr)
     if total["views"]:
         print(f"rank {rank}: " + rates(total, started, args.batch, device, flops / peak))
     elif rank == 0:
         print("all of them were there already")
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
     if rank == 0:
         lacking = unknown_scales([path for *_, path in shards])
         if lacking:

@@ -2,8 +2,10 @@
 
 import copy
 import json
+import multiprocessing
 import os
 import re
+import socket
 from argparse import Namespace
 
 from shards import encode
@@ -176,16 +178,50 @@ def test_other_arguments_in_the_same_folder_are_refused(rendered, encoded):
         run(rendered, encoded, weights="other.ckpt")
 
 
-def test_ranks_divide_the_shards(rendered, encoded, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    made = []
-    for rank in "01":
-        monkeypatch.setenv("RANK", rank)
-        run(rendered, tmp_path)
-        made.append({path for path in tmp_path.rglob("*.tar")})
-    assert 0 < len(made[0]) < len(made[1]) == 4
-    for path in made[1]:
-        assert path.read_bytes() == (encoded / path.relative_to(tmp_path)).read_bytes()
+def of_rank(rank, port, rendered, out, box):
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    write = encode.write_shard
+
+    def noted(path, members):
+        write(path, members)
+        box.put((rank, path.name))
+    encode.write_shard = noted
+    run(rendered, out, overwrite=True)
+    box.close()
+
+
+def test_ranks_divide_the_shards(rendered, encoded, tmp_path):
+    """With --overwrite, on shards of other weights: what one rank deletes no other takes as made."""
+    run(rendered, tmp_path, weights="other.ckpt", pattern="co3d/train-*.tar")
+    (tmp_path / "co3d").mkdir()
+    for path in tmp_path.glob("train-*"):
+        path.rename(tmp_path / "co3d" / path.name)
+    context = multiprocessing.get_context("spawn")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    box = context.Queue()
+    ranks = [context.Process(target=of_rank, args=(rank, port, rendered, tmp_path, box))
+             for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    made = [box.get(timeout=120) for _ in range(4)]
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    assert sorted(rank for rank, _ in made) == [0, 0, 1, 1]
+    paths = sorted(encoded.rglob("*.tar"))
+    assert len(paths) == 4
+    for path in paths:
+        assert path.read_bytes() == (tmp_path / path.relative_to(encoded)).read_bytes()
+
+
+def test_shards_of_two_sets_do_not_pass_for_one_another(rendered, tmp_path):
+    run(rendered, tmp_path, pattern="co3d/train-*.tar")
+    with pytest.raises(ValueError, match="train-000000.tar was made of .*co3d.* choose another"):
+        run(rendered, tmp_path, pattern="re10k/train-*.tar")
 
 
 def test_a_view_that_cannot_be_read_is_left_out_and_named(rendered, tmp_path, capsys):
