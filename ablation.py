@@ -128,8 +128,9 @@ def score(config, modes, args):
         about = folder / "eval" / "metrics.json"
         if about.is_file():
             found = json.loads(about.read_text())
-            if (found["pairs"], found["checkpoint"]) == (args.pairs,
-                                                         str(checkpoint.latest(folder))):
+            lpips = "lpips" in found["methods"][tables.MODEL] or not args.lpips
+            if lpips and (found["pairs"], found["checkpoint"]) == (args.pairs,
+                                                                   str(checkpoint.latest(folder))):
                 continue
         print(f"\n{mode}", flush=True)
         lpips = [word for files in args.lpips for word in ("--lpips", *files)]
@@ -217,7 +218,7 @@ def parser():
     whole = sample.numbers_of(int, 1)
     p.add_argument("config", metavar="FILE", help="configs/ablation.py")
     p.add_argument("--minutes", type=sample.numbers_of(float, 0, above=True), metavar="M",
-                   help="stop then, and go on with the same command (no limit)")
+                   help="stop training then, and go on with the same command (no limit)")
     p.add_argument("--jobs", type=whole, metavar="N",
                    help="runs at once (all of them on GPUs, otherwise one)")
     p.add_argument("--modes", default=",".join(MODES), help="which ones (%(default)s)")

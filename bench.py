@@ -22,7 +22,7 @@ def main(argv):
     commands = parser.add_subparsers(dest="benchmark", required=True)
     modules = {name: importlib.import_module(f"benchmarks.{name}") for name in BENCHMARKS}
     for name, module in modules.items():
-        command = commands.add_parser(name, help=module.__doc__.partition(": ")[2].strip())
+        command = commands.add_parser(name, help=module.__doc__.splitlines()[0].partition(": ")[2])
         command.add_argument("--json", default="", help="file to write the rows to")
         module.add_options(command)
     given = parser.parse_args(argv)

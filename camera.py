@@ -111,12 +111,15 @@ def spherical(position):
             position.norm(dim=-1))
 
 
+UNSCALED = ("3dof", "7dof_unscaled")        # modes that take poses in the scene's own unit
+
+
 def conditioning(mode, cond_c2w, target_c2w, fov, scale):
     """The pose vector T (b, T_WIDTH[mode]), in the dtype of the poses.
 
     cond_c2w, target_c2w: (b, 4, 4). fov: (b,) radians. scale: (b,) length that counts as one, in
     the unit of the poses, as `scene radius`, `stereomag_scale`, `quantile_scale` or `metric_scale`
-    of the conditioning view give it; `3dof` and `7dof_unscaled` do not look at it.
+    of the conditioning view give it; UNSCALED modes do not look at it.
     """
     mode = ALIASES.get(mode, mode)
     if mode not in T_WIDTH:
@@ -128,7 +131,7 @@ def conditioning(mode, cond_c2w, target_c2w, fov, scale):
         turn = azimuth - azimuth0
         return torch.stack([polar - polar0, turn.sin(), turn.cos(), radius - radius0], dim=-1)
     pose = relative_pose(cond_c2w, target_c2w)
-    if mode != "7dof_unscaled":
+    if mode not in UNSCALED:
         pose[:, :3, 3] /= scale.to(pose.dtype).clamp(min=SMALLEST_SCALE)[:, None]
     if mode in ("7dof_unscaled", "7dof_stereomag_scale"):
         pose = pose.nan_to_num(0.0).clamp(-LARGEST_ENTRY, LARGEST_ENTRY)

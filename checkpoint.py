@@ -23,13 +23,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from diffusers_keys import HEADS, is_diffusers, read_diffusers, write_diffusers
+from diffusers_keys import is_diffusers, read_diffusers, write_diffusers
 from tensorfile import Made, Tensors, nbytes, read_file, unfinished, write_safetensors
 
 UNET = "model.diffusion_model."
 EMA = "model_ema."
 EMA_DECAY = 0.9999          # the reference's, where a run does not name its own
 INPUT_CONV = UNET + "input_blocks.0.0.weight"
+CONFIG = "zeronvs_config"       # in a file, as JSON, beside the weights of a run
 POSE = "cc_projection.weight"
 SCHEDULE = (
     "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod",
@@ -71,7 +72,10 @@ def read(path):
     """
     path = Path(path)
     if path.is_file():
-        return read_file(path)
+        found = read_file(path)
+        if CONFIG in found.meta:
+            found.meta["config"] = json.loads(found.meta[CONFIG])
+        return found
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint {path}")
     if is_diffusers(path):
@@ -485,12 +489,18 @@ def cast(name, entry, dtype):
 def write_ckpt(target, tensors):
     """What torch.load gives is {"state_dict": names to tensors, "global_step": steps}."""
     with unfinished(target) as path:
-        torch.save({"state_dict": dict(tensors), "global_step": tensors.step}, path)
+        torch.save({"state_dict": dict(tensors), "global_step": tensors.step, **told(tensors)},
+                   path)
     return []
 
 
+def told(tensors):
+    """What a file says beside weights: a run's configuration, if these are of one."""
+    return {CONFIG: json.dumps(tensors.meta["config"])} if "config" in tensors.meta else {}
+
+
 def write_file(target, tensors):
-    write_safetensors(target, tensors, {"global_step": str(tensors.step)})
+    write_safetensors(target, tensors, {"global_step": str(tensors.step), **told(tensors)})
     return []
 
 
@@ -500,8 +510,7 @@ def write_folder(target, tensors):
     if step == target.name or not step.isdecimal():
         with unfinished(target) as path:
             path.mkdir()
-            heads = tensors.meta.get("config", {}).get("num_heads", HEADS)
-            return write_diffusers(path, tensors, heads)
+            return write_diffusers(path, tensors)
     averages = {ema_name(name): name for name in tensors if name.startswith(UNET)}
     weights = {name: entry for name, entry in tensors.entries.items() if not name.startswith(EMA)}
     ema = {averages[name]: entry for name, entry in tensors.entries.items() if name in averages}

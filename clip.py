@@ -97,9 +97,10 @@ class CLIP(nn.Module):
     def preprocess(self, x):
         """Image in [-1, 1] of any size to the image tower's input. (b, 3, h, w) -> (b, 3, r, r).
 
-        quirk: resized as kornia 0.6 does, bicubic (a = -0.75) with align_corners and no antialias,
-        stretched rather than cropped, overshoot kept. OpenAI's own preprocessing does none of that.
+        OpenAI's own preprocessing crops, and does none of this.
         """
+        # quirk: resized as kornia 0.6 does, bicubic (a = -0.75) with align_corners and no
+        # antialias, stretched rather than cropped, overshoot kept
         size = (self.image_resolution, self.image_resolution)
         x = F.interpolate(x, size, mode="bicubic", align_corners=True, antialias=False)
         return ((x + 1) / 2 - self.mean) / self.std

@@ -1,7 +1,7 @@
 """Shards to pairs: pairs of views by number, the mixture of sources, a loader.
 
-    python data.py inspect data/synth/co3d-*.tar --out inspect.png
-    python data.py verify data/synth/*.tar
+    python data.py inspect "data/synth/*/train-*.tar" --out inspect.png
+    python data.py verify "data/synth/*/*.tar"
 
 Which pair number k is follows from (seed, k) alone, whatever the ranks and workers. Where shards
 lie, what is known of them and what a view holds is the concern of the files in shards/.
@@ -51,13 +51,13 @@ class Pairs(Dataset):
     cond_c2w, target_c2w       float64 (4, 4), OpenGL
     fov                        float64 (), radians, of the scene's first stored view
     radius                     float64 (), of the scene
-    nearplane                  float64 (), the scene's near-plane quantile; nan in other modes
+    nearplane                  float64 (), the scene's near-plane quantile; raw, nan in other modes
     depth_cond                 float32 (s, s), 0 unknown; raw, in scenes.DEPTH_MODES
     number                     int64 (), k
     uid                        "shard.tar:category/scene:i->j", i cond, j target, in frame order
     damage                     "source<tab>reason<tab>where", a line for each draw that failed
 
-    The source is drawn by probability, the scene uniformly in it, then two distinct views. What is
+    The source is drawn by probability, its scene by the number of views, then two of these. What is
     damaged is replaced by the next draw of the same k from the same source. `ordered` is for
     scores: every pair of every scene once, the first ones spread evenly over the scenes.
     """

@@ -42,8 +42,8 @@ def scale_and_shift(disparity, target, mask):
 
     disparity, target: (b, h, w); mask: (b, h, w) bool or 0/1. Returns scale (b,), shift (b,).
     Solved about the means: MiDaS's normal equations have the same solution, but cancel in float32.
-    quirk: without two different disparities there is no line, and scale = shift = 0.
-    departs: so it is where they differ by rounding alone; the reference's line is noise there.
+    # quirk: without two different disparities there is no line, and scale = shift = 0.
+    # departs: so it is where they differ by rounding alone; the reference's line is noise there.
     """
     mask = mask.bool().flatten(1)
     p = disparity.to(target.dtype).flatten(1).where(mask, 0)  # (b, h*w)
@@ -64,7 +64,7 @@ def dense_depth(disparity, depth, blend):
 
     disparity: (b, h, w) of `DPT`; depth: (b, h, w), 0 where unknown, whose unit the result has;
     blend: known depths replace fitted ones. The fit is to 1 / depth, both clipped to DEPTH_RANGE.
-    quirk: a view with no known depth, or only one, is DEPTH_RANGE[1] away everywhere.
+    # quirk: a view with no known depth, or only one, is DEPTH_RANGE[1] away everywhere.
     """
     if disparity.shape != depth.shape or depth.ndim != 3:
         raise ValueError(f"disparity is {tuple(disparity.shape)} and depth {tuple(depth.shape)}: "
@@ -109,7 +109,7 @@ class DPT(nn.Module):
     """Image to disparity. The defaults are DPT_SwinV2_T_256; state dict names are MiDaS's.
 
     image: (b, 3, h, w) in [-1, 1], which goes in as it is. Returns (b, h, w), 0 or more.
-    departs: images of another size than the network's are resized to it, and the disparity back.
+    # departs: images of another size than the network's are resized to it, and the disparity back.
     The reference refuses them.
     """
     def __init__(self, image_size=256, embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24),

@@ -20,10 +20,12 @@ WEIGHTS = [stem + ending for ending in (".safetensors", ".bin", ".fp16.safetenso
            for stem in ("diffusion_pytorch_model", "model", "pytorch_model")]
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 HEADS = 8                   # of Stable Diffusion 1's attention at every width; weights do not tell
+NORM_GROUPS = 32            # of its UNet's norms
+PREDICTIONS = {"eps": "epsilon", "z": "sample"}         # a run's name for what is predicted: theirs
 HEAD_WIDTH = 64             # of CLIP's vision transformers
 SCHEDULER = {
     "_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085,
-    "beta_end": 0.012, "num_train_timesteps": 1000, "prediction_type": "epsilon",
+    "beta_end": 0.012, "num_train_timesteps": 1000,
     "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
 PREPROCESSOR = {
     "image_processor_type": "CLIPImageProcessor", "do_resize": True, "do_center_crop": True,
@@ -199,11 +201,13 @@ def pose_from(found):
 
 # ------------------------------------------------------------------------------ writing
 
-def write_diffusers(folder, tensors, heads=HEADS):
+def write_diffusers(folder, tensors):
     """Writes the parts that there are into an existing folder. Returns the names left out.
 
-    tensors: Tensors under checkpoint names. heads: of the UNet's attention.
+    tensors: Tensors under checkpoint names; what weights do not tell is taken from the run's
+    configuration, if they are of one, else Stable Diffusion's.
     """
+    told = tensors.meta.get("config", {})
     folder, index = Path(folder), {"_class_name": "Zero123Pipeline"}
     for part, prefix, convert, file, library, kind in (
             ("unet", UNET, unet_to, WEIGHTS[0], "diffusers", "UNet2DConditionModel"),
@@ -217,13 +221,16 @@ def write_diffusers(folder, tensors, heads=HEADS):
         if found:
             entries, config = convert(found)
             if part == "unet":
-                config["attention_head_dim"] = heads    # diffusers' name for the number of heads
+                # attention_head_dim is diffusers' name for the number of heads
+                config.update(attention_head_dim=told.get("num_heads", HEADS),
+                              norm_num_groups=told.get("norm_groups", NORM_GROUPS))
             (folder / part).mkdir()
             write_safetensors(folder / part / file, Tensors(folder, entries))
             write_json(folder / part / "config.json", {"_class_name": kind, **config})
             index[part] = [library, kind]
     for part, file, config, library in (
-            ("scheduler", "scheduler_config.json", SCHEDULER, "diffusers"),
+            ("scheduler", "scheduler_config.json", {**SCHEDULER, "prediction_type":
+             PREDICTIONS[told.get("prediction", "eps")]}, "diffusers"),
             ("feature_extractor", "preprocessor_config.json", PREPROCESSOR, "transformers")):
         (folder / part).mkdir()
         write_json(folder / part / file, config)
@@ -268,8 +275,7 @@ def unet_to(found):
                              for yes in attends[::-1]],
         "up_block_types": ["CrossAttnUpBlock2D" if yes else "UpBlock2D" for yes in attends],
         "act_fn": "silu", "center_input_sample": False, "flip_sin_to_cos": True, "freq_shift": 0,
-        "downsample_padding": 1, "mid_block_scale_factor": 1, "norm_eps": 1e-5,
-        "norm_num_groups": 32, "sample_size": 32}
+        "downsample_padding": 1, "mid_block_scale_factor": 1, "norm_eps": 1e-5, "sample_size": 32}
     return renamed_to(found, unet_names(levels, blocks, attends)), config
 
 

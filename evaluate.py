@@ -130,9 +130,11 @@ def validation_loss(net, pairs, config, depth_net=None):
 def validate(net, pairs, config, depth_net=None):
     """What a validation inside training logs: {name: number}, over the first validate_pairs pairs.
 
-    PSNR and SSIM of samples in at most validate_steps steps of DPM-Solver++, beside the best
-    baseline's PSNR; the loss, and that of every band of timesteps.
+    PSNR and SSIM of samples, beside the best baseline's PSNR; the loss, and that of every band of
+    timesteps.
     """
+    # departs: samples are of at most validate_steps steps of DPM-Solver++, the reference's of 50 of
+    # DDIM; evaluate.py has the run's own sampler
     pairs = torch.utils.data.Subset(pairs, range(min(len(pairs), config.validate_pairs)))
     few = replace(config, sampler="dpm++",
                   sample_steps=min(config.sample_steps, config.validate_steps))

@@ -142,16 +142,19 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """A transformer block over the grid's positions. x: (b, c, h, w), context: (b, m, e)."""
-    def __init__(self, c, c_context, heads, groups):
+    """A transformer block over the grid's positions. x: (b, c, h, w), context: (b, m, e).
+
+    c_inner: width of the block, heads times their size; c, where the heads divide it.
+    """
+    def __init__(self, c, c_inner, c_context, heads, groups):
         super().__init__()
         self.norm = GroupNorm(groups, c, TRANSFORMER_EPS)
-        self.proj_in = Conv1x1(c, c)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(c, c_context, heads)])
-        self.proj_out = zero(Conv1x1(c, c))
+        self.proj_in = Conv1x1(c, c_inner)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(c_inner, c_context, heads)])
+        self.proj_out = zero(Conv1x1(c_inner, c))
 
     def forward(self, x, context):
-        tokens = self.proj_in(self.norm(x).flatten(2).mT)               # (b, hw, c)
+        tokens = self.proj_in(self.norm(x).flatten(2).mT)               # (b, hw, c_inner)
         for block in self.transformer_blocks:
             tokens = block(tokens, context)
         return x + self.proj_out(tokens).mT.unflatten(2, x.shape[2:])   # (b, c, h, w)
@@ -197,7 +200,8 @@ class UNet(nn.Module):
 
         def transformer(c):
             heads = c // num_head_channels if num_head_channels else num_heads
-            return SpatialTransformer(c, context_dim, heads, norm_groups)
+            size = num_head_channels or c // num_heads
+            return SpatialTransformer(c, heads * size, context_dim, heads, norm_groups)
 
         def attends(level):
             return 2**level in attention_resolutions
@@ -348,9 +352,14 @@ class ZeroNVS(nn.Module):
         return self.cond_stage_model.model.encode_image(image)
 
     def context(self, embedding, T):
-        """Image embedding (b, e) and pose vector T (b, d) -> the one context token (b, 1, n)."""
-        both = torch.cat([embedding, T.to(embedding.dtype)], dim=-1)
-        return self.cc_projection(both)[:, None]
+        """Image embedding (b, e) and pose vector T (b, d) -> the one context token (b, 1, n).
+
+        Never by autocast: bf16 does not tell small turns apart.
+        """
+        weight = self.cc_projection.weight
+        with torch.autocast(weight.device.type, enabled=False):
+            both = torch.cat([embedding.to(weight.dtype), T.to(weight.dtype)], dim=-1)
+            return self.cc_projection(both)[:, None]
 
     @torch.no_grad()
     def condition(self, image_cond, T):
@@ -463,9 +472,13 @@ def viewer_scale(known, image, depth_net=None, blend=True):
     known: depth (b, h, w), 0 where unknown; depth_net: a depth.DPT that fills the holes from image
     (b, 3, h, w) in [-1, 1]; blend: known depths replace the network's.
     """
+    if depth_net is None and not blend:
+        raise ValueError("quantile_blend=False takes scales from the depth network alone, and there"
+                         " is none: --depth_weights=dpt_swin2_tiny_256.pt brings it")
     holes = (known <= 0).flatten(1).any(1)
     if depth_net is not None and (holes.any() or not blend):
-        disparity = depth_net(image)
+        with torch.autocast(image.device.type, enabled=False):      # bf16 is off by up to 1%
+            disparity = depth_net(image)
         known = depth.dense_depth(disparity, known.to(disparity.device), blend)
         return camera.quantile_scale(known)
     return camera.quantile_scale(known).where(~holes, torch.nan)

@@ -210,6 +210,16 @@ def matrices(rows):
     return found.reshape(-1, 4, 4)
 
 
+def short_side_fov(known, fov):
+    """Field of view of the shorter side, from a frame's values in transforms.json; else `fov`."""
+    half = math.tan(known.get("camera_angle_x", fov) / 2)       # half the width, in focal lengths
+    if not ("w" in known and ("fl_x" in known or "camera_angle_x" in known)):
+        return 2 * math.atan(half)
+    w, h = known["w"], known.get("h", known["w"])
+    focal = known.get("fl_x", w / 2 / half)
+    return 2 * math.atan(min(w, h) / 2 / (known.get("fl_y", focal) if h < w else focal))
+
+
 def from_json(text, fov):
     """(c2w (n, 4, 4), fov (n,)) of a list of matrices, or of nerfstudio's transforms.json."""
     stored = json.loads(text)
@@ -217,12 +227,7 @@ def from_json(text, fov):
         return matrices(stored), torch.full((len(stored),), fov, dtype=torch.float64)
     fovs = []
     for frame in stored["frames"]:
-        known = {**stored, **frame}
-        if "fl_x" in known and "w" in known:
-            short_side = min(known["w"], known.get("h", known["w"]))
-            fovs.append(2 * math.atan(short_side / 2 / known["fl_x"]))
-        else:
-            fovs.append(known.get("camera_angle_x", fov))
+        fovs.append(short_side_fov({**stored, **frame}, fov))
     c2w = matrices([frame["transform_matrix"] for frame in stored["frames"]])
     return c2w, torch.tensor(fovs, dtype=torch.float64)
 

@@ -6,6 +6,7 @@ says how many units of the paths (distances to what the photo looks at) the mode
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 import camera
 import depth
+import model
 import pictures
 from shards import scenes
 
@@ -162,23 +164,33 @@ def held_out(config, number):
     scene = reader.scene(number)
     view = len(scene.c2w) // 2
     known = torch.from_numpy(reader.depth(number, view))
-    scene_scale = scale_in_scene(config.mode, reader, number, known)
+    image = scenes.images(reader.image(number, view))
+    scene_scale = scale_in_scene(config, reader, number, known, image)
     looked_at = middle(known)[middle(known) > 0]
     scale = scene_scale / looked_at.median().item() if len(looked_at) else SCALE
-    picture = pictures.image(scenes.images(reader.image(number, view)))
+    picture = pictures.image(image)
     return HeldOut(picture, scene.fov, elevation_of(scene.c2w, view), scale, reader, number, view,
                    scene_scale)
 
 
-def scale_in_scene(mode, reader, number, known):
-    """The length that a mode takes as one, in the scene's unit. known (s, s): the view's depth."""
-    if mode == "7dof":
+@torch.no_grad()
+def scale_in_scene(config, reader, number, known, image):
+    """The length that a run's mode takes as one, in the scene's unit, as in its training.
+
+    known (s, s): the view's depth, 0 unknown; image (3, s, s), whose holes the run's depth network
+    fills. Without that network the scale is that of the depths that are known.
+    """
+    if config.mode == "7dof":
         return reader.scene(number).radius
-    if mode == "7dof_stereomag_scale":
+    if config.mode == "7dof_stereomag_scale":
         return camera.stereomag_scale(torch.tensor(reader.nearplane(number))).item()
-    if mode in scenes.DEPTH_MODES and (known > 0).any():
-        return known[known > 0].quantile(camera.QUANTILE).item()
-    return 1.0
+    if config.mode not in scenes.DEPTH_MODES or not (known > 0).any():
+        return 1.0
+    weights = config.depth_weights
+    filler = depth.load(weights) if weights and Path(weights).is_file() else None
+    blend = config.quantile_blend or filler is None
+    scale = model.viewer_scale(known[None], image[None], filler, blend).item()
+    return known[known > 0].quantile(camera.QUANTILE).item() if math.isnan(scale) else scale
 
 
 def elevation_of(c2w, view):

@@ -415,7 +415,9 @@ def add_captures(commands, help_format):
             group.add_argument("--videos", default="", help="folder of VIDEO.mp4, .webm, ...")
             add("--colmap", default="", help="folder of COLMAP models CLIP/, for depth")
         else:
-            add("--no-depth", dest="depth", action="store_false", help="leave depth out")
+            add("--no-depth", dest="depth", action="store_false", help="leave depth out",
+                default=argparse.SUPPRESS)
+            sub.set_defaults(depth=True)
         add("--out", default=f"data/{name}", help="folder of the shards")
         add("--size", type=int, default=256, help="pixels a side")
         add("--views", type=int, default=0, help="of a scene at most, evenly chosen; 0: all")

@@ -30,6 +30,7 @@ from fast import Fast
 from samplers import EVERYWHERE, SAMPLERS, SPACINGS, TIMESTEPS, encoded_views, plan
 from shards import scenes
 
+VIEWS = 16                              # along a path, unless told
 SWEEP = (0.3, 0.5, 0.7, 1.0, 1.4)       # of --scale-sweep
 SWEEP_VIEWS, TRUE_VIEWS, PROGRESS_VIEWS = 6, 6, 8
 SHEET_COLUMNS = 6
@@ -100,12 +101,14 @@ def config_of(tensors):
     if checkpoint.POSE not in tensors:
         raise ValueError(f"{tensors.path} is no zero123 or ZeroNVS checkpoint: it has no "
                          f"{checkpoint.POSE}")
-    width = tensors.entries[checkpoint.POSE].shape[-1] - CLIP_WIDTH
-    if width not in MODE_OF_WIDTH:
-        raise ValueError(f"{tensors.path}: a pose vector of {width} numbers is not known, "
-                         "zero123's has 4 and ZeroNVS's 19")
+    given = tensors.entries[checkpoint.POSE].shape[-1] - CLIP_WIDTH
+    if given not in MODE_OF_WIDTH:
+        theirs = " or ".join(str(CLIP_WIDTH + width) for width in MODE_OF_WIDTH)
+        raise ValueError(f"{tensors.path} does not tell its configuration, and is not as zero123 "
+                         f"or ZeroNVS: {checkpoint.POSE} takes {CLIP_WIDTH + given} numbers, "
+                         f"theirs {theirs}")
     nowhere = configs.Source("none", "co3d", "none", 1.0)
-    return configs.Config(sources=(nowhere,), mode=MODE_OF_WIDTH[width])
+    return configs.Config(sources=(nowhere,), mode=MODE_OF_WIDTH[given])
 
 
 def device_of(name):
@@ -119,11 +122,11 @@ def device_of(name):
 
 def pose_vectors(mode, cond_c2w, c2w, fov, scale):
     """Pose vectors (n, d) float32 of cameras c2w (n, 4, 4), fov (n,); `scale` counts as one."""
-    # the modes without a scale of their own get one too, so that --scale means the same everywhere
     cond_c2w, c2w = cond_c2w.repeat(len(c2w), 1, 1), c2w.clone()
-    cond_c2w[:, :3, 3] /= scale
-    c2w[:, :3, 3] /= scale
-    return camera.conditioning(mode, cond_c2w, c2w, fov, torch.ones_like(fov)).float()
+    if mode in camera.UNSCALED:     # so that --scale, where it is given, means the same everywhere
+        cond_c2w[:, :3, 3] /= scale
+        c2w[:, :3, 3] /= scale
+    return camera.conditioning(mode, cond_c2w, c2w, fov, torch.full_like(fov, scale)).float()
 
 
 # ---- views
@@ -273,8 +276,8 @@ def parser():
     p.add_argument("--by", type=numbers_of(float, -math.inf), metavar="X",
                    help="how far the path goes instead, in its degrees, lengths or (zoom) times; a "
                         "negative number goes the other way")
-    p.add_argument("--views", type=numbers_of(int, 1), default=16, metavar="N",
-                   help="views along the path (%(default)s)")
+    p.add_argument("--views", type=numbers_of(int, 1), metavar="N",
+                   help=f"views along the path ({VIEWS})")
 
     photo = p.add_argument_group("the photo")
     photo.add_argument("--crop", default="", metavar="LEFT,TOP,SIDE",
@@ -288,14 +291,15 @@ def parser():
                        metavar="DEGREES", help="how far above the horizontal its camera stood, "
                        "looking down at its subject (0; a held-out view's own)")
     photo.add_argument("--scale", type=scale_or_auto, metavar="S",
-                       help=f"units that the model takes as one, see below ({photos.SCALE}; from "
-                            "the depth of a held-out view), or auto: from the depth network")
+                       help=f"units that the model takes as one, see below ({photos.SCALE}, or 1 "
+                            "for 3DoF models such as zero123; from the depth of a held-out view), "
+                            "or auto: from the depth network")
     photo.add_argument("--scale-sweep", action="store_true",
                        help="only a sheet, a row for each of several scales, to choose by eye")
     photo.add_argument("--depth-weights", default="", metavar="FILE",
                        help="dpt_swin2_tiny_256.pt, for --scale auto")
-    photo.add_argument("--scene", type=numbers_of(int, 0), default=0, metavar="N",
-                       help="which held-out scene, where IMAGE is left out (%(default)s)")
+    photo.add_argument("--scene", type=numbers_of(int, 0), metavar="N",
+                       help="which held-out scene, where IMAGE is left out (0)")
 
     how = p.add_argument_group("sampling (the run's own choices, and for published models ddim, 50 "
                                "steps, guidance 3, eta 1)")
@@ -333,6 +337,23 @@ def parser():
     return p
 
 
+def say_ignored(args, sampler):
+    """Says on standard error which of the options that are given nothing looks at."""
+    own, these = args.grid or args.pose or args.path, "--grid, --pose and --path tell all cameras"
+    for name, given, idle, why in (
+            ("--by", args.by is not None, own, these), ("--views", args.views, own, these),
+            ("--crop", args.crop, not args.image, "a held-out view is square already"),
+            ("--object", args.object, not args.image, "a held-out view is taken as it is"),
+            ("--crop", args.crop, args.object, "--object finds the square itself"),
+            ("--scene", args.scene is not None, args.image, "the views start from IMAGE"),
+            ("--depth-weights", args.depth_weights, args.scale != "auto", "--scale auto reads it"),
+            ("--scale", args.scale, args.scale_sweep, "--scale-sweep tries several"),
+            ("--progress", args.progress, args.scale_sweep, "--scale-sweep makes one sheet alone"),
+            ("--eta", args.eta is not None, sampler in ("dpm++", "unipc"), "it is for ddim")):
+        if given and idle:
+            print(f"sample.py: {name} has no effect here: {why}", file=sys.stderr)
+
+
 def cameras_of(args, fov, elevation):
     """The paths.Cameras that the command line asks for. Raises ValueError."""
     if args.path:
@@ -343,15 +364,17 @@ def cameras_of(args, fov, elevation):
         return paths.grid(fov, elevation)
     name = args.motion or DEFAULT_MOTION
     by = paths.MOTIONS[name][0] if args.by is None else args.by
-    return paths.motion(name, args.views, by, fov, elevation)
+    return paths.motion(name, args.views or VIEWS, by, fov, elevation)
 
 
 def photo_of(args, config):
     """The Photo that the command line asks for. Raises ValueError, FileNotFoundError."""
     if args.image:
         photo = photos.from_file(args.image, config.image_size, args.crop, args.object)
+        if config.mode in camera.UNSCALED:
+            photo.scale = 1.0
     else:
-        photo = photos.held_out(config, args.scene)
+        photo = photos.held_out(config, args.scene or 0)
         scene = photo.reader.scene(photo.number).name
         print(f"no IMAGE given: view {photo.view} of the held-out scene {scene}")
     if args.fov is not None:
@@ -428,6 +451,7 @@ def run(args):
     photo = photo_of(args, config)
     cameras = cameras_of(args, photo.fov, photo.elevation)
     options = sampling_of(args, config)
+    say_ignored(args, options["sampler"])
     device = device_of(args.device)
     precision = args.precision
     if precision == "auto":

@@ -3,6 +3,8 @@
 A row is a pair: {"uid", "scene", "source", "distance", "scores": {method: {figure: number}}}.
 """
 
+import math
+
 import torch
 
 DISTANCES = (1, 2, 3)       # edges between buckets of camera distance, in radii of the scene
@@ -60,7 +62,8 @@ def summary(rows):
 
     def cells(some, method):
         found = {name: figure(some, method, name) for name in names}
-        return {name: {"mean": mean, "se": error, "n": count}
+        # null is what JSON has where no error is known
+        return {name: {"mean": mean, "se": error if math.isfinite(error) else None, "n": count}
                 for name, (mean, error, count) in found.items() if count}
 
     def by(key):
@@ -81,11 +84,16 @@ def table(title, cells):
     width = max(map(len, [title, *cells]))
     lines = ["  ".join([f"{title:{width}}", "pairs", *(f"{TITLES[n][0]:>16}" for n in names)])]
     for label, row in cells.items():
-        texts = [f"{row[n]['mean']:.{TITLES[n][1]}f} +- {row[n]['se']:.{TITLES[n][1]}f}"
+        texts = [f"{row[n]['mean']:.{TITLES[n][1]}f}{give(row[n]['se'], TITLES[n][1])}"
                  if n in row else "-" for n in names]
         lines.append("  ".join([f"{label:{width}}", f"{max(r['n'] for r in row.values()):5}",
                                 *(f"{text:>16}" for text in texts)]))
     return lines
+
+
+def give(error, digits):
+    """A standard error behind its figure; nothing where it is None or nan, as of a single scene."""
+    return "" if error is None or math.isnan(error) else f" +- {error:.{digits}f}"
 
 
 def screen(found, rows):
@@ -103,19 +111,27 @@ def report(scores):
     """PSNR {method: (pairs,)} as lines of text, best first, and a verdict."""
     width = max(map(len, scores))
     mean = {name: row.mean().item() for name, row in scores.items()}
-    error = {name: row.std().item() / len(row)**0.5 for name, row in scores.items()}
+    error = {name: standard_error(row) for name, row in scores.items()}
     pairs = len(scores[MODEL])
     lines = [f"held-out PSNR over {pairs} pairs of scenes never seen in training"]
-    lines += [f"  {name:{width}}  {mean[name]:6.2f} dB +- {error[name]:.2f}"
+    lines += [f"  {name:{width}}  {mean[name]:6.2f} dB{give(error[name], 2)}"
               for name in sorted(mean, key=mean.get, reverse=True)]
     best = max((name for name in mean if name != MODEL), key=mean.get)
     lead = scores[MODEL] - scores[best]
-    lines.append(verdict(best, lead.mean().item(), lead.std().item() / len(lead)**0.5))
+    lines.append(verdict(best, lead.mean().item(), standard_error(lead)))
     return lines
+
+
+def standard_error(values):
+    """Of the mean of values (n,); nan of one."""
+    return values.std().item() / len(values)**0.5 if len(values) > 1 else math.nan
 
 
 def verdict(best, margin, error):
     """The line that compares the model with the best baseline, by the paired difference in dB."""
+    if math.isnan(error):
+        return (f"the model is {margin:+.2f} dB from the best baseline ({best}) on one scene, which"
+                " tells nothing of others")
     clear = SURE * error
     verb = "beats" if margin > clear else "loses to" if margin < -clear else "equals, within noise,"
     return f"the model {verb} the best baseline ({best}): {margin:+.2f} dB +- {error:.2f}"

@@ -6,8 +6,8 @@
     python train.py configs/mix.py --profile 5      also a trace of five steps
 
 What a run starts from: the newest checkpoint in its own folder, else `init`, else random weights.
-Pairs, noise, timesteps and dropped conditions are functions of (seed, number of the pair), so
-nothing but weights and step needs saving, and the number of ranks or micro-steps changes nothing.
+Pairs, noise, timesteps and dropped conditions are functions of (seed, number of the pair), so no
+state of a generator or loader is saved, and the number of ranks or micro-steps changes nothing.
 """
 
 import argparse
@@ -42,7 +42,8 @@ GRID_PAIRS = 8
 CHECKED_PAIRS = 4       # of each source, at start
 NAMED_PAIRS = 5         # of those whose loss is not finite
 STOP = signal.SIGINT, signal.SIGTERM    # save and end; sent again they change nothing
-# Fields that may change when a run goes on: they do not change what it learns from the same pairs.
+# Fields that may change when a run goes on: of its length, its machine and what it reports. (A
+# cosine rate follows `steps`, and rounding follows `precision`: whoever changes them wants that.)
 FREE = {"data", "out", "steps", "device", "compile", "graph", "checkpoint_activations",
         "micro_batch", "divide_optimizer", "workers", "max_damaged", "log_every", "save_every",
         "keep", "keep_every", "sample_every", "eval_pairs", "validate_every", "validate_pairs",
@@ -261,14 +262,17 @@ def score(config, net, held_out, depth_net):
 
 def options(argv):
     """(Config, steps to trace, whether to say only what would run) of the command line."""
-    parser = argparse.ArgumentParser("train.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog="Any field of Config may follow as --name=value; "
-                                            "configs/__init__.py says what each one means.")
+    parser = argparse.ArgumentParser(
+        "train.py", description=__doc__, allow_abbrev=False,
+        usage="train.py CONFIG [--name=value ...] [--profile N] [--dry-run]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Any field of Config but `sources` may follow as --name=value; configs/__init__.py "
+               "says what each one means.")
     parser.add_argument("--profile", type=int, default=0, metavar="N",
                         help="write a trace of N steps to the folder of the run")
     parser.add_argument("--dry-run", action="store_true",
-                        help="print what would run and the memory it needs; write nothing")
+                        help="print what would run and the memory it needs; the run's folder is "
+                             "not touched")
     given, rest = parser.parse_known_args(argv)
     return configs.load(rest), given.profile, given.dry_run
 

@@ -165,7 +165,7 @@ def free_memory():
 
 def add_options(parser):
     parser.add_argument("--channels", type=int, default=320, help="width of the UNet; 320 is "
-                        "zero123-xl's, 15.5 GB; 32 makes 1.8 GB")
+                        "zero123-xl's, 15.5 GB; 32 makes 1.9 GB")
     parser.add_argument("--folder", default=tempfile.gettempdir(), help="where the file is "
                         "written, and removed afterwards")
     parser.add_argument("--repeat", type=int, default=3, help="runs of which the best counts")

@@ -53,7 +53,7 @@ class Variant:
     what: str
     network: str = "ours"       # ours | diffusers
     compiled: str = ""          # "" eager | whole | blocks, each of its own
-    layout: str = "off"         # of the compiler: off, ours is kept | on, channels-last | its own
+    layout: str = "off"         # of the compiler: off, ours is kept | on, channels-last | own
     kernels: bool = True        # norm.py's, not PyTorch's GroupNorm
     halves: bool = False        # bf16 weights beside fp32 masters, not a cast by autocast
     tuned: bool = False         # the compiler tries out sizes of its kernels

@@ -16,6 +16,7 @@ from pathlib import Path
 import camera
 
 MODES = tuple(camera.T_WIDTH)
+TIMESTEPS, STEPS_OF_REFERENCE = 1000, (2, 500)      # see samplers.py
 FORMATS = ("co3d", "re10k", "acid", "encoded")
 CHOICES = {
     "latent": ("vae", "pixels"),
@@ -74,7 +75,8 @@ class Config:
     model_channels: int = 320               # width of the first level
     channel_mult: tuple[int, ...] = (1, 2, 4, 4)    # width of each level, in model_channels
     num_res_blocks: int = 2                 # residual blocks a level
-    attention_resolutions: tuple[int, ...] = (4, 2, 1)  # downsamplings with a transformer block
+    attention_resolutions: tuple[int, ...] = (4, 2, 1)  # grids with transformers, by how many times
+                                            # smaller than the latent; the smallest always has one
     num_heads: int = 8                      # attention heads at every width
     norm_groups: int = 32                   # groups of every GroupNorm
     context_dim: int = 768                  # width of the one context token
@@ -150,7 +152,8 @@ class Config:
                      "eps"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"{name} is {getattr(self, name)}, it must be 0 or more")
-        for name in ("ema_decay", "drop_clip", "drop_both", "drop_latent", "warmup_start"):
+        for name in ("ema_decay", "drop_clip", "drop_both", "drop_latent", "warmup_start",
+                     "max_damaged"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, it must lie in [0, 1]")
         if self.drop_clip + self.drop_both + self.drop_latent > 1:
@@ -161,6 +164,21 @@ class Config:
         if abs(total - 1) > 1e-6:
             shares = " + ".join(f"{s.name} {s.probability:g}" for s in self.sources)
             raise ValueError(f"the probabilities of the sources sum to {total:g}, not 1: {shares}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas is {self.betas}, it must be two numbers in [0, 1)")
+        if not self.channel_mult or min(self.channel_mult) < 1:
+            raise ValueError(f"channel_mult is {self.channel_mult}, it must be one number or more, "
+                             "each at least 1")
+        grids = [2**level for level in range(len(self.channel_mult))]
+        if not set(self.attention_resolutions) <= set(grids):
+            raise ValueError(f"attention_resolutions is {self.attention_resolutions}, which may "
+                             f"hold {', '.join(map(str, grids))}")
+        if self.num_heads > self.model_channels * min(self.channel_mult):
+            raise ValueError(f"num_heads {self.num_heads} is more than there are channels")
+        fewest, most = STEPS_OF_REFERENCE if self.sampler == "reference" else (1, TIMESTEPS)
+        if not fewest <= self.sample_steps <= most:
+            raise ValueError(f"sample_steps is {self.sample_steps}, with sampler={self.sampler!r} "
+                             f"it must be {fewest} to {most}")
         halvings = len(self.channel_mult) - 1
         stride = 2 ** halvings * (8 if self.latent == "vae" else 2)
         if self.image_size % stride:

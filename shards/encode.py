@@ -14,6 +14,7 @@ A member `category/scene.safetensors` a scene, with arrays over its n views:
 and the scene's `radius` and `nearplane` as metadata. index.py reads them.
 """
 
+import argparse
 import json
 import os
 import sys
@@ -228,7 +229,7 @@ def is_there(file, path):
 
 def start(file):
     """The CRC-32 of the first bytes of a shard, which tells it from others: there names begin."""
-    return zlib.crc32(file.read(0, min(START, file.size)))
+    return zlib.crc32(file.read(0, START))
 
 
 def run(args):
@@ -340,7 +341,9 @@ def add_options(sub):
     add("--weights", required=True, help="zero123-xl.ckpt, or another file with the autoencoder "
         "and CLIP")
     add("--depth-weights", default="", help="dpt_swin2_tiny_256.pt, which fills holes of depth")
+    sub.set_defaults(quantile_blend=True)
     add("--no-quantile-blend", dest="quantile_blend", action="store_false",
+        default=argparse.SUPPRESS,
         help="the scale is that of the depth network alone, known depths or not")
     add("--out", default="data/encoded", help="folder of the encoded shards")
     add("--format", default="", choices=("", *inspector.FORMATS[:-1]),

@@ -7,6 +7,7 @@ for all processes of this machine, and deleted when others take its place.
 import atexit
 import glob
 import hashlib
+import http.client
 import os
 import re
 import subprocess
@@ -96,8 +97,8 @@ def find(folder, name):
     found = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
     found = [path for path in found if os.path.isfile(path) and INDEX_SUFFIX not in path]
     if not found:
-        raise FileNotFoundError(f"no shards at {pattern}: `python prepare.py synth` makes some, "
-                                "--data=FOLDER says where they are")
+        raise FileNotFoundError(f"no shards at {pattern}: `python prepare.py synth` makes some; in "
+                                "training, --data=FOLDER says where they are")
     return [LocalFile(path) for path in found]
 
 
@@ -184,8 +185,8 @@ class WebFile:
                 if err.code not in WEB_TRANSIENT:
                     raise
                 failure = err
-            except OSError as err:
-                failure = err
+            except (OSError, http.client.HTTPException) as err:
+                failure = err if isinstance(err, OSError) else OSError(f"{self.path}: {err!r}")
             if trial < WEB_TRIES:
                 time.sleep(0.5 * 2**trial)
         raise failure

@@ -99,8 +99,9 @@ def describe(source, format, side):
               f"  radius of cameras  {quantiles(radius, '.3g')}, in the scene's unit"]
     if format == "encoded":
         scale = np.concatenate([shard.scale for shard in shards])
-        lines.append(f"  scale of views     {quantiles(scale[np.isfinite(scale)], '.3g')}, "
-                     f"not known of {(~np.isfinite(scale)).mean():.1%}")
+        known = scale[np.isfinite(scale)]
+        lines.append(f"  scale of views     {quantiles(known, '.3g') if len(known) else 'none'}, "
+                     f"not known of {1 - len(known) / len(scale):.1%}")
     else:
         lines.append(depth_line(source))
     problems = source.problems[:PROBLEMS_SHOWN]

@@ -142,6 +142,7 @@ class Scenes:
             self.problems.append(f"{where}: {reason}" + (f" ({count} times)" if count > 1 else ""))
         self.starts = list(accumulate((len(shard.scenes) for shard in self.shards), initial=0))
         self.counts = np.concatenate([np.diff(shard.starts) for shard in self.shards])
+        self.ends = self.counts.cumsum()
         if not len(self):
             raise ValueError(f"source {name!r}: no usable scene in {len(files)} shards: "
                              f"{some(self.problems) or 'they are empty'}")
@@ -157,7 +158,8 @@ class Scenes:
 
     def draw(self, words, k, share, seed):
         """(scene, cond view, target view) from random 64-bit words; k, share, seed: unused here."""
-        scene = words[1] * len(self) >> 64                      # uniform, to len / 2^64
+        # a view, uniform to 2^-64 of their number; its scene: n views make as many more pairs
+        scene = int(self.ends.searchsorted(words[1] * int(self.ends[-1]) >> 64, "right"))
         n = int(self.counts[scene])
         return scene, *distinct(words[2] * n * (n - 1) >> 64, n)
 

@@ -571,6 +571,14 @@ def test_ema_is_folded_in_and_precision_lowered_but_not_of_the_schedule(tmp_path
     assert not any(name.startswith(EMA) for name in found)
 
 
+def test_a_file_that_was_made_of_a_run_tells_its_configuration(tmp_path):
+    config = {"mode": "7dof", "num_heads": 4, "sources": [{"name": "here"}]}
+    folder = checkpoint.save(tmp_path / "out", 3, *states(3), {"ema_updates": 3, "config": config})
+    for name in ("a.safetensors", "a.ckpt"):
+        checkpoint.convert(folder, tmp_path / name)
+        assert checkpoint.read(tmp_path / name).meta["config"] == config
+
+
 def test_converting_refuses_what_it_cannot_do(tmp_path):
     saved(tmp_path / "a.ckpt", checkpoint_of(small(), ema=False))
     for target, options, message in (

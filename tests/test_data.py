@@ -600,6 +600,7 @@ try:
     for batch in loader:
         os.kill(loader._iterator._workers[0].pid, signal.SIGKILL)
 except (RuntimeError, ChildProcessError) as err:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # PyTorch's handler raises too
     print(data.is_dead_worker(err) or str(err) == data.DEAD_WORKER, flush=True)
     os._exit(0)
 """
@@ -611,6 +612,21 @@ def test_a_loader_process_that_dies_ends_the_loop(pairs):
                           input=pickle.dumps(pairs), capture_output=True)
     assert done.stdout == b"True\n", done.stderr
     assert not data.is_dead_worker(RuntimeError("CUDA out of memory"))
+
+
+def test_scenes_are_drawn_by_their_views(tmp_path):
+    """As many pairs a view, whatever its scene: the reference draws a share of a scene's views."""
+    members = {}
+    for name, views in (("few", 2), ("many", 18)):
+        members |= scene_members(f"a/{name}", views=views)
+    path = write_tar(tmp_path / "a.tar", members)
+    source = read_source(tmp_path, path.name)
+    drawn = data.Pairs([source], [1.0], 0, SIDE, "7dof")
+    scenes_drawn = np.array([drawn.draw(k)[1] for k in range(4000)])
+    share = (source.counts[scenes_drawn] == 18).mean()
+    assert abs(share - 0.9) < 5 * (0.9 * 0.1 / 4000)**0.5
+    pairs_drawn = {drawn.draw(k)[1:] for k in range(4000)}
+    assert len(pairs_drawn) == 2 + 18 * 17
 
 
 def test_another_seed_gives_other_pairs(mixture, pairs):

@@ -40,8 +40,11 @@ def folder_of(tmp_path, module, kind="two levels"):
     path, file = tmp_path / "diffusers", tmp_path / "module.safetensors"
     path.mkdir()
     tensorfile.write_safetensors(file, module.state_dict())
-    heads = UNETS[kind]["num_heads"]
-    left = diffusers_keys.write_diffusers(path, tensorfile.read_file(file), heads)
+    tensors = tensorfile.read_file(file)
+    tensors.meta["config"] = {"num_heads": UNETS[kind]["num_heads"], "prediction": "z"}
+    left = diffusers_keys.write_diffusers(path, tensors)
+    assert json.loads((path / "scheduler/scheduler_config.json").read_text())[
+        "prediction_type"] == "sample"
     assert set(left) == set(checkpoint.LEFTOVERS)
     return path
 

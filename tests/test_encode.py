@@ -193,7 +193,7 @@ def of_rank(rank, port, rendered, out, box):
 
 
 def test_ranks_divide_the_shards(rendered, encoded, tmp_path):
-    """With --overwrite, on shards of other weights: what one rank deletes no other takes as made."""
+    """With --overwrite, on other weights' shards: what one rank deletes no other takes as made."""
     run(rendered, tmp_path, weights="other.ckpt", pattern="co3d/train-*.tar")
     (tmp_path / "co3d").mkdir()
     for path in tmp_path.glob("train-*"):

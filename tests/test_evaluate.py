@@ -249,6 +249,20 @@ def test_the_verdict_of_the_report_takes_three_standard_errors(lead, verb):
     assert "(repeat the view)" in tables.report(scores)[-1]
 
 
+def test_one_scene_has_no_error_and_no_verdict():
+    rows = [{"uid": str(i), "scene": "a", "source": "s", "distance": 1.0,
+             "scores": {method: {"psnr": base + i} for method, base in
+                        (("this model", 10.0), ("repeat the view", 12.0))}} for i in range(2)]
+    found = tables.summary(rows)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert found["methods"]["this model"]["psnr"] == {"mean": 10.5, "se": None, "n": 2}
+    lines = "\n".join(tables.screen(found, rows))
+    assert "is -2.00 dB from the best baseline (repeat the view) on one scene" in lines
+    assert "nan" not in lines
+    alone = {"this model": torch.tensor([10.0]), "repeat the view": torch.tensor([12.0])}
+    assert "on one scene" in tables.report(alone)[-1] and "nan" not in "".join(tables.report(alone))
+
+
 # ---- a model that is broken on purpose
 
 def oracle(broken):

@@ -68,6 +68,14 @@ def test_inspect_tells_of_encoded_shards_and_their_problems(tmp_path, capsys):
     assert "! a.tar: a/c.safetensors: no safetensors" in told
 
 
+def test_inspect_of_shards_whose_scales_nobody_knows(tmp_path, capsys):
+    scene = encoded_scene(0)
+    scene["scale"] = scene["scale"] * float("nan")
+    write_tar(tmp_path / "a.tar", {"a/b.safetensors": encode.member(**scene)})
+    assert inspector.main(["inspect", str(tmp_path / "a.tar")]) == 0
+    assert "scale of views     none, not known of 100.0%" in capsys.readouterr().out
+
+
 def test_good_shards_are_verified(rendered, capsys):
     assert inspector.main(["verify", str(rendered / "**" / "train-*.tar"), "--workers", "1"]) == 0
     told = capsys.readouterr().out

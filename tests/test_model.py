@@ -41,6 +41,51 @@ def test_unet_output_equals_the_reference(name):
         observed["max_abs_difference_between_two_reference_runs_on_different_cpu_kernels"])
 
 
+def test_heads_that_do_not_divide_the_width_leave_the_rest_out():
+    """Of 32 channels three heads take 10 each, of 64 they take 21, as the reference's do."""
+    unet = model.UNet(8, 4, 32, (1, 2), 1, (1, 2), 3, 16).eval()
+    widths = [(part.proj_in.weight.shape[:2], part.transformer_blocks[0].attn1.to_q.weight.shape,
+               part.transformer_blocks[0].ff.net[0].proj.weight.shape, part.proj_out.weight.shape[:2])
+              for part in unet.modules() if isinstance(part, model.SpatialTransformer)]
+    small, large = (((n, c), (n, n), (8 * n, n), (c, n)) for n, c in ((30, 32), (63, 64)))
+    assert widths == [small, *[large] * 4, *[small] * 2]
+    golden.fill(unet)
+    x, t, context = torch.randn(2, 8, 8, 8), torch.tensor([3, 900]), torch.randn(2, 2, 16)
+    attention = unet.input_blocks[1][1].transformer_blocks[0].attn2
+    tokens = torch.randn(2, 5, 30)
+    with torch.no_grad():
+        assert unet(x, t, context).shape == (2, 4, 8, 8)
+        q, k, v = (layer(y).unflatten(2, (3, 10)) for layer, y in
+                   ((attention.to_q, tokens), (attention.to_k, context), (attention.to_v, context)))
+        share = (torch.einsum("bnhd,bmhd->bhnm", q, k) / 10**0.5).softmax(-1)
+        wanted = attention.to_out(torch.einsum("bhnm,bmhd->bnhd", share, v).flatten(2))
+        torch.testing.assert_close(attention(tokens, context), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_small_turns_are_told_apart_under_autocast():
+    whole = model.ZeroNVS(model.UNet(2, 1, 32, (1,), 1, (), 1, 8), model.Pixels(),
+                          model.NoEmbedding(), "7dof", 1.0, 4, 8)
+    T = torch.eye(4, 19).repeat(1, 2)[:, :19]
+    T[:, 0] = torch.tensor([0.99939, 1.0, 0.9999, 0.9986])      # cosines of 2, 0, 1 and 3 degrees
+    wanted = whole.context(torch.ones(4, 4), T)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(whole.context(torch.ones(4, 4), T), wanted)
+
+
+def test_depth_is_not_estimated_in_bf16():
+    network = torch.nn.Conv2d(3, 1, 3, padding=1)
+    image, known = torch.rand(2, 3, 16, 16), torch.zeros(2, 16, 16)
+    known[:, :2] = torch.rand(2, 2, 16) + 1
+
+    def disparity(image):
+        return network(image)[:, 0] + 2
+    wanted = model.viewer_scale(known, image, disparity)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.viewer_scale(known, image, disparity), wanted)
+    with pytest.raises(ValueError, match="depth network alone, and there is none: --depth_weights"):
+        model.viewer_scale(known, image, None, blend=False)
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("name", ["unet_tiny_a", "unet_tiny_b"])
 def test_unet_gradients_equal_the_reference(name, recompute):

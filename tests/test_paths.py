@@ -226,6 +226,11 @@ def test_transforms_json_with_one_angle_for_all_is_read(tmp_path):
     # a wide image: the square in its middle is as high as the image
     file.write_text(json.dumps({"fl_x": 100.0, "w": 300, "h": 200, "frames": frames}))
     assert_same(paths.read(file, FOV).fov, torch.full((4,), math.pi / 2))
+    wide = {"camera_angle_x": 2 * math.atan(1.5), "w": 300, "h": 200, "frames": frames}
+    for known in (wide, {**wide, "fl_x": 100.0}, {**wide, "fl_x": 90.0, "fl_y": 100.0},
+                  {**wide, "camera_angle_x": math.pi / 2, "w": 200, "h": 300}):
+        file.write_text(json.dumps(known))
+        assert_same(paths.read(file, FOV).fov, torch.full((4,), math.pi / 2))
 
 
 def test_realestate10k_text_is_read(tmp_path):

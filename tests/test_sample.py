@@ -314,13 +314,72 @@ def test_an_output_folder_that_cannot_be_written_is_named(run, tmp_path, capsys)
         assert str(out) in refused(capsys, "--checkpoint", run, "--out", out, "--steps", "1")
 
 
+def test_options_that_nothing_looks_at_are_named(capsys):
+    for options, named in (
+            (["a.png", "--grid", "--views", "5"], ["--views"]),
+            (["a.png", "--pose", "0,0,1", "--by", "9"], ["--by"]),
+            (["a.png", "--object", "--crop", "0,0,8"], ["--crop"]),
+            (["a.png", "--scene", "0", "--depth-weights", "x"], ["--scene", "--depth-weights"]),
+            (["a.png", "--scale-sweep", "--scale", "1", "--progress"], ["--scale", "--progress"]),
+            (["a.png", "--eta", "1"], ["--eta"]), (["--crop", "0,0,8"], ["--crop"]),
+            (["--object"], ["--object"]),
+            (["a.png", "--views", "5", "--by", "9", "--crop", "0,0,8", "--scale", "auto",
+              "--depth-weights", "x", "--progress"], [])):
+        sample.say_ignored(sample.parser().parse_args(options), "dpm++")
+        said = capsys.readouterr().err.splitlines()
+        assert [line.split()[1] for line in said] == named
+        assert all(" has no effect here: " in line for line in said)
+
+
+def test_pose_vectors_take_the_scale_as_training_does():
+    """Golden cases: of a scale below the smallest too; modes without one see a given scale."""
+    c2w = torch.eye(4, dtype=torch.float64).repeat(2, 1, 1)
+    c2w[:, 0, 3] = torch.tensor([0.002, 3.0])
+    cond, fov = torch.eye(4, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    for mode in ("7dof", "7dof_quantile_scale", "7dof_stereomag_scale"):
+        for scale in (0.001, 0.7):
+            wanted = camera.conditioning(mode, cond.repeat(2, 1, 1), c2w, fov,
+                                         torch.full((2,), scale))
+            torch.testing.assert_close(sample.pose_vectors(mode, cond, c2w, fov, scale),
+                                       wanted.float())
+    for scale in (1.0, 2.0):
+        found = sample.pose_vectors("7dof_unscaled", cond, c2w, fov, scale)
+        assert found[1, 3].item() == pytest.approx(3 / scale)
+
+
+def test_a_photo_for_a_model_without_a_scale_has_none(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "photo.png")
+    source = configs.Source("none", "co3d", "none", 1.0)
+    for mode, scale in (("3dof", 1.0), ("7dof_unscaled", 1.0), ("7dof_quantile_scale", 0.7)):
+        config = configs.Config(sources=(source,), mode=mode)
+        args = sample.parser().parse_args([str(tmp_path / "photo.png")])
+        assert sample.photo_of(args, config).scale == scale
+
+
+def test_the_scale_of_a_held_out_view_is_that_of_training(monkeypatch):
+    """Holes are filled by the run's depth network, and every fourth pixel counts."""
+    source = configs.Source("none", "co3d", "none", 1.0)
+    config = configs.Config(sources=(source,), depth_weights=__file__)
+    far = torch.full((32, 32), 12.0)
+    far[12:20, 12:20] = torch.linspace(2, 3, 8)[:, None]
+    far[::4, ::4] += 1
+    known, image = far.where(far < 5, torch.tensor(0.0)), torch.zeros(3, 32, 32)
+    monkeypatch.setattr(photos.depth, "load", lambda path: lambda x: (100 / far)[None])
+    for seen in (known, far):
+        wanted = model.viewer_scale(seen[None], image[None], lambda x: (100 / far)[None]).item()
+        assert photos.scale_in_scene(config, None, 0, seen, image) == pytest.approx(wanted)
+    without = replace(config, depth_weights="")
+    assert photos.scale_in_scene(without, None, 0, known, image) == pytest.approx(
+        known[known > 0].quantile(0.2).item())
+
+
 def test_checkpoints_of_other_models_are_named(run, tmp_path, capsys):
     assert "nowhere" in refused(capsys, "--checkpoint", tmp_path / "nowhere")
     assert str(tmp_path) in refused(capsys, "--checkpoint", tmp_path)
     other = tmp_path / "other.safetensors"
     save_file = pytest.importorskip("safetensors.torch").save_file
     for tensors, says in [({"weight": torch.zeros(3)}, "cc_projection"),
-                          ({checkpoint.POSE: torch.zeros(768, 775)}, "7 numbers"),
+                          ({checkpoint.POSE: torch.zeros(768, 775)}, "775 numbers"),
                           ({checkpoint.POSE: torch.zeros(768, 787)}, "missing")]:
         save_file(tensors, other)
         photo = tmp_path / "photo.png"

@@ -337,6 +337,25 @@ def test_transient_failures_of_a_server_are_tried_again(web, monkeypatch):
     assert reader.image(0, 0).shape == (3, SIDE, SIDE)
 
 
+def test_a_reply_that_is_no_http_is_tried_again(web, monkeypatch):
+    folder, address, handler = web
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+    write_tar(folder / "x.tar", scene_members("a/b"))
+    reader, answer, bad = read_source("/nowhere", address + "/x.tar"), handler.do_GET, [1]
+
+    def garbled(self):
+        if bad and bad.pop():
+            self.wfile.write(b"garbled\r\n\r\n")
+            self.close_connection = True
+        else:
+            answer(self)
+    handler.do_GET = garbled
+    assert reader.image(0, 0).shape == (3, SIDE, SIDE)
+    bad += [1] * files.WEB_TRIES
+    with pytest.raises(files.Damaged, match="BadStatusLine"):
+        reader.image(0, 0)
+
+
 def test_bytes_that_were_not_asked_for_are_not_taken(web):
     folder, address, handler = web
     write_tar(folder / "x.tar", scene_members("a/b"))
