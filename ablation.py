@@ -236,6 +236,8 @@ def parser():
 def run(argv):
     """The command. Raises ValueError or OSError with one line."""
     args, overrides = parser().parse_known_args(argv)
+    if any(option.startswith("--mode=") for option in overrides):
+        raise ValueError("--mode=... has no place here: --modes says which ones are compared")
     started = time.monotonic()
     deadline = started + 60 * (args.minutes or float("inf"))
     config = configs.load([args.config, *overrides])

@@ -9,6 +9,7 @@ names of zero123's checkpoints, optimizer.safetensors, and meta.json, which is w
 """
 
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -81,6 +82,8 @@ def read(path):
     if is_diffusers(path):
         return read_diffusers(path)
     folder = path if (path / "meta.json").exists() else latest(path)
+    if folder is None and steps(path):
+        raise ValueError(f"{path}: every checkpoint in it is damaged")
     if folder is None:
         raise ValueError(f"{path} is a folder without a checkpoint: in it is neither a meta.json, "
                          "nor a complete step_... folder, nor a unet folder of diffusers")
@@ -163,6 +166,7 @@ def load_model(module, path, ema=False, finetune=False):
     report.unused.update((name, "state of an optimizer, a trainer or a tool")
                          for name in tensors.others)
     unexpected = [name for name, reason in report.unused.items() if not reason]
+    # departs: the reference prints such lists and goes on
     if missing or unexpected or misshapen:
         raise ValueError(f"{tensors.path} does not fit the model: "
                          f"{misfit(missing, unexpected, misshapen)}")
@@ -381,6 +385,16 @@ def latest(out):
 
 def damage(folder):
     """What is wrong with a step folder, by sizes and CRC-32 in its meta.json; "" when nothing."""
+    try:
+        found = [os.stat(folder / name) for name in ("meta.json", *FILES)]
+    except OSError as err:
+        return f"{type(err).__name__}: {err}"
+    return damage_of(folder, tuple((file.st_ino, file.st_size, file.st_mtime_ns) for file in found))
+
+
+@functools.lru_cache
+def damage_of(folder, stamps):
+    """See damage: gigabytes are read once, as long as the files stay what they are."""
     chunk = 1 << 22
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))

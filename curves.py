@@ -27,9 +27,11 @@ def read(folder, figure):
     if not metas:
         raise ValueError(f"{folder} has no checkpoint, whose meta.json says the pairs of a step")
     batch_size = json.loads(metas[-1].read_text())["config"]["batch_size"]
-    points = {line["step"] * batch_size: line[figure] for line in lines if figure in line}
+    points = {line["step"] * batch_size: line[figure] for line in lines
+              if isinstance(line.get(figure), (int, float))}
     if not points:
-        known = sorted({name for line in lines for name in line} - {"step"})
+        known = sorted({name for line in lines for name, value in line.items()
+                        if isinstance(value, (int, float))} - {"step"})
         raise ValueError(f"{path} has no {figure!r}, it has {', '.join(known)}")
     return sorted(points.items())       # what a run did again after a stop counts once, as last
 
@@ -99,6 +101,8 @@ def main(argv):
     p.add_argument("--out", default="curves.svg", metavar="FILE", help="(%(default)s)")
     args = p.parse_args(argv)
     try:
+        if Path(args.out).suffix != ".svg":
+            raise ValueError(f"--out {args.out}: the picture is SVG, its name must end in .svg")
         curves = {Path(run).name: read(run, args.figure) for run in args.runs}
         Path(args.out).write_text(svg(curves, args.figure, args.log))
     except (ValueError, OSError) as err:

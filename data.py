@@ -95,6 +95,7 @@ class Pairs(Dataset):
 
     def words(self, *key):
         """Four random 64-bit words that belong to the seed and a key."""
+        # departs: the reference shuffles in a buffer, by a generator whose state nobody saves
         text = " ".join(map(str, (self.seed, *key)))
         return struct.unpack("<4Q", hashlib.blake2b(text.encode(), digest_size=32).digest())
 

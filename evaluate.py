@@ -364,6 +364,10 @@ def run(argv):
         if reader.kind != "images":
             raise ValueError(f"source {reader.name!r} has {reader.kind}: scores need held-out "
                              "shards with images, which --config can name")
+    path = Path(args.checkpoint)
+    folder = path.parent if path.name.startswith("step_") or path.is_file() else path
+    out = Path(args.out) if args.out else folder / "eval"
+    out.mkdir(parents=True, exist_ok=True)                  # or it is known now that it cannot be
     net = sample.load(args.checkpoint, device, "fp32")[0]
     depth_net = load_depth(config, device)
     judges, notes = judges_of(net, config, args)
@@ -376,9 +380,7 @@ def run(argv):
         return
     if not any("reprojection" in row["scores"][MODEL] for row in rows):
         notes.append("no depth is known, so neither the warp nor the camera figures are there")
-    path = Path(args.checkpoint)
-    folder = path.parent if path.name.startswith("step_") or path.is_file() else path
-    out, found = Path(args.out) if args.out else folder / "eval", summary(rows)
+    found = summary(rows)
     about = {"checkpoint": str(checkpoint.read(path).path), "pairs": len(rows), "seed": config.seed,
              "scenes": len({row["scene"] for row in rows}), "mode": config.mode,
              "sampler": config.sampler, "sample_steps": config.sample_steps,

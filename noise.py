@@ -39,6 +39,7 @@ def uniform(seed, stream, numbers, count):
     seed: int from 0. stream: int from 0, or (b,) int64, one of each row. numbers: (b,) int64 from
     0, those of the pairs or views.
     """
+    # departs: the reference draws from a generator, so that a row depends on all that came before
     if kernels.enabled and numbers.is_cuda:
         return kernel_uniform(seed, stream, numbers, count)
     block = torch.arange(-(-count // 4), device=numbers.device)[None]

@@ -203,11 +203,16 @@ def pose_problem(pose):
 
 def matrices(rows):
     """Nested lists of 3x4 or 4x4 matrices -> (n, 4, 4) float64."""
-    rows = [row + [[0.0, 0.0, 0.0, 1.0]] if len(row) == 3 else row for row in rows]
-    found = torch.tensor(rows, dtype=torch.float64)
-    if found.shape[1:] != (4, 4) and rows:
-        raise ValueError(f"matrices of shape {list(found.shape[1:])}, they must be 3x4 or 4x4")
-    return found.reshape(-1, 4, 4)
+    found = torch.eye(4, dtype=torch.float64).repeat(len(rows), 1, 1)
+    for i, row in enumerate(rows):
+        try:
+            matrix = torch.tensor(row, dtype=torch.float64)
+        except (TypeError, ValueError) as err:
+            raise ValueError(f"camera {i} is no matrix of numbers") from err
+        if matrix.shape not in ((3, 4), (4, 4)):
+            raise ValueError(f"camera {i} is of shape {list(matrix.shape)}, it must be 3x4 or 4x4")
+        found[i, :len(matrix)] = matrix
+    return found
 
 
 def short_side_fov(known, fov):
@@ -225,11 +230,18 @@ def from_json(text, fov):
     stored = json.loads(text)
     if isinstance(stored, list):
         return matrices(stored), torch.full((len(stored),), fov, dtype=torch.float64)
+    frames = stored.get("frames") if isinstance(stored, dict) else None
+    if not isinstance(frames, list) or not all(isinstance(frame, dict) for frame in frames):
+        raise ValueError("it has no list of frames")
     fovs = []
-    for frame in stored["frames"]:
-        fovs.append(short_side_fov({**stored, **frame}, fov))
-    c2w = matrices([frame["transform_matrix"] for frame in stored["frames"]])
-    return c2w, torch.tensor(fovs, dtype=torch.float64)
+    for i, frame in enumerate(frames):
+        try:
+            fovs.append(short_side_fov({**stored, **frame}, fov))
+        except (TypeError, ArithmeticError) as err:
+            raise ValueError(f"camera {i} has focal lengths or sides that are no numbers above 0"
+                             ) from err
+    return (matrices([frame["transform_matrix"] for frame in frames]),
+            torch.tensor(fovs, dtype=torch.float64))
 
 
 def from_text(text, fov):
@@ -241,7 +253,10 @@ def from_text(text, fov):
         return opengl_from_opencv(torch.linalg.inv(w2c)), torch.tensor(fovs, dtype=torch.float64)
     lines = [line.split() for line in text.splitlines() if not line.startswith("#")]
     # COLMAP: two lines an image, the second (its points, perhaps none) is not needed
-    images = sorted((line for line in lines[::2] if line), key=lambda line: line[9])
+    images = [line for line in lines[::2] if line]
+    if any(len(line) < 10 for line in images):
+        raise ValueError("a line has fewer than the 10 words of an image in COLMAP's text")
+    images.sort(key=lambda line: line[9])
     w2c = torch.eye(4, dtype=torch.float64).repeat(len(images), 1, 1)
     for row, line in zip(w2c, images):
         row[:3, :3] = from_quaternion(*map(float, line[1:5]))

@@ -158,9 +158,15 @@ def held_out(config, number):
     sources = [source for source in config.sources if source.held_out]
     if not sources:
         raise ValueError("the run has no held-out scenes with images: give an IMAGE")
-    reader = scenes.open_source(sources[0], config.data, config.image_size, held_out=True)
-    if not 0 <= number < len(reader):
-        raise ValueError(f"--scene {number}: there are scenes 0 to {len(reader) - 1}")
+    asked, known = number, 0
+    for source in sources:
+        reader = scenes.open_source(source, config.data, config.image_size, held_out=True)
+        known += len(reader)
+        if asked < known:
+            number = asked - known + len(reader)
+            break
+    else:
+        raise ValueError(f"--scene {asked}: there are scenes 0 to {known - 1}")
     scene = reader.scene(number)
     view = len(scene.c2w) // 2
     known = torch.from_numpy(reader.depth(number, view))

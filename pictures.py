@@ -88,9 +88,10 @@ def animate(views, closed, stem):
 
 
 def standing(c2w):
-    """A camera turned upright about its own x axis, if that is level; else the camera itself."""
-    slant = 0.05
-    if c2w[2, 0].abs() > slant:
+    """A camera turned upright about its own x axis, if that is level and its up is near the z axis;
+    else the camera itself: files of cameras have their own idea of where up is."""
+    slant, upright = 0.05, 0.5
+    if c2w[2, 0].abs() > slant or c2w[2, 1] < upright:
         return c2w
     return look_at(c2w[:3, 3], c2w[:3, 3] - c2w[:3, 2] * c2w.new_tensor([1.0, 1.0, 0.0]))
 

@@ -228,7 +228,9 @@ def numbers_of(kind, low, high=math.inf, above=False):
             raise argparse.ArgumentTypeError(f"{text!r} is not a number") from err
         inside = low < value < high if above else low <= value <= high
         if not inside or not math.isfinite(value):
-            bounds = f"between {low} and {high}" if math.isfinite(high) else f"from {low} on"
+            bounds = (f"between {low} and {high}" if math.isfinite(high) else
+                      "that are finite" if not math.isfinite(low) else
+                      f"above {low}" if above else f"from {low} on")
             raise argparse.ArgumentTypeError(f"{text} is not possible, only numbers {bounds}")
         return value
     return parse

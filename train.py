@@ -150,7 +150,10 @@ def newest(config, ranks, log):
             folder = checkpoint.latest(config.out)
         for warning in damaged:
             log.say(str(warning.message))
-    folder = ranks.told(folder)
+    folder, lost = ranks.told((folder, folder is None and bool(checkpoint.steps(config.out))))
+    if lost:
+        raise ValueError(f"every checkpoint in {config.out} is damaged, and a new run would take "
+                         "their place: remove them, or give another --out")
     if folder is None:
         return None
     run = checkpoint.load_run(folder)
@@ -274,6 +277,8 @@ def options(argv):
                         help="print what would run and the memory it needs; the run's folder is "
                              "not touched")
     given, rest = parser.parse_known_args(argv)
+    if given.profile < 0:
+        raise ValueError(f"--profile {given.profile}: a number of steps is needed")
     return configs.load(rest), given.profile, given.dry_run
 
 
@@ -333,7 +338,11 @@ def train(config, ranks, device, log, writer, traced, dry_run):
     log.say("\n".join(f"data     {reader.summary()}" for reader in readers))
     log.say(f"start    {f'step {start} of' if run else config.init or 'random weights'}"
             f"{'' if run else ', into'} {config.out}")
+    if start >= config.steps:
+        log.say(f"         which is not before --steps={config.steps}: there is nothing to train")
     if dry_run:
+        if config.init and not run:
+            checkpoint.read(config.init)        # raises what is wrong with it
         return
     Path(config.out).mkdir(parents=True, exist_ok=True)
 
@@ -378,7 +387,8 @@ def train(config, ranks, device, log, writer, traced, dry_run):
                 loss = passes(*given, *vars(draws).values())
             meter.add(loss, draws.t)
         else:
-            # the reference's average moves once a micro-step, all but the last on the same weights
+            # departs: the reference's average moves once a micro-step, all but the last on the same
+            # weights; here where ema_per asks for it
             for _ in range(micro_steps - 1 if config.ema_per == "micro_step" else 0):
                 ema.update()
             norm = optimizer.step(done, ema)

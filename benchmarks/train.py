@@ -182,10 +182,10 @@ def ceilings(device, batch, tiny):
         work = 3 * 2 * x.numel() * c_out * channels * 9 / 1e12
         tell(f"3x3 conv, {c_in * channels} to {c_out * channels}, {grid} x {grid}",
              work / seconds_in_a_row(both, 3, 0.1), "TFLOP/s")
-    attention_ceilings(device, batch, channels, random)
+    attention_ceilings(batch, channels, random)
 
 
-def attention_ceilings(device, batch, channels, random):
+def attention_ceilings(batch, channels, random):
     """Self-attention, forward and backward, by every backend that runs it."""
     backends = torch.nn.attention.SDPBackend
     for mult, grid in ((1, 32), (2, 16), (4, 8)):

@@ -81,7 +81,7 @@ def read(folder):
             raise ValueError(f"{folder / 'images'}{kind}: {name} has camera {camera}, which "
                              f"cameras{kind} does not list")
         w2c = np.eye(4)
-        w2c[:3, :3] = quaternion(pose[:4], folder, name)
+        w2c[:3, :3] = quaternion(pose[:4])
         w2c[:3, 3] = pose[4:]
         at = np.searchsorted(numbers, seen["point"]).clip(max=max(len(numbers) - 1, 0))
         known = numbers[at] == seen["point"] if len(numbers) else np.zeros(len(seen), bool)
@@ -92,7 +92,7 @@ def read(folder):
     return sorted(images, key=lambda image: image.name)
 
 
-def quaternion(numbers, folder, name):
+def quaternion(numbers):
     """The rotation (3, 3) of (w, x, y, z); nan where it is none, which the reader of poses sees."""
     if not np.isfinite(numbers).all() or not np.any(numbers):
         return np.full((3, 3), np.nan)

@@ -219,7 +219,7 @@ def override(config, arguments):
     for argument in arguments:
         name, equals, text = argument.removeprefix("--").partition("=")
         if not argument.startswith("--") or not equals:
-            raise ValueError(f"{argument!r} is not of the form --name=value")
+            raise ValueError(f"{argument!r} is not of the form --name=value, with an equals sign")
         if name not in kinds:
             raise ValueError(unknown("option", name, tuple(kinds)))
         changes[name] = parse(name, text, kinds[name])
@@ -236,7 +236,10 @@ def load(argv):
         known = sorted(str(p) for p in Path(__file__).parent.glob("*.py")
                        if p.name != "__init__.py")
         raise FileNotFoundError(f"no config file {path}; there are {', '.join(known) or 'none'}")
-    config = runpy.run_path(str(path)).get("config")
+    try:
+        config = runpy.run_path(str(path)).get("config")
+    except SyntaxError as err:
+        raise ValueError(f"{path} is no python config file: line {err.lineno}, {err.msg}") from err
     if not isinstance(config, Config):
         raise ValueError(f"{path} does not end in `config = Config(...)`")
     return override(config, argv[1:])

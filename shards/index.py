@@ -212,6 +212,8 @@ class RawIndex(Index):
                 entries[scene, frame] = window.read(offset, size)
         columns = {name: [] for name in self.arrays}
         scenes, columns["starts"] = [], [0]
+        # departs: the reference hands on a scene when the next begins, and never the last; one that
+        # is damaged ends its stream
         for scene, views in found.items():
             try:
                 check_members(scene, list(views.values()))

@@ -11,6 +11,7 @@ import os
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from shards.tar import tar_members
 FORMATS = ("co3d", "re10k", "acid", "encoded")
 VIEWS_SHOWN, SCENES_SHOWN, VIEWS_SAMPLED = 4, 3, 24
 PROBLEMS_SHOWN = 10
+PICTURES = ".png", ".jpg", ".jpeg", ".webp"
 MAP_SIDE = 160                  # pixels of a map of the cameras
 CHECKED_SCENES, CHECKED_PAIRS = 8, 4    # a shard, a scene: of the photometric check
 STRIDE_SHARE = 8                # its pairs are this part of a scene apart, at most
@@ -63,11 +65,20 @@ def detect(file):
     raise ValueError(f"{file.name}: no scene in it that data.py reads")
 
 
-def groups(patterns, format, side):
-    """{(format, image size): files} of the shards that the patterns name."""
+def groups(patterns, format, side, unread=None):
+    """{(format, image size): files} of the shards that the patterns name.
+
+    Raises ValueError for one that is none; with a list `unread` it goes there.
+    """
     found = {}
     for file in (file for pattern in patterns for file in find_shards("", pattern)):
-        kind = (format, side) if format and side else detect(file)
+        try:
+            kind = (format, side) if format and side else detect(file)
+        except ValueError as err:
+            if unread is None:
+                raise
+            unread.append(str(err))
+            continue
         found.setdefault((format or kind[0], side or kind[1]), []).append(file)
     return found
 
@@ -118,7 +129,8 @@ def depth_line(source):
         except Damaged as err:
             return f"  ! {err}"
         share.append((depth > 0).mean())
-        near += [np.quantile(depth[depth > 0], camera.QUANTILE)] * bool(depth.any())
+        if depth.any():
+            near.append(np.quantile(depth[depth > 0], camera.QUANTILE))
     if not near:
         return "  depth              none"
     return (f"  depth              known of {quantiles(np.array(share) * 100, '.0f')} % of a view, "
@@ -182,6 +194,9 @@ def depth_picture(depth):
 
 
 def inspect(given):
+    if Path(given.out).suffix.lower() not in PICTURES:
+        raise ValueError(f"--out {given.out}: the picture's name must end in "
+                         f"{', '.join(PICTURES)}")
     strips = []
     for (format, side), files in groups(given.shards, given.format, given.size).items():
         source = of_files(f"{files[0].name} ..." if files[1:] else files[0].name, format, files,
@@ -272,10 +287,14 @@ def followed(source, scene):
 
 def verify(given):
     """Exit status: 1 where anything is wrong."""
-    total, wrong = Counter(), False
-    for (format, side), files in groups(given.shards, given.format, given.size).items():
+    unread = []
+    found = groups(given.shards, given.format, given.size, unread)
+    total, wrong = Counter(shards=len(unread), problems=len(unread)), False
+    for problem in unread:
+        print(f"! {problem}")
+    for (format, side), files in found.items():
         figures = []
-        with ProcessPoolExecutor(min(given.workers, len(files))) as pool:
+        with ProcessPoolExecutor(min(max(given.workers, 1), len(files))) as pool:
             results = pool.map(partial(verify_shard, format=format, side=side), files)
             for views, problems, judged in tqdm(results, "verify", len(files), unit=" shards"):
                 total += Counter(views=views, problems=len(problems), shards=1)
@@ -308,9 +327,12 @@ def main(argv):
         command.add_argument("--format", choices=FORMATS, help="of the shards; else it is detected")
         command.add_argument("--size", type=int, help="side of the images in pixels; else detected")
         if run is inspect:
-            command.add_argument("--out", default="inspect.png", help="the picture's name")
+            command.add_argument("--out", default="inspect.png",
+                                 help="the picture's name (%(default)s)")
         else:
             command.add_argument("--workers", type=int, default=os.cpu_count() or 1,
                                  help="processes")
     given = parser.parse_args(argv)
+    if given.size is not None and given.size < 1:
+        raise ValueError(f"--size {given.size}: it must be at least 1")
     return given.run(given)

@@ -119,6 +119,10 @@ def test_a_curve_is_over_pairs_seen_and_what_was_repeated_counts_once(tmp_path):
     folder = logged(tmp_path / "a", [{"step": 2, "loss": 1.0}, {"step": 4, "val_psnr": 15.0},
                                      {"step": 6, "val_psnr": 16.0}, {"step": 4, "val_psnr": 15.5}])
     assert curves.read(folder, "val_psnr") == [(32, 15.5), (48, 16.0)]
+    with (folder / "log.jsonl").open("a") as log:
+        log.write(json.dumps({"step": 6, "loss_by_timestep": {"0-249": 1.0}}) + "\n")
+    with pytest.raises(ValueError, match="no 'loss_by_timestep', it has loss, val_psnr"):
+        curves.read(folder, "loss_by_timestep")
     with pytest.raises(ValueError, match="no 'ssim', it has loss, val_psnr"):
         curves.read(folder, "ssim")
     with pytest.raises(FileNotFoundError, match="no run of train.py"):

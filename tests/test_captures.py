@@ -56,7 +56,7 @@ class Truth:
     @property
     def half(self):
         """Tangent of half the field of view of the largest square about the principal point."""
-        (h, w), (fx, fy, cx, cy) = self.images.shape[1:3], self.lens
+        (h, w), (fx, _, cx, cy) = self.images.shape[1:3], self.lens
         return min(cx, w - cx, cy, h - cy) / fx
 
     def rendered(self):

@@ -10,8 +10,8 @@ import sys
 
 import numpy as np
 import pytest
-from test_train import (ONE_THREAD, ROOT, assert_same_state, kill_one_rank, logged, one_thread, run,
-                        shards, tiny)
+from test_train import (ONE_THREAD, ROOT, assert_same_state, command, kill_one_rank, logged,
+                        one_thread, run, shards, tiny)
 
 import checkpoint
 
@@ -90,6 +90,17 @@ def test_a_damaged_newest_checkpoint_is_said_and_the_one_before_goes_on(shards, 
     assert "start    step 3 of" in said
     assert logged(out) == logged(whole)
     assert_same_state(out, whole, 6)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(shards, tmp_path):
+    out = tmp_path / "lost"
+    run(tiny(shards, out))
+    for file in out.glob("step_*/ema.safetensors"):
+        file.write_bytes(file.read_bytes()[:1000])
+    done = command(tiny(shards, out))
+    assert done.returncode and f"every checkpoint in {out} is damaged" in done.stdout + done.stderr
+    with pytest.raises(ValueError, match="lost: every checkpoint in it is damaged"):
+        checkpoint.read(out)
 
 
 @contextlib.contextmanager

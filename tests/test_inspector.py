@@ -11,7 +11,7 @@ import tarfile
 from shards import encode, inspector
 import numpy as np
 import pytest
-from made import encoded_scene, rewritten, scene_members, write_tar
+from made import depth_png, encoded_scene, rewritten, scene_members, write_tar
 from PIL import Image
 
 import prepare
@@ -74,6 +74,32 @@ def test_inspect_of_shards_whose_scales_nobody_knows(tmp_path, capsys):
     write_tar(tmp_path / "a.tar", {"a/b.safetensors": encode.member(**scene)})
     assert inspector.main(["inspect", str(tmp_path / "a.tar")]) == 0
     assert "scale of views     none, not known of 100.0%" in capsys.readouterr().out
+
+
+def test_inspect_of_shards_without_depth_and_of_a_picture_that_cannot_be(tmp_path, capsys):
+    members = {name: content for name, content in scene_members("a/b").items()
+               if not name.endswith("_depth.png")}
+    write_tar(tmp_path / "a.tar", {
+        **members, **scene_members("a/c")} | {name.replace("a/b", "a/c").replace(
+            ".png", "_depth.png"): depth_png(np.zeros((8, 8)))
+            for name in members if name.endswith(".png")})
+    out = str(tmp_path / "a.png")
+    assert inspector.main(["inspect", str(tmp_path / "a.tar"), "--out", out]) == 0
+    assert "depth " in capsys.readouterr().out
+    for options, says in ((["--out", "x.foo"], "end in .png"), (["--size", "-5"], "at least 1")):
+        with pytest.raises(ValueError, match=says):
+            inspector.main(["inspect", str(tmp_path / "a.tar"), *options])
+
+
+def test_a_shard_that_cannot_be_read_does_not_hide_the_others(rendered, tmp_path, capsys):
+    for name, content in (("text.tar", b"text" * 300), ("empty.tar", b"")):
+        (tmp_path / name).write_bytes(content)
+    good = str(next((rendered / "co3d").glob("train-*.tar")))
+    assert inspector.main(["verify", str(tmp_path / "text.tar"), good, str(tmp_path / "empty.tar"),
+                           "--workers", "1"]) == 1
+    said = capsys.readouterr().out
+    assert "! text.tar: " in said and "! empty.tar: " in said
+    assert "3 shards" in said and "2 problems" in said
 
 
 def test_good_shards_are_verified(rendered, capsys):

@@ -44,9 +44,10 @@ def test_unet_output_equals_the_reference(name):
 def test_heads_that_do_not_divide_the_width_leave_the_rest_out():
     """Of 32 channels three heads take 10 each, of 64 they take 21, as the reference's do."""
     unet = model.UNet(8, 4, 32, (1, 2), 1, (1, 2), 3, 16).eval()
-    widths = [(part.proj_in.weight.shape[:2], part.transformer_blocks[0].attn1.to_q.weight.shape,
-               part.transformer_blocks[0].ff.net[0].proj.weight.shape, part.proj_out.weight.shape[:2])
+    layers = [(part.proj_in, part.transformer_blocks[0].attn1.to_q,
+               part.transformer_blocks[0].ff.net[0].proj, part.proj_out)
               for part in unet.modules() if isinstance(part, model.SpatialTransformer)]
+    widths = [tuple(layer.weight.shape[:2] for layer in some) for some in layers]
     small, large = (((n, c), (n, n), (8 * n, n), (c, n)) for n, c in ((30, 32), (63, 64)))
     assert widths == [small, *[large] * 4, *[small] * 2]
     golden.fill(unet)

@@ -2,11 +2,13 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
 
 import paths
+import pictures
 from camera import opengl_from_opencv, relative_pose
 
 FOV = math.radians(50)
@@ -231,6 +233,30 @@ def test_transforms_json_with_one_angle_for_all_is_read(tmp_path):
                   {**wide, "camera_angle_x": math.pi / 2, "w": 200, "h": 300}):
         file.write_text(json.dumps(known))
         assert_same(paths.read(file, FOV).fov, torch.full((4,), math.pi / 2))
+
+
+@pytest.mark.parametrize("text, says", [
+    ('{"frames": 3}', "no list of frames"), ('"text"', "no list of frames"),
+    ('[[[1, 0], [0, 1]]]', "camera 0 is of shape [2, 2]"), ('["x"]', "camera 0 is no matrix"),
+    ('{"w": 3, "fl_x": 0, "frames": [{"transform_matrix": []}]}', "camera 0 has focal lengths"),
+    ('{"w": 3, "fl_x": "a", "frames": [{"transform_matrix": []}]}', "camera 0 has focal lengths"),
+    ('{"frames": [{}]}', "'transform_matrix' is missing")])
+def test_what_is_wrong_with_a_file_of_cameras_is_said(tmp_path, text, says):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(says)):
+        paths.read(tmp_path / "a.json", FOV)
+
+
+@pytest.mark.parametrize("pose", [
+    torch.eye(4), torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0])),
+    torch.tensor([[1.0, 0, 0, 0], [0, 0.98, 0.199, 0], [0, -0.199, 0.98, 0], [0, 0, 0, 1]])])
+def test_a_path_whose_up_is_not_z_is_drawn_in_its_first_cameras_frame(pose):
+    pose = pose.double()
+    assert torch.equal(pictures.standing(pose), pose)
+    ahead = pose.clone()
+    ahead[:3, 3] -= 0.1 * pose[:3, 2]
+    cameras = paths.Cameras(pose, torch.stack([pose, ahead]), torch.ones(2))
+    assert len(pictures.path_picture(cameras).getcolors(10**6)) > 3
 
 
 def test_realestate10k_text_is_read(tmp_path):

@@ -273,7 +273,7 @@ def test_an_mp4_is_made_where_ffmpeg_is_found(run, tmp_path, monkeypatch, capsys
     (["--guidance", "-1"], "--guidance"),
     (["--guidance-interval", "900,100"], "900,100"), (["--scale", "0"], "--scale"),
     (["--scale", "big"], "big"), (["--scale", "auto"], "--depth-weights"), (["--by", "far"], "far"),
-    (["--elevation", "90"], "--elevation"), (["--scene", "99"], "scenes 0 to 1"),
+    (["--elevation", "90"], "--elevation"), (["--scene", "99"], "scenes 0 to 3"),
     (["--orbit", "--dolly"], "--dolly"), (["--pose", "1,2"], "--pose"), (["--obrit"], "--obrit"),
     (["--path", "nowhere.json"], "nowhere.json"), (["--device", "mps"], "mps"),
     (["--zoom", "--by", "-1"], "zoom"), (["nowhere.jpg"], "nowhere.jpg"),
@@ -312,6 +312,15 @@ def test_an_output_folder_that_cannot_be_written_is_named(run, tmp_path, capsys)
     occupied.write_text("")
     for out in (occupied, occupied / "deeper"):
         assert str(out) in refused(capsys, "--checkpoint", run, "--out", out, "--steps", "1")
+
+
+def test_held_out_scenes_of_all_sources_are_reached(run):
+    config = sample.config_of(checkpoint.read(run))
+    names = [(photo.reader.name, photo.number) for photo in
+             (photos.held_out(config, number) for number in range(4))]
+    assert names == [("co3d", 0), ("co3d", 1), ("re10k", 0), ("re10k", 1)]
+    with pytest.raises(ValueError, match="--scene 4: there are scenes 0 to 3"):
+        photos.held_out(config, 4)
 
 
 def test_options_that_nothing_looks_at_are_named(capsys):

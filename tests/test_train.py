@@ -478,7 +478,8 @@ def test_what_no_run_can_have_is_refused_at_the_gate(shards, tmp_path, option, s
 def test_the_references_sampler_has_its_own_bounds(shards, tmp_path):
     for steps in (1, 501):
         with pytest.raises(ValueError, match="must be 2 to 500"):
-            configs.load([*tiny(shards, tmp_path), "--sampler=reference", f"--sample_steps={steps}"])
+            configs.load([*tiny(shards, tmp_path), "--sampler=reference",
+                          f"--sample_steps={steps}"])
 
 
 # ---- memory
