@@ -169,10 +169,10 @@ class Config:
         if not self.channel_mult or min(self.channel_mult) < 1:
             raise ValueError(f"channel_mult is {self.channel_mult}, it must be one number or more, "
                              "each at least 1")
-        grids = [2**level for level in range(len(self.channel_mult))]
-        if not set(self.attention_resolutions) <= set(grids):
-            raise ValueError(f"attention_resolutions is {self.attention_resolutions}, which may "
-                             f"hold {', '.join(map(str, grids))}")
+        for times in self.attention_resolutions:
+            if times < 1 or times & times - 1:
+                raise ValueError(f"attention_resolutions is {self.attention_resolutions}: {times} "
+                                 "is no power of 2, and grids are halved from level to level")
         if self.num_heads > self.model_channels * min(self.channel_mult):
             raise ValueError(f"num_heads {self.num_heads} is more than there are channels")
         fewest, most = STEPS_OF_REFERENCE if self.sampler == "reference" else (1, TIMESTEPS)

@@ -468,7 +468,7 @@ def test_two_ranks_say_that_they_share_the_optimizer_and_keep_half_of_it(ranked)
 @pytest.mark.parametrize("option, says", [
     ("--betas=0.9", "two numbers"), ("--betas=2,3", "two numbers"), ("--max_damaged=-1", "[0, 1]"),
     ("--channel_mult=", "channel_mult is ()"), ("--channel_mult=1,0", "each at least 1"),
-    ("--attention_resolutions=3", "which may hold 1, 2"), ("--num_heads=99", "num_heads 99"),
+    ("--attention_resolutions=1,3", "3 is no power of 2"), ("--num_heads=99", "num_heads 99"),
     ("--sample_steps=2000", "it must be 1 to 1000"), ("--seed=-1", "0 or more")])
 def test_what_no_run_can_have_is_refused_at_the_gate(shards, tmp_path, option, says):
     with pytest.raises(ValueError, match=re.escape(says)):
