@@ -75,28 +75,29 @@ def band_name(i):
     return f"{i * TIMESTEPS // BANDS}-{(i + 1) * TIMESTEPS // BANDS - 1}"
 
 
-def seen(sources, counts, pairs):
+def seen(shares, counts, pairs):
     """How many different scenes and pairs of views a run has seen, of how many: four numbers.
 
-    sources: the shares of the sources, counts: for each the number of views of every scene. These
+    shares: of the sources, counts: for each the number of views of every scene. These
     are expectations of draws with replacement, n (1 - (1 - 1/n)^k), within sqrt(n) of the truth:
     they need no counters that grow with the run and would have to be saved with it.
     """
     scenes = views = all_scenes = all_views = 0.0
-    for share, n in zip(sources, counts, strict=True):
-        orders = n.astype(np.float64) * (n - 1)     # ordered pairs of different views, by scene
-        scenes += hit(np.float64(len(n)), share, pairs)
-        views += hit(len(n) * orders, share, pairs, orders).sum()
+    for share, n in zip(shares, counts, strict=True):
+        n = n.astype(np.float64)                    # a scene is drawn by its views
+        orders = n * (n - 1)                        # ordered pairs of different views, by scene
+        scenes += hit(n.sum() / n, share, pairs, np.ones_like(n)).sum()
+        views += hit(n.sum() * (n - 1), share, pairs, orders).sum()
         all_scenes += len(n)
         all_views += orders.sum()
     return round(scenes), int(all_scenes), round(views), int(all_views)
 
 
-def hit(cells, share, draws, size=None):
-    """Of `size` cells (all of them by default) out of equally likely `cells`, how many are hit."""
+def hit(cells, share, draws, size):
+    """Of `size` cells, each of which one draw in `cells` hits, how many are hit."""
     with np.errstate(divide="ignore"):      # a single cell is hit for certain
         missed = np.exp(draws * np.log1p(-share / cells))
-    return (cells if size is None else size) * (1 - missed)
+    return size * (1 - missed)
 
 
 def state(config, step, numbers, needs, peak, ranks, device, readers, damage):

@@ -617,6 +617,15 @@ def test_scenes_and_pairs_seen_are_those_of_the_draws(shards):
     assert scenes == all_scenes == 8 == len({draw[:2] for draw in drawn})
     assert all_views == 96 and abs(views - len(set(drawn))) <= 8
     assert report.seen([1.0], [np.array([2])], 1) == (1, 1, 1, 2)
+    # scenes of different lengths, against draws: a scene by its views, then two of them
+    views, random = np.repeat([2, 2, 5, 40], 100), np.random.default_rng(0)
+    orders = views * (views - 1)
+    scene = random.choice(400, (50, 1200), p=views / views.sum())
+    pair = np.floor(random.random(scene.shape) * orders[scene]) + 10_000 * scene
+    found = report.seen([1.0], [views], 1200)
+    assert found[1::2] == (400, orders.sum())
+    for expected, drawn in ((found[0], scene), (found[2], pair)):
+        assert expected == pytest.approx(np.mean([len(set(row)) for row in drawn]), rel=0.01)
 
 
 def test_tensorboard_gets_numbers_and_pictures_where_it_is_installed(
