@@ -190,10 +190,12 @@ def scale_in_scene(config, reader, number, known, image):
         return reader.scene(number).radius
     if config.mode == "7dof_stereomag_scale":
         return camera.stereomag_scale(torch.tensor(reader.nearplane(number))).item()
-    if config.mode not in scenes.DEPTH_MODES or not (known > 0).any():
+    if config.mode not in scenes.DEPTH_MODES:
         return 1.0
     weights = config.depth_weights
     filler = depth.load(weights) if weights and Path(weights).is_file() else None
+    if filler is None and not (known > 0).any():
+        return 1.0
     blend = config.quantile_blend or filler is None
     scale = model.viewer_scale(known[None], image[None], filler, blend).item()
     return known[known > 0].quantile(camera.QUANTILE).item() if math.isnan(scale) else scale

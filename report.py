@@ -78,9 +78,9 @@ def band_name(i):
 def seen(shares, counts, pairs):
     """How many different scenes and pairs of views a run has seen, of how many: four numbers.
 
-    shares: of the sources, counts: for each the number of views of every scene. These
-    are expectations of draws with replacement, n (1 - (1 - 1/n)^k), within sqrt(n) of the truth:
-    they need no counters that grow with the run and would have to be saved with it.
+    shares: of the sources, counts: for each the number of views of every scene. These are
+    expectations of draws with replacement, n (1 - (1 - 1/n)^k), within sqrt(n) of the truth: they
+    need no counters that grow with the run and would have to be saved with it.
     """
     scenes = views = all_scenes = all_views = 0.0
     for share, n in zip(shares, counts, strict=True):

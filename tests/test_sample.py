@@ -374,7 +374,7 @@ def test_the_scale_of_a_held_out_view_is_that_of_training(monkeypatch):
     far[::4, ::4] += 1
     known, image = far.where(far < 5, torch.tensor(0.0)), torch.zeros(3, 32, 32)
     monkeypatch.setattr(photos.depth, "load", lambda path: lambda x: (100 / far)[None])
-    for seen in (known, far):
+    for seen in (known, far, torch.zeros(32, 32)):
         wanted = model.viewer_scale(seen[None], image[None], lambda x: (100 / far)[None]).item()
         assert photos.scale_in_scene(config, None, 0, seen, image) == pytest.approx(wanted)
     without = replace(config, depth_weights="")
