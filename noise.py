@@ -11,8 +11,8 @@ import torch
 import kernels
 from kernels import begin, early, tl, triton
 
-# Streams: what is drawn for a number. A sampler draws its first latent from SAMPLE, and the noise of
-# its step k, counted from 0, from SAMPLE + 1 + k.
+# Streams: what is drawn for a number. A sampler draws its first latent from SAMPLE, and the noise
+# of its step k, counted from 0, from SAMPLE + 1 + k.
 TIMESTEP, DROP, POSTERIOR, NOISE, SAMPLE = range(5)
 PHILOX_M, PHILOX_W = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
 PHILOX_ROUNDS, WORD = 10, 0xFFFFFFFF
