@@ -27,7 +27,7 @@ APPLY, GRADIENT = (1024, 1024), (2048, 512)
 # be less than so many programs), values of 32 threads, programs: for moments, for those of a sum
 # that is written, for the gradient's sums
 MOMENTS, WRITTEN, SUMS = (16, 8, 1024, 256), (16, 8, 512, 4096), (8, 16, 128, 256)
-CHUNK = 16                  # blocks that are combined at a time
+COMBINED = 512              # numbers of blocks that are combined at a time
 # A group that one program holds at once, and its values per 32 threads; a grid that is small enough
 # for the cache, where reading a few channels of every position costs nothing
 WHOLE, WHOLE_PER_WARP, CACHED = 2**14, 512, 2**22
@@ -82,16 +82,18 @@ def sum_of(x, h=None, bias=None):
     return x if bias is None else x + bias.to(x.dtype)[:, None, None]
 
 
-def add(x, h, bias, summed=True):
-    """(x + h + bias, its sums for `group_norm` or None) of x, h (b, c, h, w) and bias (c,).
+def add(h, bias, x=None, summed=True):
+    """(h + bias + x, its sums for `group_norm` or None) of h, x (b, c, h, w) and bias (c,); x may
+    be None.
 
     If `summed`, and no gradient is asked for, the kernels take the sums while they write the
     result. Elsewhere h is overwritten.
     """
-    if (summed and kernels.usable(h) and x.dtype == h.dtype and h.shape[2:].numel() <= MOST
-            and not torch.is_grad_enabled()):
-        return kernel_add(x, h, bias)
-    return h.add_(bias[:, None, None]).add_(x), None
+    if (summed and kernels.usable(h) and (x is None or x.dtype == h.dtype)
+            and h.shape[2:].numel() <= MOST and not torch.is_grad_enabled()):
+        return kernel_add(h, x, bias)
+    h.add_(bias[:, None, None])
+    return h if x is None else h.add_(x), None
 
 
 # ---- kernels. Grids are (b, n, c) in memory. With z what SiLU is applied to, y its result:
@@ -353,9 +355,9 @@ def summing(b, c, n, tile):
 
 def combining(width, k):
     """Options of a kernel over groups of `width` channels, of k blocks."""
-    chunk = min(CHUNK, power_of_2(k))
-    return {"WIDTH": power_of_2(width), "CHUNK": chunk, "CHUNKS": triton.cdiv(k, chunk),
-            "num_warps": 1}
+    across = power_of_2(width)
+    chunk = min(max(1, COMBINED // across), power_of_2(k))
+    return {"WIDTH": across, "CHUNK": chunk, "CHUNKS": triton.cdiv(k, chunk), "num_warps": 1}
 
 
 @torch.library.custom_op("zeronvs::group_norm", mutates_args=())

@@ -92,10 +92,11 @@ def compile_networks(net):
     import torch._inductor.config as inductor
     # Else every 4-D tensor is put channels-last, attention's q, k and v too, by copies
     inductor.layout_optimization = False
-    for part in (net.model.diffusion_model, getattr(net.first_stage_model, "encoder", None),
-                 getattr(net.cond_stage_model.model, "visual", None)):
-        if part is not None:
-            part.compile()
+    net.model.diffusion_model.compile()
+    for network, name in ((net.first_stage_model, "encode"),
+                          (net.cond_stage_model.model, "encode_image")):
+        if any(True for _ in network.parameters()):     # else there is no network
+            setattr(network, name, torch.compile(getattr(network, name)))
 
 
 def check_compiler(device):

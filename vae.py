@@ -9,7 +9,7 @@ b batch, c channels, h w image or feature grid, z latent channels.
 import torch.nn as nn
 import torch.nn.functional as F
 
-from conv import upsample_conv, upsample_taps
+from conv import first_conv, upsample_conv, upsample_taps
 from norm import GroupNorm, add
 
 SCALE_FACTOR = 0.18215         # Stable Diffusion's: latents times this have a deviation near 1
@@ -79,27 +79,13 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(c, c_out, 3, padding=1)
 
     def forward(self, x):
-        h = first_conv(self.conv_in, x)
+        h, sums = first_conv(x, self.conv_in.weight, self.conv_in.bias), None
         for down in self.down:
-            h, sums = down(h)
+            h, sums = down(h, sums)
             if hasattr(down, "downsample"):
-                h = down.downsample(h)                                   # (b, c, h/2, w/2)
+                h, sums = down.downsample(h)                             # (b, c, h/2, w/2)
         h, sums = self.mid(h, sums)
         return self.conv_out(self.norm_out(h, sums=sums))
-
-
-def first_conv(conv, x):
-    """The 3x3 conv of padding 1 as one product of every pixel's 27 numbers and more, with zeros.
-
-    On a GPU, convolutions of three channels are those of eight; and a bias that is added by itself
-    is one more pass over the largest grid there is.
-    """
-    b, c, h, w = x.shape
-    windows = F.pad(x, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1)    # (b, c, h, w, 3, 3)
-    windows = windows.permute(0, 2, 3, 1, 4, 5).flatten(3)              # (b, h, w, 9c)
-    short = -9 * c % 8                                                  # rows of whole 16 bytes
-    return F.linear(F.pad(windows, (0, short)), F.pad(conv.weight.flatten(1), (0, short)),
-                    conv.bias).permute(0, 3, 1, 2)                      # (b, d, h, w)
 
 
 class Decoder(nn.Module):
@@ -182,7 +168,7 @@ class ResBlock(nn.Module):
         h, bias = F.conv2d(h, self.conv2.weight, padding=1), self.conv2.bias
         if hasattr(self, "nin_shortcut"):
             x, bias = F.conv2d(x, self.nin_shortcut.weight), bias + self.nin_shortcut.bias
-        return add(x, h, bias, summed)
+        return add(h, bias, x, summed)
 
 
 class Attention(nn.Module):
@@ -201,18 +187,18 @@ class Attention(nn.Module):
         # in so many words, as no fast kernel of attention has heads this wide
         h = (q * q.shape[-1]**-0.5 @ k.mT).softmax(-1).to(v.dtype) @ v
         h = F.conv2d(h.mT.unflatten(2, x.shape[2:]), self.proj_out.weight)          # (b, c, h, w)
-        return add(x, h, self.proj_out.bias)
+        return add(h, self.proj_out.bias, x)
 
 
 class Downsample(nn.Module):
-    """3x3 conv of stride 2. (b, c, h, w) -> (b, c, h // 2, w // 2)."""
+    """3x3 conv of stride 2. (b, c, h, w) -> (b, c, h // 2, w // 2), and its sums of norm.add."""
     def __init__(self, c):
         super().__init__()
         self.conv = nn.Conv2d(c, c, 3, stride=2)
 
     def forward(self, x):
         # quirk: pads right and below only; padding=1 would load every key and give other latents
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return add(F.conv2d(F.pad(x, (0, 1, 0, 1)), self.conv.weight, stride=2), self.conv.bias)
 
 
 class Upsample(nn.Module):

@@ -376,9 +376,8 @@ class Images:
             with device:
                 module, function = build(tiny)
             module.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-            if device.type == "cuda":
-                # the autocast of train.py casts our weights; a peer's may be cast before
-                module.to(torch.bfloat16) if peer else encode.halve_weights(module)
+            if peer and device.type == "cuda":
+                module.to(torch.bfloat16)   # ours as train.py has it: cast by autocast every time
             self.networks.append((module, torch.compile(function, dynamic=False)))
         self.target, self.cond = torch.rand(2, batch, 3, side, side, device=device) * 2 - 1
         if peer and device.type == "cuda":

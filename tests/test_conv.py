@@ -10,6 +10,50 @@ import kernels
 
 needs_triton = pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# the interpreter multiplies bfloat16's bits as integers
+TYPES = [torch.float16, torch.bfloat16][:2 if torch.cuda.is_available() else 1]
+
+
+def image(shape, dtype):
+    """An image (b, c, h, w), weight (d, c, 3, 3) and bias (d,) of these sizes."""
+    torch.manual_seed(0)
+    b, c, h, w, d = shape
+    return [torch.randn(size, device=DEVICE).to(dtype)
+            for size in ((b, c, h, w), (d, c, 3, 3), (d,))]
+
+
+def conv_in_float64(x, weight, bias):
+    return F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
+
+
+@needs_triton
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(2, 3, 16, 24, 40), (1, 3, 5, 3, 128), (3, 4, 37, 31, 24),
+                                   (2, 5, 9, 9, 72), (5, 1, 1, 1, 8)])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_the_first_convolution_rounds_once(shape, last, dtype, monkeypatch):
+    monkeypatch.setattr(kernels, "usable", lambda x, types: x.dtype in types)   # without a GPU too
+    x, weight, bias = image(shape, dtype)
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    found = conv.first_conv(x, weight.float(), bias.float())
+    assert found.dtype == dtype and found.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(found.double(), conv_in_float64(x, weight, bias),
+                               rtol=torch.finfo(dtype).eps, atol=1e-4)
+    x, taps, bias = (torch.randn(size, device=DEVICE).to(dtype)
+                     for size in ((2, 7, 9, 4), (3, 16, 24), (24,)))
+    torch.library.opcheck(conv.kernel_first, (x, taps, bias),
+                          test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 16, 24, 40), (1, 1, 1, 1, 8)])
+def test_elsewhere_the_first_convolution_is_a_product(shape):
+    given = image(shape, torch.float64)
+    torch.testing.assert_close(conv.first_conv(*given), conv_in_float64(*given), rtol=1e-12,
+                               atol=1e-12)
+    x, weight, bias = image(shape, torch.float32)
+    with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
+        assert conv.first_conv(x, weight, bias).dtype == torch.bfloat16
 
 
 @needs_triton

@@ -157,8 +157,9 @@ def test_an_autoencoder_with_kernels_codes_as_one_without(monkeypatch):
         return norm.kernel_forward(x, w, b, shift, groups, eps, silu, sums)[0]
 
     monkeypatch.setattr(norm, "group_norm", kernels_norm)
-    monkeypatch.setattr(vae, "add", lambda x, h, bias, summed=True: norm.kernel_add(x, h, bias)
-                        if summed else (h + bias[:, None, None] + x, None))
+    monkeypatch.setattr(vae, "add", lambda h, bias, x=None, summed=True:
+                        norm.kernel_add(h, x, bias) if summed else (h + bias[:, None, None] + x,
+                                                                    None))
     for found, expected in zip([*net.encode(image), net.decode(latent)], plain, strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
     assert any(given) and not all(given)
@@ -189,11 +190,13 @@ def test_a_sum_says_the_moments_of_what_it_wrote(path, monkeypatch):
     torch.library.opcheck(norm.kernel_add, (x, h, bias), test_utils=checks)
 
 
-def test_a_plain_sum_has_no_sums():
+@pytest.mark.parametrize("with_x", [True, False])
+def test_a_plain_sum_has_no_sums(with_x):
     x, h = torch.randn(2, 2, 8, 3, 4)
-    total, sums = norm.add(x, h.clone(), torch.arange(8.0))
+    x = x if with_x else None
+    total, sums = norm.add(h.clone(), torch.arange(8.0), x)
     assert sums is None
-    torch.testing.assert_close(total, x + h + torch.arange(8.0)[:, None, None])
+    torch.testing.assert_close(total, h + torch.arange(8.0)[:, None, None] + (x if with_x else 0))
 
 
 def parts_of(kind, dtype=torch.float32):

@@ -14,10 +14,13 @@ from torch._dynamo.utils import counters
 
 import bench
 import checkpoint
+import clip
 import configs
 import distributed
+import model
 import train
-from benchmarks import scale
+import vae
+from benchmarks import encode, scale
 from benchmarks import train as bench_train
 from distributed import ALONE
 from optimizer import Ema, Optimizer
@@ -208,15 +211,20 @@ def test_every_number_of_gpus_shares_the_same_pairs_in_a_check():
         bench.main(["scale", "--gpus", "0"])
 
 
-def test_the_unet_and_the_frozen_encoders_are_compiled_not_the_decoder():
-    net = nn.Module()
-    net.model, net.first_stage_model, net.cond_stage_model = nn.Module(), nn.Module(), nn.Module()
-    net.model.diffusion_model, net.cond_stage_model.model = nn.Identity(), nn.Module()
-    train.compile_networks(net)         # pixels: nothing is frozen
-    net.first_stage_model.encoder = net.cond_stage_model.model.visual = nn.Identity()
-    net.first_stage_model.decoder = nn.Identity()
+@pytest.mark.parametrize("encoders, wanted", [
+    ((model.Pixels, model.NoEmbedding), ["UNet"]),      # nothing is frozen
+    ((lambda: vae.AutoencoderKL(32, (1,)), lambda: clip.CLIP(transformer_layers=0,
+                                                             **encode.TINY_CLIP)),
+     ["UNet", "encode", "encode_image"])])
+def test_the_unet_and_the_frozen_encoders_are_compiled_not_the_decoder(encoders, wanted,
+                                                                       monkeypatch):
+    compiled, net = [], nn.Module()
+    net.model, net.cond_stage_model = nn.Module(), nn.Module()
+    net.model.diffusion_model = nn.Identity()
+    net.first_stage_model, net.cond_stage_model.model = (build() for build in encoders)
+    monkeypatch.setattr(net.model.diffusion_model, "compile", lambda: compiled.append("UNet"))
+    monkeypatch.setattr(torch, "compile", lambda f: compiled.append(f.__name__) or f.__name__)
     train.compile_networks(net)
-    compiled = [name for name, part in net.named_modules(remove_duplicate=False)
-                if part._compiled_call_impl]
-    assert compiled == ["model.diffusion_model", "first_stage_model.encoder",
-                        "cond_stage_model.model.visual"]
+    assert compiled == wanted
+    assert all(name in (net.first_stage_model.encode, net.cond_stage_model.model.encode_image)
+               for name in wanted[1:])
