@@ -22,7 +22,7 @@ from kernels import begin, blank_grid, channels_last, early, power_of_2, tl, tri
 
 COLUMNS = 64                # channels of a tile: lines of whole 128 bytes of bf16
 # Values of a tile that is read and written, forward and backward; and of 32 threads of it
-APPLY, GRADIENT = (1024, 1024), (2048, 512)
+APPLY, GRADIENT = (2048, 1024), (2048, 512)
 # Positions of a tile that is summed over, such tiles one after the other (fewer, where there would
 # be less than so many programs), values of 32 threads, programs: for moments, for those of a sum
 # that is written, for the gradient's sums
