@@ -165,6 +165,7 @@ class Log:
     def __init__(self, config, ranks):
         self.main, self.out, self.steps = ranks.rank == 0, Path(config.out), config.steps
         self.bar = self.board = self.trace = None
+        self.traced = False
         self.troubles, self.step = set(), 0
 
     def start(self, step, trace_steps=0):
@@ -256,7 +257,7 @@ class Log:
             self.trace.step()
 
     def write_trace(self, trace):
-        path = self.out / "trace.json.gz"
+        self.traced, path = True, self.out / "trace.json.gz"
         with self.tolerant(path):
             trace.export_chrome_trace(str(path))
             self.say(f"{path}: open it at https://ui.perfetto.dev or chrome://tracing")
@@ -264,6 +265,8 @@ class Log:
     def close(self):
         if self.trace:
             self.trace.stop()
+            if not self.traced:
+                self.say(f"no trace: --profile skips {TRACE_SKIPPED} steps, and no more were made")
         if self.bar:
             self.bar.close()
         if self.board:

@@ -138,7 +138,7 @@ def check_sources(pairs, config):
         numbers = (k for k in itertools.count() if pairs.draw(k)[0] == source)
         for k in itertools.islice(numbers, CHECKED_PAIRS):
             batch = torch.utils.data.default_collate([pairs[k]])
-            if not config.depth_weights:
+            if not config.depth_weights or config.mode != "7dof_quantile_scale":
                 model.pose_vector(batch, config.mode, None, config.quantile_blend)
 
 

@@ -246,7 +246,8 @@ def make_shards_together(todo, scenes_of, workers, report):
 
 
 def check_out(note, arguments, shards, overwrite):
-    """Writes the arguments to the file `note`, or compares them with those in it: ValueError.
+    """Writes the arguments to the file `note`, or compares them with those in it: ValueError if
+    shards were made with others.
 
     shards: those in the output folder, the note's. With `overwrite` they are deleted.
     """
@@ -258,7 +259,7 @@ def check_out(note, arguments, shards, overwrite):
             raise ValueError(f"{note} is no JSON; choose another --out") from err
         differing = [f"{name.replace('_', '-')} {found.get(name)} there, {value} now"
                      for name, value in arguments.items() if found.get(name) != value]
-        if differing and not overwrite:
+        if differing and shards and not overwrite:
             raise ValueError(f"{out} was made with other arguments ({'; '.join(differing)}): "
                              "choose another --out, or --overwrite")
         if overwrite:

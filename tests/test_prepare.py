@@ -431,6 +431,16 @@ def test_other_arguments_are_refused_by_name_unless_overwritten(made, tmp_path, 
     assert "arc/0000000000" in read_shard(out / "co3d/train-000000.tar")
 
 
+def test_other_arguments_are_fine_where_no_shard_was_made(tmp_path):
+    """Those of a run that failed, say, and are now corrected."""
+    note, shard = tmp_path / "note.json", tmp_path / "train-000000.tar"
+    writer.check_out(note, {"seed": 0}, [], False)
+    writer.check_out(note, {"seed": 1}, [], False)
+    assert json.loads(note.read_text()) == {"seed": 1}
+    with pytest.raises(ValueError, match="seed 1 there, 2 now"):
+        writer.check_out(note, {"seed": 2}, [shard], False)
+
+
 @pytest.mark.parametrize("image_format, kind", [("jpg", "JPEG"), ("webp", "WEBP")])
 def test_colour_images_may_be_jpeg_or_webp(image_format, kind, made, tmp_path):
     run(tmp_path, "--image-format", image_format, "--scenes", "2")

@@ -685,6 +685,9 @@ def test_profile_writes_a_trace_of_so_many_steps(shards, tmp_path):
     events = json.loads(gzip.decompress((out / "trace.json.gz").read_bytes()))["traceEvents"]
     steps = {event["name"] for event in events if event["name"].startswith("ProfilerStep")}
     assert len(steps) == 2
+    said = run([*tiny(shards, tmp_path / "short", steps=1), "--profile", "2"])
+    assert "no trace: --profile skips 2 steps" in said
+    assert not (tmp_path / "short" / "trace.json.gz").exists()
 
 
 def test_a_dry_run_says_what_would_run_and_writes_nothing(shards, whole_run, tmp_path):
@@ -705,6 +708,7 @@ def test_another_configuration_in_the_same_folder_is_refused_with_what_differs(s
 @pytest.mark.parametrize("change, message", [
     ({"mode": "8dof"}, "mode '8dof' is not known"),
     ({"mode": "7dof_metric_scale"}, "needs a metric depth network"),
+    ({"mode": "7dof_metric_scale", "depth_weights": "midas.pt"}, "needs a metric depth network"),
     ({"data": "/nowhere"}, "/nowhere"),
     ({"batch_size": 7, "micro_batch": 3}, "--micro_batch=1 does"),
     ({"device": "cuda"}, "this machine has"),
