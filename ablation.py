@@ -25,6 +25,7 @@ import evaluate
 import pictures
 import sample
 import tables
+from distributed import device_of
 
 # The five modes and the names that the paper's table has for them, in the order of its results.
 MODES = {"3dof": "3DoF", "7dof_unscaled": "6DoF+1", "7dof": "6DoF+1, norm.",
@@ -175,8 +176,8 @@ def sheet(config, rows):
     PSNR, best first."""
     last = list(rows.values())[-1]
     order = sorted(range(len(last)), key=lambda i: -last[i]["scores"][tables.MODEL]["psnr"])
-    places = sample.spread(order, ROWS)
-    device, columns = evaluate.device_of(config), {}
+    places = pictures.spread(order, ROWS)
+    device, columns = device_of(config.device), {}
     for mode in rows:
         own = replace(config, mode=mode)
         net = sample.load(Path(config.out) / mode, device, "fp32")[0]
@@ -249,7 +250,7 @@ def run(argv):
     if len(modes) < 2:
         raise ValueError("--modes: at least two are needed to compare")
     if args.jobs is None:
-        args.jobs = len(modes) if evaluate.device_of(config).type == "cuda" else 1
+        args.jobs = len(modes) if device_of(config.device).type == "cuda" else 1
     prepare_data(config, args)
     evaluate.held_out_pairs(config, args.pairs)     # too few are refused before training
     if not train(config, modes, args, overrides, deadline):

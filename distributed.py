@@ -124,6 +124,17 @@ def is_loss_of_a_rank(err):
     return isinstance(err, dist.DistError) or "gloo/" in str(err)
 
 
+def device_of(name, among=("cuda", "mps", "cpu")):
+    """The torch.device of a name, or of "auto", the first of `among` that is there. ValueError
+    where this machine has none of that name."""
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
+    there = [kind for kind in among if found[kind]]
+    if name != "auto" and name not in there:
+        raise ValueError(f"--device {name}: this machine has {', '.join(there)}")
+    return torch.device(there[0] if name == "auto" else name)
+
+
 def own_device(device):
     """The device of this rank: of "cuda" its own GPU, which becomes the current one, as Triton's
     kernels and CUDA's events need. ValueError where there is no such GPU."""

@@ -31,7 +31,7 @@ import metrics
 import model
 import pictures
 import sample
-from distributed import own_device
+from distributed import device_of, own_device
 from metrics import psnr
 from samplers import novel_views
 from tables import MODEL, WARP, screen, summary
@@ -275,18 +275,6 @@ def cases_sheet(net, pairs, config, rows, depth_net=None):
 
 # ---- the command
 
-def device_of(config):
-    """The torch.device that a Config asks for. Raises ValueError where this machine has none."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-             "cpu": True}
-    if config.device == "auto":
-        return torch.device(next(name for name in ("cuda", "mps", "cpu") if there[name]))
-    if not there[config.device]:
-        raise ValueError(f"device {config.device!r} is not there; this machine has "
-                         + ", ".join(name for name in there if there[name]))
-    return torch.device(config.device)
-
-
 def load_depth(config, device):
     """The depth network of a Config, or nothing where it names no weights."""
     if not config.depth_weights:
@@ -358,7 +346,7 @@ def run(argv):
     args, overrides = parser().parse_known_args(argv)
     config = config_of(args, overrides)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = own_device(device_of(config))
+    device = own_device(device_of(config.device))
     pairs = held_out_pairs(config, config.eval_pairs)       # before anything large is read
     for reader in pairs.dataset.readers:
         if reader.kind != "images":

@@ -74,8 +74,6 @@ def motion(name, views, by, fov, elevation):
     goes the other way. fov in radians, elevation of the photo's camera in degrees.
     """
     check_views(views)
-    if name == "swing" and views == 2:
-        raise ValueError("2 views of a swing are both the photo's own: 3 or more are needed")
     closed = name in ("spiral", "swing") or name == "orbit" and by != 0 and by % 360 == 0
     s = torch.arange(views, dtype=torch.float64) / (views if closed else max(views - 1, 1))
     cond, fovs = around(0.0, elevation, 1.0), torch.full((views,), fov, dtype=torch.float64)
@@ -83,6 +81,7 @@ def motion(name, views, by, fov, elevation):
     if name == "orbit":
         c2w = around(s * by, elevation, 1.0)
     elif name == "swing":
+        s = s / 2 if views == 2 else s      # of two, the second is as far as it goes
         c2w = around(by * torch.sin(2 * math.pi * s), elevation, 1.0)
     elif name == "spiral":
         angle, radius = 2 * math.pi * SPIRAL_TURNS * s, by * torch.sin(math.pi * s)

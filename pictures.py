@@ -20,6 +20,12 @@ LABEL, GAP = 16, 4              # pixels: height of a label, space between pictu
 FRAMES_PER_SECOND = 12
 
 
+def spread(things, count):
+    """At most `count` of a sequence, evenly apart, the first and the last among them."""
+    places = np.linspace(0, len(things) - 1, min(count, len(things))).round().astype(int)
+    return [things[i] for i in places]
+
+
 def tensor(picture):
     """RGB image -> float32 (1, 3, h, w) in [-1, 1]."""
     values = np.asarray(picture.convert("RGB"), dtype=np.float64) / 255 * 2 - 1

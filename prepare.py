@@ -28,12 +28,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from captures import datasets
+from captures import datasets, resample, synth
+from distributed import device_of
 from shards import encode
-from captures import resample, synth
 from shards.writer import IMAGE_FORMATS, ahead, check_out, make, raw_scene, write_text
 
 LAYOUTS = ("co3d", "re10k")
+DEVICES = "cuda", "cpu"         # that render and encode
 SYNTH_VERSION = 2               # goes up when the same arguments give other pictures
 CAPTURES_VERSION = 1
 HELD_OUT = 2**30                # number of the first held-out scene; training scenes count from 0
@@ -117,7 +118,7 @@ def run_synth(args):
         raise ValueError(f"--motion is {args.motion:g}, it must be more than 0 and at most 1")
     check_least(args, scenes=2, held_out=2, views=2, size=SMALLEST, seed=0, workers=0,
                 scenes_per_shard=1)
-    device = pick_device(args.device)
+    device = device_of(args.device, DEVICES)
     names = ("scenes", "held_out", "views", "size", "motion", "seed", "image_format",
              "scenes_per_shard")
     arguments = {"version": SYNTH_VERSION} | {name: getattr(args, name) for name in names}
@@ -333,7 +334,7 @@ def summary(plan):
 
 def run_encode(args):
     """Encodes raw shards."""
-    args.device = pick_device(args.device).type
+    args.device = device_of(args.device, DEVICES).type
     if args.loaders is None:
         cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         args.loaders = min(encode.MOST_LOADERS, cores) if args.device == "cuda" else 0
@@ -343,15 +344,6 @@ def run_encode(args):
 
 
 # ---------------------------------------------------------------------------------- command line
-
-def pick_device(name):
-    """The torch device of auto | cpu | cuda; auto prefers cuda. ValueError where there is none."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no CUDA device here; use --device cpu or auto")
-    return torch.device(name)
-
 
 def default_workers(device):
     """Processes that keep the machine busy."""
@@ -375,7 +367,7 @@ def parser():
     add("--motion", type=float, default=0.4,
         help="share of its path that a camera goes, up to 1: arcs are of 60 to 120 degrees")
     add("--seed", type=int, default=0, help="scenes are a function of it and of their number")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to render")
+    add("--device", choices=("auto", *DEVICES), default="auto", help="where to render")
     add("--image-format", choices=IMAGE_FORMATS, default="png", help="of the colour images")
     add("--scenes-per-shard", type=int, default=100, help="scenes in a shard, at most")
     add("--workers", type=int, default=0, help="processes; 0: one a core, on a GPU at most 6")

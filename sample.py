@@ -26,6 +26,7 @@ import model
 import paths
 import photos
 import pictures
+from distributed import device_of
 from fast import Fast
 from samplers import EVERYWHERE, SAMPLERS, SPACINGS, TIMESTEPS, encoded_views, plan
 from shards import scenes
@@ -111,15 +112,6 @@ def config_of(tensors):
     return configs.Config(sources=(nowhere,), mode=MODE_OF_WIDTH[given])
 
 
-def device_of(name):
-    """The torch.device of "auto" (cuda, then mps, then cpu), or of a name. Raises ValueError."""
-    found = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
-    found.append("cpu")
-    if name != "auto" and name not in found:
-        raise ValueError(f"--device {name}: this machine has {', '.join(found)}")
-    return torch.device(found[0] if name == "auto" else name)
-
-
 def pose_vectors(mode, cond_c2w, c2w, fov, scale):
     """Pose vectors (n, d) float32 of cameras c2w (n, 4, 4), fov (n,); `scale` counts as one."""
     cond_c2w, c2w = cond_c2w.repeat(len(c2w), 1, 1), c2w.clone()
@@ -195,7 +187,7 @@ def true_views(render, photo):
     """A sheet of a HeldOut scene: the photo; true views over the model's, at the true cameras."""
     reader, number, view = photo.reader, photo.number, photo.view
     scene = reader.scene(number)
-    others = spread([i for i in range(len(scene.c2w)) if i != view], TRUE_VIEWS)
+    others = pictures.spread([i for i in range(len(scene.c2w)) if i != view], TRUE_VIEWS)
     fov = torch.full((len(others),), scene.fov, dtype=torch.float64)
     views = render(scene.c2w[view], scene.c2w[others], fov, photo.scene_scale, "true cameras", [])
     truth = [pictures.image(scenes.images(reader.image(number, i))) for i in others]
@@ -203,12 +195,6 @@ def true_views(render, photo):
     return pictures.sheet([
         [("photo", photo.picture), *((f"truth {i}", x) for i, x in zip(others, truth))],
         [("", empty), *((f"model {i}", x) for i, x in zip(others, views))]])
-
-
-def spread(things, count):
-    """At most `count` of a list, evenly spread, the first and the last among them."""
-    places = torch.linspace(0, len(things) - 1, min(count, len(things))).round().int()
-    return [things[i] for i in places]
 
 
 # ---- the command
@@ -405,7 +391,7 @@ def sampling_of(args, config):
 
 def sweep(render, cameras, photo):
     """A sheet with a row of views for every scale of SWEEP."""
-    places = spread(list(range(len(cameras))), SWEEP_VIEWS)
+    places = pictures.spread(range(len(cameras)), SWEEP_VIEWS)
     rows = []
     for scale in SWEEP:
         views = render(cameras.cond_c2w, cameras.c2w[places], cameras.fov[places], scale,
@@ -473,7 +459,7 @@ def run(args):
         written = write(out, photo, cameras, views, columns)
         if args.progress:
             strip = [(f"t {t:.0f}", pictures.image(net.decode(z_0)[0]))
-                     for t, z_0 in spread(promised, PROGRESS_VIEWS)]
+                     for t, z_0 in pictures.spread(promised, PROGRESS_VIEWS)]
             pictures.sheet([strip]).save(out / "progress.png")
             written.append("progress.png")
         if isinstance(photo, photos.HeldOut):

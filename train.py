@@ -285,7 +285,7 @@ def options(argv):
 
 def main(argv):
     config, traced, dry_run = options(argv)
-    ranks, device = distributed.join(evaluate.device_of(config), config.compile)
+    ranks, device = distributed.join(distributed.device_of(config.device), config.compile)
     log = report.Log(config, ranks)
     writer = checkpoint.Writer(log.say)
     handlers = {signum: signal.getsignal(signum) for signum in STOP}

@@ -85,13 +85,6 @@ def groups(patterns, format, side, unread=None):
 
 # ---- inspect
 
-def spread(values, count):
-    """At most `count` of the values, evenly apart, the first and the last among them."""
-    values = list(values)
-    places = np.linspace(0, len(values) - 1, count).round().astype(int)
-    return [values[i] for i in np.unique(places)]
-
-
 def quantiles(values, form):
     low, middle, high = np.quantile(values, [0, 0.5, 1])
     return f"{low:{form}} .. {middle:{form}} .. {high:{form}}"
@@ -123,7 +116,7 @@ def describe(source, format, side):
 def depth_line(source):
     """One line about the depths of a few views."""
     share, near = [], []
-    for scene in spread(range(len(source)), VIEWS_SAMPLED):
+    for scene in pictures.spread(range(len(source)), VIEWS_SAMPLED):
         try:
             depth = source.depth(scene, int(source.counts[scene]) // 2)
         except Damaged as err:
@@ -140,10 +133,10 @@ def depth_line(source):
 def strips_of(source):
     """A few scenes, a strip each: views, a depth, and a map of the cameras."""
     strips = []
-    for scene in spread(range(len(source)), SCENES_SHOWN):
+    for scene in pictures.spread(range(len(source)), SCENES_SHOWN):
         known = source.scene(scene)
         row = []
-        views = spread(range(len(known.c2w)), VIEWS_SHOWN)
+        views = pictures.spread(range(len(known.c2w)), VIEWS_SHOWN)
         try:
             for view in views:
                 row.append((f"view {view}", pictures.image(images(source.image(scene, view)))))
@@ -231,7 +224,7 @@ def verify_shard(file, format, side):
                 except Damaged as err:
                     problems.append(str(err))
     figures = []
-    for scene in spread(range(len(source)), CHECKED_SCENES) * source.has_depth:
+    for scene in pictures.spread(range(len(source)), CHECKED_SCENES) * source.has_depth:
         figures += followed(source, scene)
     return int(source.counts.sum()), problems, figures
 
@@ -264,7 +257,7 @@ def followed(source, scene):
     n = len(known.c2w)
     stride = max(1, n // STRIDE_SHARE)
     figures = []
-    for cond in spread(range(n - stride), CHECKED_PAIRS):
+    for cond in pictures.spread(range(n - stride), CHECKED_PAIRS):
         try:
             image_cond, image = (images(source.image(scene, view))[None]
                                  for view in (cond, cond + stride))

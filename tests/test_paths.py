@@ -81,8 +81,9 @@ def test_swing_goes_as_far_to_both_sides():
     assert azimuth.max().item() == pytest.approx(30) and azimuth.min().item() == pytest.approx(-30)
     assert_looks_at_the_origin(cameras.c2w)
     assert cameras.closed
-    with pytest.raises(ValueError, match="3 or more"):
-        path("swing", views=2, by=30)
+    first, second = path("swing", views=2, by=30).c2w[:, :2, 3]
+    turned = torch.rad2deg(torch.atan2(*second.flip(0)) - torch.atan2(*first.flip(0))).item()
+    assert turned == pytest.approx(30)
 
 
 def test_spiral_looks_at_the_centre_from_a_disc_and_comes_back():

@@ -488,7 +488,7 @@ def test_tars_carry_no_time_and_no_owner(made):
     ("--motion", "1.5", "--motion is 1.5, it must be more than 0 and at most 1"),
     ("--seed", "-3", "--seed -3: it must be at least 0"),
     ("--workers", "-1", "--workers -1: it must be at least 0"),
-    ("--device", "cuda", "--device cuda: torch finds no CUDA device here"),
+    ("--device", "cuda", "--device cuda: this machine has cpu"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(option, value, says, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
