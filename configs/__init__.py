@@ -81,7 +81,8 @@ class Config:
     norm_groups: int = 32                   # groups of every GroupNorm
     context_dim: int = 768                  # width of the one context token
     mode: str = "7dof_quantile_scale"       # conditioning mode, see camera.py
-    quantile_blend: bool = True             # known depths replace DPT's before the quantile
+    quantile_blend: bool = True             # known depths replace DPT's before the quantile; of
+                                            # encoded shards it was decided when they were encoded
     init: str = ""                          # checkpoint to start from; "" has random weights
     depth_weights: str = ""                 # dpt_swin2_tiny_256.pt, if depth has holes; "" has none
 
