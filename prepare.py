@@ -39,6 +39,7 @@ SYNTH_VERSION = 2               # goes up when the same arguments give other pic
 CAPTURES_VERSION = 1
 HELD_OUT = 2**30                # number of the first held-out scene; training scenes count from 0
 SMALLEST = 8                    # pixels a side
+MOST_TURN = 45                  # degrees
 VIEWS_AT_ONCE = 128             # views a render call on a GPU takes
 MOST_ON_GPU = 6                 # processes that share a GPU, unless told: each takes 2 GB of it
 BATCHES_AHEAD = 2               # of rendered views, waiting for threads that encode them
@@ -74,7 +75,8 @@ def synth_plan(args):
 def render_scenes(numbers, args, device):
     """Renders scenes: a list of (scene, images (v, h, w, 3) uint8, depths (v, h, w), c2w)."""
     scenes = [synth.scene(args.seed, number) for number in numbers]
-    c2w = torch.stack([synth.cameras(scene, args.views, args.motion) for scene in scenes])
+    c2w = torch.stack([synth.cameras(scene, args.views, args.motion, turns_of(scene, args))
+                       for scene in scenes])
     fov = torch.tensor([scene.fov for scene in scenes], dtype=torch.float64)
     images, depths = synth.render(scenes, c2w.to(device), fov, args.size)
     images = images.add_(1).mul_(127.5).round_().to(torch.uint8).permute(0, 1, 3, 4, 2).contiguous()
@@ -83,6 +85,14 @@ def render_scenes(numbers, args, device):
     if device.type == "cuda":
         torch.cuda.current_stream().synchronize()
     return list(zip(scenes, images.numpy(), depths.numpy(), c2w.numpy()))
+
+
+def turns_of(scene, args):
+    """How far the cameras of a scene look aside, see synth.cameras; None if not at all."""
+    if not args.turn:
+        return None
+    rng = np.random.default_rng([args.seed, scene.number, 2])
+    return np.radians(rng.uniform(-args.turn, args.turn, (args.views, 2)))
 
 
 def synth_scene(rendered, args):
@@ -116,10 +126,12 @@ def run_synth(args):
     """Renders synthetic scenes into shards of both raw layouts, skipping those that are there."""
     if not 0 < args.motion <= 1:
         raise ValueError(f"--motion is {args.motion:g}, it must be more than 0 and at most 1")
+    if not 0 <= args.turn <= MOST_TURN:
+        raise ValueError(f"--turn is {args.turn:g}, it must be 0 to {MOST_TURN} degrees")
     check_least(args, scenes=2, held_out=2, views=2, size=SMALLEST, seed=0, workers=0,
                 scenes_per_shard=1)
     device = device_of(args.device, DEVICES)
-    names = ("scenes", "held_out", "views", "size", "motion", "seed", "image_format",
+    names = ("scenes", "held_out", "views", "size", "motion", "turn", "seed", "image_format",
              "scenes_per_shard")
     arguments = {"version": SYNTH_VERSION} | {name: getattr(args, name) for name in names}
     shards = [path for layout in LAYOUTS for path in (Path(args.out) / layout).glob("*.tar*")]
@@ -366,6 +378,8 @@ def parser():
     add("--size", type=int, default=32, help="pixels a side")
     add("--motion", type=float, default=0.4,
         help="share of its path that a camera goes, up to 1: arcs are of 60 to 120 degrees")
+    add("--turn", type=float, default=0.0, help="degrees that every camera looks aside at most, to "
+        "the left or right and up or down: else they follow their gaze, and none turns on the spot")
     add("--seed", type=int, default=0, help="scenes are a function of it and of their number")
     add("--device", choices=("auto", *DEVICES), default="auto", help="where to render")
     add("--image-format", choices=IMAGE_FORMATS, default="png", help="of the colour images")

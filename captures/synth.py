@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+import paths
+
 KINDS = ("arc", "walk", "fly")      # camera paths: even numbers are arcs, odd ones walk or fly
 BOX, CYLINDER, SPHERE = range(3)    # shapes, the dearest to trace first
 UNITS = (-1, 1)                     # powers of ten between which a scene's unit of length lies
@@ -182,9 +184,12 @@ def along(path, kind, places):
     return eye + sway * np.sin(2 * math.pi * places), gaze
 
 
-def cameras(scene, views, motion=1.0):
+def cameras(scene, views, motion=1.0, turns=None):
     """OpenGL camera-to-world matrices (views, 4, 4) float64, evenly along the middle of a scene's
-    path; `motion` is the share of it, in (0, 1]."""
+    path; `motion` is the share of it, in (0, 1].
+
+    turns: angles (views, 2) in radians by which the cameras then look further to the left, and up.
+    """
     eye, gaze = along(scene.path, scene.kind, 0.5 + motion * np.linspace(-0.5, 0.5, views))
     back = eye - gaze
     back /= np.linalg.norm(back, axis=1, keepdims=True)
@@ -193,7 +198,11 @@ def cameras(scene, views, motion=1.0):
     c2w = np.zeros((views, 4, 4))
     c2w[:, :3] = np.stack([right, np.cross(back, right), back, eye * scene.unit], axis=2)
     c2w[:, 3, 3] = 1
-    return torch.from_numpy(c2w)
+    c2w = torch.from_numpy(c2w)
+    if turns is not None:
+        left, up = torch.as_tensor(turns, dtype=torch.float64).T
+        c2w[:, :3, :3] = paths.rotation("z", left) @ c2w[:, :3, :3] @ paths.rotation("x", up)
+    return c2w
 
 
 # -------------------------------------------------------------------------------- materials

@@ -343,6 +343,34 @@ def test_motion_is_the_middle_part_of_the_path():
     assert torch.allclose(whole[2:7], half, rtol=0, atol=1e-12)
 
 
+def test_cameras_that_turn_stay_where_they_are_and_look_to_the_left_and_up():
+    scene, turns = synth.scene(0, 3), np.array([[0, 0], [0.3, 0], [0, 0.2]])
+    plain, turned = synth.cameras(scene, 3), synth.cameras(scene, 3, turns=turns)
+    assert torch.equal(turned[0], plain[0])
+    assert torch.equal(turned[:, :3, 3], plain[:, :3, 3])
+    ahead, before = -turned[1, :3, 2], -plain[1, :3, 2]     # as steep, 0.3 further around
+    assert ahead[2] == pytest.approx(before[2].item())
+    further = torch.atan2(ahead[1], ahead[0]) - torch.atan2(before[1], before[0])
+    assert math.remainder(further.item(), 2 * math.pi) == pytest.approx(0.3)
+    assert ahead @ plain[1, :3, 0] < 0                      # which is to the left
+    ahead, axes = -turned[2, :3, 2], plain[2, :3, :3]       # right, up, back
+    assert (ahead @ axes).tolist() == pytest.approx([0, math.sin(0.2), -math.cos(0.2)], abs=1e-12)
+
+
+def test_turns_are_the_same_for_a_scene_whatever_else_is_made(tmp_path):
+    def poses(name, *options):
+        run(tmp_path / name, *options)
+        scene = read_shard(tmp_path / name / "co3d/train-000000.tar")["arc/0000000000"]
+        return np.stack([c2w for _, _, c2w, _ in scene.values()])
+
+    few, more, plain = (poses("few", "--scenes", "2", "--turn", "20"),
+                        poses("more", "--scenes", "4", "--turn", "20"), poses("plain"))
+    assert np.array_equal(few, more)
+    assert np.allclose(few[:, :3, 3], plain[:, :3, 3], rtol=0, atol=1e-9)
+    cosines = (few[:, :3, 2] * plain[:, :3, 2]).sum(1)
+    assert (cosines < 1).all() and (cosines > math.cos(math.radians(20))**2).all()
+
+
 def test_training_and_held_out_scenes_differ_and_do_not_depend_on_their_count(made, tmp_path):
     run(tmp_path / "more", "--scenes", "8", "--held-out", "4")
     for layout in ("co3d", "re10k"):
@@ -486,6 +514,7 @@ def test_tars_carry_no_time_and_no_owner(made):
     ("--views", "1", "--views 1: it must be at least 2"),
     ("--size", "0", "--size 0: it must be at least 8"),
     ("--motion", "1.5", "--motion is 1.5, it must be more than 0 and at most 1"),
+    ("--turn", "60", "--turn is 60, it must be 0 to 45 degrees"),
     ("--seed", "-3", "--seed -3: it must be at least 0"),
     ("--workers", "-1", "--workers -1: it must be at least 0"),
     ("--device", "cuda", "--device cuda: this machine has cpu"),
