@@ -47,6 +47,7 @@ FEWEST_VIEWS = 2                # of a scene: a pair
 # bytes of a photo's pixel, and of a dense depth map's, as measured: what shards are planned by
 BYTES_A_PIXEL, DEPTH_BYTES_A_PIXEL = {"png": 2.0, "jpg": 0.5, "webp": 0.33}, 0.8
 SPLITS = ("train", "held-out")
+WHERE = "folder", "folders", "cameras", "frames", "videos", "colmap"        # captures lie
 SHARE_HELD_OUT, MOST_HELD_OUT = 0.05, 100       # scenes of captures, unless told
 
 
@@ -281,6 +282,13 @@ def capture_scenes(args, path, found, report):
         "left_out": [[err.reason, err.where, err.detail] for err in out]}, indent=1) + "\n")
 
 
+def from_where(given):
+    """A folder, or several, as it is known from everywhere."""
+    if isinstance(given, list):
+        return [from_where(each) for each in given]
+    return os.path.abspath(given) if given else ""
+
+
 def run_captures(args):
     """Makes shards of captures, skipping those that are there."""
     check_least(args, size=SMALLEST, views=0, scenes=0, held_out=-1, seed=0, workers=0)
@@ -307,7 +315,9 @@ def run_captures(args):
              "shard_size")
     arguments = {"version": CAPTURES_VERSION} | {name: getattr(args, name) for name in names}
     arguments["found"] = (f"{len(found)} scenes (list "
-                          f"{hashlib.sha256(listed.encode()).hexdigest()[:12]})")
+                          f"{hashlib.sha256(os.fsencode(listed)).hexdigest()[:12]})")
+    arguments |= {name: from_where(getattr(args, name)) for name in WHERE if hasattr(args, name)}
+    arguments |= {"images": args.images} if hasattr(args, "images") else {}
     shards = list(Path(args.out).glob("*.tar*"))
     check_out(Path(args.out) / "prepare.json", arguments, shards, args.overwrite)
     todo = [shard for shard in plan

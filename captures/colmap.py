@@ -19,6 +19,8 @@ MODELS = {0: ("SIMPLE_PINHOLE", 3), 1: ("PINHOLE", 4), 2: ("SIMPLE_RADIAL", 4), 
           10: ("THIN_PRISM_FISHEYE", 12)}
 OBSERVATION = np.dtype([("x", "<f8"), ("y", "<f8"), ("point", "<i8")])
 NAMES = ("cameras", "images", "points3D")
+UNDISTORT = ("PINHOLE and SIMPLE_PINHOLE can be read. COLMAP makes such images and cameras: colmap "
+             "image_undistorter --image_path IMAGES --input_path {} --output_path UNDISTORTED")
 
 
 @dataclass(frozen=True)
@@ -111,11 +113,10 @@ def read_cameras(folder):
         if model == "SIMPLE_PINHOLE" and len(parameters) == 3:
             parameters = [parameters[0], *parameters]
         elif model != "PINHOLE" or len(parameters) != 4:
-            raise ValueError(
-                f"{path}: camera {number} is {model}, with {len(parameters)} parameters; PINHOLE "
-                "and SIMPLE_PINHOLE can be read. COLMAP makes such images and cameras: colmap "
-                f"image_undistorter --image_path IMAGES --input_path {folder} "
-                "--output_path UNDISTORTED")
+            raise ValueError(f"{path}: camera {number} is {model}, with {len(parameters)} "
+                             f"parameters; {UNDISTORT.format(folder)}")
+        if width < 1 or height < 1:
+            raise ValueError(f"{path}: camera {number} has images of {width} x {height} pixels")
         cameras[number] = Camera(width, height, *parameters)
     return cameras
 
@@ -126,7 +127,8 @@ def binary_cameras(path):
     for _ in range(file.take("Q")[0]):
         number, model, width, height = file.take("iiQQ")
         if model not in MODELS:
-            raise ValueError(f"{path}: camera {number} is of model {model}, which is not known")
+            raise ValueError(f"{path}: camera {number} is of COLMAP's model number {model}; "
+                             + UNDISTORT.format(path.parent))
         name, parameters = MODELS[model]
         yield number, name, width, height, file.take(f"{parameters}d")
 
@@ -196,7 +198,7 @@ def text_lines(path):
     """The lines of a text file without comments; empty ones inside, which count in images.txt,
     stay."""
     try:
-        lines = path.read_text().rstrip().splitlines()
+        lines = path.read_text(encoding="utf-8").rstrip().splitlines()
     except UnicodeDecodeError as err:
         raise ValueError(f"{path}: is no text: {err}") from err
     return [line.strip() for line in lines if not line.startswith("#")]

@@ -29,6 +29,9 @@ VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov")
 VIDEO_NAME = re.compile(r"(?:v=|youtu\.be/)([\w-]+)")       # in RealEstate10K's links
 MICROSECONDS = 1e-6         # RealEstate10K's unit of time
 MILLIMETRES = 1e-3          # nerfstudio's unit of depth
+# nerfstudio's keys that are not 0 where a lens is distorted, and models that are pinholes then
+DISTORTIONS = "k1", "k2", "k3", "k4", "p1", "p2", "distortion_params", "is_fisheye"
+UNDISTORTED = "PINHOLE", "SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL", "OPENCV"
 SAME_SHAPE = 0.05           # largest relative difference of one path in two reconstructions
 BETWEEN = re.compile(r"[\s,]*")
 
@@ -99,8 +102,13 @@ def read_co3d(root, category, name, depth):
     if name not in places:
         raise LeftOut(root / category / name, "no frames in frame_annotations.jgz")
     frames = [json.loads(text[start:end]) for start, end in places[name]]
-    frames.sort(key=lambda frame: frame.get("frame_number", 0))
+    frames.sort(key=frame_number)
     return collect(functools.partial(co3d_view, root, depth), frames)
+
+
+def frame_number(frame):
+    number = frame.get("frame_number")
+    return number if isinstance(number, float | int) else 0
 
 
 @functools.lru_cache(maxsize=1)
@@ -111,7 +119,7 @@ def co3d_frames(path):
     """
     text, places = unzipped(path), {}
     for frame, start, end in objects(text, path):
-        places.setdefault(frame.get("sequence_name"), []).append((start, end))
+        places.setdefault(str(frame.get("sequence_name")), []).append((start, end))
     return text, places
 
 
@@ -145,7 +153,7 @@ def co3d_view(root, depth, frame):
             stored = DepthMap(root / entry["path"], float(entry["scale_adjustment"]), True, mask)
             if not 0 < stored.unit < math.inf:
                 raise LeftOut(where, "scale_adjustment is not positive", stored.unit)
-    except (KeyError, TypeError, AttributeError) as err:
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as err:
         raise LeftOut(where, "the annotation is not whole", err) from err
     except ValueError as err:
         if isinstance(err, LeftOut):
@@ -206,7 +214,7 @@ def find_re10k(kind, cameras, frames, videos, models):
              if path.suffix.lower() in VIDEO_SUFFIXES} if videos else {}
     captures, out = [], Counter()
     for path in texts:
-        text = path.read_text(errors="replace")
+        text = path.read_text(encoding="utf-8", errors="replace")
         link = VIDEO_NAME.search(text.split("\n", 1)[0])
         place = known.get(link[1] if link else "") if videos else Path(frames) / path.stem
         model = Path(models) / path.stem if models else None
@@ -224,7 +232,7 @@ def find_re10k(kind, cameras, frames, videos, models):
 def read_re10k(path, place, model):
     """(Views, LeftOuts) of a clip, in the order of time. Raises LeftOut, OSError."""
     try:
-        rows = paths.re10k_rows(path.read_text())
+        rows = paths.re10k_rows(path.read_text(encoding="utf-8"))
     except ValueError as err:
         raise LeftOut(path, "the camera text is damaged", err) from err
     frames = {}
@@ -345,12 +353,12 @@ def transforms(path):
     """The contents of a transforms.json. Raises FileNotFoundError, and ValueError also for lenses
     with distortion."""
     try:
-        stored = json.loads(path.read_text())
+        stored = json.loads(path.read_text(encoding="utf-8"))
         frames = stored["frames"]
         for known in [{**stored, **frame} for frame in frames]:
             model = known.get("camera_model", "PINHOLE")
-            bent = [key for key in ("k1", "k2", "k3", "k4", "p1", "p2") if known.get(key)]
-            if model not in ("PINHOLE", "SIMPLE_PINHOLE", "OPENCV", "SIMPLE_RADIAL") or bent:
+            bent = [key for key in DISTORTIONS if np.any(known.get(key) or 0)]
+            if model not in UNDISTORTED or bent:
                 raise ValueError(
                     f"the camera of {known.get('file_path')} is {model} with lens distortion "
                     f"({', '.join(bent) or 'of its kind'}); only pinholes can be read. Run colmap "
@@ -376,8 +384,9 @@ def nerfstudio_view(folder, depth, frame):
     """The View of a frame with the keys that all share. Raises LeftOut."""
     try:
         photo = folder / frame["file_path"]
-        if not photo.suffix:                        # Blender's leave it out
-            photo = photo.with_suffix(".png")
+        if not photo.is_file():                     # Blender's leave the suffix out
+            named = (photo.with_name(photo.name + suffix) for suffix in IMAGE_SUFFIXES)
+            photo = next(filter(Path.is_file, named), photo)
         c2w = paths.matrices([frame["transform_matrix"]])[0].numpy()
         width, height = ((frame["w"], frame["h"]) if "w" in frame and "h" in frame
                          else size_of(photo))
@@ -390,14 +399,15 @@ def nerfstudio_view(folder, depth, frame):
         if depth and "depth_file_path" not in frame:
             raise LeftOut(photo, "no depth")
         stored = DepthMap(folder / frame["depth_file_path"], MILLIMETRES) if depth else None
+        intrinsics = fx / width, fy / height, cx / width, cy / height
+        size = int(width), int(height)
     except (KeyError, TypeError, ZeroDivisionError) as err:
         raise LeftOut(folder, "a frame of transforms.json is not whole", err) from err
     except ValueError as err:
         if isinstance(err, LeftOut):
             raise
         raise LeftOut(folder, "a frame of transforms.json is not numbers", err) from err
-    intrinsics = fx / width, fy / height, cx / width, cy / height
-    return View(str(photo), photo, c2w, intrinsics, (int(width), int(height)), stored)
+    return View(str(photo), photo, c2w, intrinsics, size, stored)
 
 
 def size_of(photo):
@@ -407,5 +417,5 @@ def size_of(photo):
             return image.size
     except FileNotFoundError as err:
         raise LeftOut(photo, "missing image") from err
-    except (OSError, SyntaxError, Image.DecompressionBombError) as err:
+    except Exception as err:    # on damaged bytes Pillow raises anything
         raise LeftOut(photo, "image cannot be decoded", err) from err

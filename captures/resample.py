@@ -145,7 +145,8 @@ def square(view, picture, half, size):
     take = points_depth if isinstance(view.depth, Points) else map_depth
     depth = take(view, half, size)
     if np.count_nonzero(depth) < FEWEST_DEPTHS:
-        raise LeftOut(view.where, f"fewer than {FEWEST_DEPTHS} pixels of known depth")
+        raise LeftOut(view.where, f"fewer than {FEWEST_DEPTHS} pixels of known depth",
+                      "with --no-depth, or without --colmap, none is needed")
     return np.asarray(picture), depth
 
 
@@ -219,7 +220,7 @@ def pictures(views):
                 yield view, picture
         except FileNotFoundError:
             yield view, LeftOut(view.photo, "missing image")
-        except (OSError, SyntaxError, Image.DecompressionBombError) as err:
+        except Exception as err:    # on damaged bytes Pillow raises anything
             yield view, LeftOut(view.photo, "image cannot be decoded", str(err))
 
 

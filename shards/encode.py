@@ -45,6 +45,7 @@ from tensorfile import pack
 
 ENCODE_VERSION = 1
 FEWEST_VIEWS = 2                # of a scene: a pair
+EMBEDDING = 768                 # CLIP's numbers of a view
 MOST_LOADERS = 16               # processes, by default
 START = 2**16                   # bytes
 PATIENCE = timedelta(days=30)   # of a rank that is done, with the others
@@ -181,8 +182,9 @@ def filled(rows, size):
 
 
 def encoded_scenes(source, networks, args, device, total, report):
-    """Yields the members of every scene; report(view's problem or "") as views get done."""
-    views = encoded_views(source, networks, args, device, total)
+    """Yields the members of every scene; report(view's problem or "") as views get done. Raises
+    Damaged where there is none."""
+    views, whole = encoded_views(source, networks, args, device, total), 0
     for scene in range(len(source)):
         known, kept, made, depths = source.scene(scene), [], [], []
         for view in range(len(known.c2w)):
@@ -194,11 +196,15 @@ def encoded_scenes(source, networks, args, device, total, report):
                 depths.append(its_depth.numpy())
         if len(kept) < FEWEST_VIEWS:
             continue
+        whole += 1
         moments, embeddings, scales = map(torch.stack, zip(*made))
         yield [(f"{known.name}.safetensors", member(
             moments, embeddings, known.c2w[kept],
             torch.full((len(kept),), known.fov, dtype=torch.float64), scales, known.radius,
             nearplane_quantile(depths)))]
+    if not whole:
+        raise Damaged(source.name, f"none of its {len(source)} scenes has {FEWEST_VIEWS} views that "
+                      "can be encoded, so there is no shard of it")
 
 
 # ---- the command
@@ -232,17 +238,38 @@ def start(file):
     return zlib.crc32(file.read(0, START))
 
 
+def fingerprint(networks):
+    """A CRC-32 of a few of their weights: files of other ones may have the same name."""
+    few = (networks.first_stage_model.quant_conv.weight,
+           networks.cond_stage_model.model.visual.proj)
+    return f"{zlib.crc32(b''.join(part.cpu().numpy().tobytes() for part in few)):08x}"
+
+
+def tell_plan(shards, out):
+    """Says what would be made."""
+    views = size = 0
+    todo = [shard for shard in shards if not is_there(shard[0], shard[-1])]
+    for file, format, side, _ in todo:
+        count = int(of_files(file.name, format, [file], side).counts.sum())
+        views, size = views + count, size + count * 2 * (8 * (side // 8)**2 + EMBEDDING)
+    print(f"{out}: {len(shards)} shards, {len(shards) - len(todo)} of them there; {views} views to "
+          f"encode, about {size / 1e9:.3g} GB")
+
+
 def run(args):
     """Encodes the shards that are not there yet; under torchrun, each rank its part of them."""
     rank, world = (int(os.environ.get(name, default)) for name, default in
                    (("RANK", 0), ("WORLD_SIZE", 1)))
     device = own_device(torch.device(args.device))
     shards = plan(args)
+    if args.dry_run:
+        return tell_plan(shards, args.out)
     networks = load(args.weights, args.depth_weights, args.quantile_blend, device)
     if world > 1:
         dist.init_process_group("gloo", timeout=PATIENCE)       # to wait for one another, no more
     if rank == 0:
-        arguments = {"version": ENCODE_VERSION, "weights": Path(args.weights).name,
+        arguments = {"version": ENCODE_VERSION,
+                     "weights": f"{Path(args.weights).name} ({fingerprint(networks)})",
                      "depth-weights": Path(args.depth_weights).name, "precision": args.precision,
                      "quantile-blend": args.quantile_blend}
         check_out(Path(args.out) / "encode.json", arguments, list(Path(args.out).rglob("*.tar")),
@@ -276,10 +303,16 @@ def run(args):
                     total.update(began=time.perf_counter(), before=total["waited"])
                 problems.extend([problem] * bool(problem))
 
+            def scenes_and_note():
+                yield from encoded_scenes(source, networks, args, device, total, report)
+                note = {"raw": {"path": file.path, "start": start(file)}, "left_out": problems}
+                write_text(path.with_suffix(".json"), json.dumps(note, indent=1))
+
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_shard(path, encoded_scenes(source, networks, args, device, total, report))
-            note = {"raw": {"path": file.path, "start": start(file)}, "left_out": problems}
-            write_text(path.with_suffix(".json"), json.dumps(note, indent=1))
+            try:
+                write_shard(path, scenes_and_note())
+            except Damaged as err:
+                problems.append(str(err))
             for problem in problems:
                 bar.write(f"left out: {problem}", file=sys.stderr)
     if total["views"]:
@@ -355,4 +388,5 @@ def add_options(sub):
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to encode")
     add("--loaders", type=int, default=None, help="processes a rank that decode images; on a GPU "
         f"as many as there are cores for, up to {MOST_LOADERS}, unless told")
+    add("--dry-run", action="store_true", help="say what would be made, and stop")
     add("--overwrite", action="store_true", help="replace shards made with other arguments")

@@ -41,28 +41,30 @@ DEPTHS_AGREE = 0.5              # share of the surfaces that both see
 # ---- what kind of shard
 
 def detect(file):
-    """(format, image_size) of a shard, by its first members. Raises ValueError."""
-    window, side, format = Window(file), None, None
+    """(format, image_size) of a shard, by its first members that can be read. Raises ValueError."""
+    window, side, format, damage = Window(file), None, None, ""
     try:
         for name, offset, size in tar_members(window):
-            if ENCODED_MEMBER.fullmatch(name):
-                length = int.from_bytes(window.read(offset, 8), "little")
-                header = json.loads(window.read(offset + 8, min(length, size)))
-                return "encoded", header["moments"]["shape"][2] * LATENT_SHRINK
-            match = MEMBER.fullmatch(name)
-            if match and match[3] == "_metadata.json" and not format:
-                fields = json.loads(window.read(offset, size))
-                format = "re10k" if "extrinsics" in fields else "co3d"
-            elif match and match[3] != "_depth.png" and not side:
-                side = min(Image.open(io.BytesIO(window.read(offset, size))).size)
+            try:
+                if ENCODED_MEMBER.fullmatch(name):
+                    length = int.from_bytes(window.read(offset, 8), "little")
+                    header = json.loads(window.read(offset + 8, min(length, size)))
+                    return "encoded", header["moments"]["shape"][2] * LATENT_SHRINK
+                match = MEMBER.fullmatch(name)
+                if match and match[3] == "_metadata.json" and not format:
+                    fields = json.loads(window.read(offset, size))
+                    format = "re10k" if "extrinsics" in fields else "co3d"
+                elif match and match[3] != "_depth.png" and not side:
+                    side = min(Image.open(io.BytesIO(window.read(offset, size))).size)
+            except TarError:
+                raise
+            except Exception as err:    # on damaged bytes Pillow raises anything
+                damage = damage or f"; {name}: {str(err) or type(err).__name__}"
             if side and format:
                 return format, side
     except TarError as err:
         raise ValueError(str(err)) from err
-    except (ValueError, TypeError, KeyError, OSError) as err:
-        raise ValueError(f"{file.name}: its first members cannot be read ({err}); "
-                         "say --format and --size") from err
-    raise ValueError(f"{file.name}: no scene in it that data.py reads")
+    raise ValueError(f"{file.name}: no scene in it that data.py reads{damage}")
 
 
 def groups(patterns, format, side, unread=None):

@@ -18,6 +18,7 @@ import time
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -42,34 +43,43 @@ def write_shard(path, scenes):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial, open(partial, "wb") as file:
+        for scene in scenes:
+            for name, content in scene:
+                member = tarfile.TarInfo(name)          # time, owner and group are 0
+                member.size = len(content)
+                try:
+                    header = member.tobuf(tarfile.USTAR_FORMAT)
+                except ValueError as err:               # as of 200 characters
+                    raise ValueError(f"{path}: no member of it can be {name!r}: {err}") from err
+                file.write(header + content + bytes(-len(content) % tarfile.BLOCKSIZE))
+        file.write(bytes(2 * tarfile.BLOCKSIZE))        # the end
+        file.write(bytes(-file.tell() % tarfile.RECORDSIZE))
+        file.flush()
+        os.fsync(file.fileno())
+    return path.stat().st_size
+
+
+@contextmanager
+def replacing(path):
+    """The path of a file to write, which is `path` in the end, or nothing if that fails. Raises
+    OSError with the file's name: a write that fails does not say where."""
     partial = path.with_name(path.name + PARTIAL)
     try:
-        with open(partial, "wb") as file:
-            for scene in scenes:
-                for name, content in scene:
-                    member = tarfile.TarInfo(name)          # time, owner and group are 0
-                    member.size = len(content)
-                    padding = bytes(-len(content) % tarfile.BLOCKSIZE)
-                    file.write(member.tobuf(tarfile.USTAR_FORMAT) + content + padding)
-            file.write(bytes(2 * tarfile.BLOCKSIZE))        # the end
-            file.write(bytes(-file.tell() % tarfile.RECORDSIZE))
-            file.flush()
-            os.fsync(file.fileno())
+        yield partial
         os.replace(partial, path)
     except OSError as err:
         if err.errno is None or err.filename is not None:
             raise
-        raise OSError(err.errno, err.strerror, str(path)) from err      # a write does not say where
+        raise OSError(err.errno, err.strerror, str(path)) from err
     finally:
         partial.unlink(missing_ok=True)
-    return path.stat().st_size
 
 
 def write_text(path, text):
     """Writes a text file, whole or not at all."""
-    partial = path.with_name(path.name + PARTIAL)
-    partial.write_text(text)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 # ---- members

@@ -19,14 +19,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
-from captures import datasets, colmap
 import configs
 import data
 import prepare
-from captures import resample
+from captures import colmap, datasets, resample, synth
 from shards import writer
-from captures import synth
 from test_prepare import project, read_shard, unproject
 
 SIZE = 64                   # pixels a side that are written
@@ -528,6 +527,17 @@ def test_fine_detail_is_averaged_not_picked(tmp_path):
     assert abs(found[4:-4, 4:-4].astype(float) - 127.5).max() < 3
 
 
+def test_a_photo_of_which_pillow_says_something_else_is_left_out_with_its_name(tmp_path):
+    """More compressed text than Pillow takes is a ValueError, and at the opening."""
+    info = PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", "x" * 3_000_000, zip=True)
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png", pnginfo=info)
+    (_, found), = resample.pictures([view(tmp_path / "a.png")])
+    assert found.reason == "image cannot be decoded" and "too large" in found.detail
+    with pytest.raises(resample.LeftOut, match="image cannot be decoded"):
+        datasets.size_of(tmp_path / "a.png")
+
+
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
 def test_a_cut_photo_is_left_out_with_its_name(suffix, miniatures, tmp_path):
     root = copied(miniatures, "colmap", tmp_path) / "wide"
@@ -640,7 +650,7 @@ def test_damaged_co3d_frames_are_left_out_and_counted(miniatures, tmp_path):
     root = copied(miniatures, "co3d", tmp_path)
     frames = annotations(root)
     views = range(VIEWS, 2 * VIEWS)             # of the second sequence
-    more = [json.loads(json.dumps(frames[VIEWS])) for _ in range(7)]
+    more = [json.loads(json.dumps(frames[VIEWS])) for _ in range(10)]
     more[0]["viewpoint"]["R"][1][1] = math.nan
     more[1]["viewpoint"]["intrinsics_format"] = "screen"
     more[2]["viewpoint"] = None
@@ -648,14 +658,17 @@ def test_damaged_co3d_frames_are_left_out_and_counted(miniatures, tmp_path):
     more[4]["image"]["path"] = "toy/tall/images/frame000099.jpg"
     more[5]["depth"]["scale_adjustment"] = "big"
     more[6]["depth"]["path"] = "toy/tall/depths/frame000099.png"
+    more[7]["image"]["size"] = [0, 0]
     for i, frame in enumerate(more):
         frame["frame_number"] = 100 + i
+    more[8] |= {"frame_number": None, "viewpoint": None}
+    more[9]["sequence_name"] = ["no", "name"]       # nobody's
     sequences = [{"sequence_name": name, "viewpoint_quality_score": 1} for name in ("wide", "tall")]
     annotate(root, frames + more, sequences)
     run(["co3d", str(root)], tmp_path / "out")
     assert left_out(tmp_path / "out") == {
         "the camera holds numbers that are not finite": 1, "intrinsics_format is not known": 1,
-        "the annotation is not whole": 1, "no depth": 1, "missing image": 1,
+        "the annotation is not whole": 3, "no depth": 1, "missing image": 1,
         "the annotation is not numbers": 1, "missing depth": 1}
     assert reader(tmp_path / "out", "co3d").counts.tolist() == [len(views), VIEWS]
 
@@ -731,6 +744,17 @@ def test_lens_distortion_is_refused_with_the_command_that_removes_it(truths, tmp
     assert not (tmp_path / "out").exists()              # before any work
 
 
+@pytest.mark.parametrize("number, width, says", [
+    (1, 0, "camera 7 has images of 0 x"), (99, 64, "COLMAP's model number 99; PINHOLE and")])
+def test_a_camera_that_cannot_be_is_refused(number, width, says, tmp_path):
+    (tmp_path / "cameras.bin").write_bytes(struct.pack("<QiiQQ4d", 1, 7, number, width, 64,
+                                                       *(50.0, 50.0, 32.0, 32.0)))
+    for name in ("images.bin", "points3D.bin"):
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=says):
+        colmap.read_cameras(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["images.bin", "points3D.bin", "cameras.bin"])
 def test_a_cut_colmap_file_is_named(name, miniatures, tmp_path, capsys):
     path = copied(miniatures, "colmap", tmp_path) / "wide/sparse/0" / name
@@ -780,11 +804,30 @@ def test_nerfstudio_frames_may_have_their_own_lens_or_an_angle(miniatures, tmp_p
     path.write_text(json.dumps(stored))
     views, _ = datasets.read_nerfstudio(path, True)
     assert views[1].intrinsics == pytest.approx((0.5, 0.625, 0.4, 0.5))
+    stored |= {"camera_model": "RADIAL", "k1": 0.0, "distortion_params": [0.0] * 6}
+    stored["frames"][0]["w"] = 0
+    path.write_text(json.dumps(stored))
+    views, out = datasets.read_nerfstudio(path, True)
+    assert len(views) == VIEWS - 1 and out[0].reason == "a frame of transforms.json is not whole"
+
+
+@pytest.mark.parametrize("written, named", [("r.000.png", "r.000"), ("0.jpg", "0"),
+                                            ("0.JPG", "0.JPG"), ("0.png", "1")])
+def test_nerfstudio_paths_may_leave_the_suffix_out(written, named, tmp_path):
+    Image.new("RGB", (64, 48)).save(tmp_path / written)
+    frame = {"file_path": named, "transform_matrix": np.eye(4).tolist(), "camera_angle_x": 1.0}
+    if Path(written).stem == "0" and named == "1":
+        with pytest.raises(resample.LeftOut, match="missing image"):
+            datasets.nerfstudio_view(tmp_path, False, frame)
+    else:
+        assert datasets.nerfstudio_view(tmp_path, False, frame).photo == tmp_path / written
 
 
 @pytest.mark.parametrize("change, says", [
     ({"k1": 0.1}, "OPENCV with lens distortion (k1)"),
     ({"camera_model": "OPENCV_FISHEYE"}, "OPENCV_FISHEYE with lens distortion"),
+    ({"distortion_params": [0.1, 0, 0, 0, 0, 0]}, "lens distortion (distortion_params)"),
+    ({"is_fisheye": True}, "lens distortion (is_fisheye)"),
     ({"frames": 3}, "is no transforms.json"),
 ])
 def test_transforms_that_cannot_be_used_stop_with_their_name(change, says, miniatures, tmp_path,
@@ -1007,6 +1050,18 @@ def test_a_shard_of_which_nothing_is_left_stops_the_run(miniatures, tmp_path, ca
                    tmp_path / "out", capsys)
     assert "train-000000.tar: none of its 2 scenes can be used" in line and "missing image" in line
     assert not list((tmp_path / "out").glob("*.tar*"))
+
+
+def test_other_photos_under_the_same_options_are_refused(miniatures, tmp_path, capsys):
+    root = copied(miniatures, "colmap", tmp_path)
+    shutil.copytree(root / "wide/images", root / "wide/images_2")
+    arguments, out = ["colmap", str(root / "wide")], tmp_path / "out"
+    run(arguments, out)
+    assert "images images there, images_2 now" in stopped([*arguments, "--images", "images_2"],
+                                                          out, capsys)
+    shutil.copytree(root / "wide", tmp_path / "other/wide")
+    line = stopped(["colmap", str(tmp_path / "other/wide")], out, capsys)
+    assert f"folders ['{root}/wide'] there, ['{tmp_path}/other/wide'] now" in line
 
 
 def test_two_scenes_of_one_name_are_refused(miniatures, tmp_path, capsys):

@@ -6,9 +6,9 @@ import multiprocessing
 import os
 import re
 import socket
+import tarfile
 from argparse import Namespace
 
-from shards import encode
 import numpy as np
 import pytest
 import torch
@@ -22,6 +22,7 @@ import prepare
 import train
 import vae
 from configs import Config, Source
+from shards import encode, writer
 
 SIDE, MODE = 32, "7dof_quantile_scale"
 
@@ -48,7 +49,7 @@ def run(folder, out, pattern="*/train-*.tar", networks=None, **changes):
     options = {"shards": [str(folder / pattern)], "weights": "w.ckpt", "depth_weights": "",
                "quantile_blend": True, "out": str(out), "format": "", "batch": 5,
                "precision": "fp32", "compile": False, "device": "cpu", "loaders": 0,
-               "overwrite": False}
+               "overwrite": False, "dry_run": False}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encode, "load", lambda *given: networks or small_networks())
         encode.run(Namespace(**{**options, **changes}))
@@ -174,8 +175,42 @@ def test_a_run_goes_on_where_it_stopped_with_the_same_bytes(rendered, tmp_path, 
 
 
 def test_other_arguments_in_the_same_folder_are_refused(rendered, encoded):
-    with pytest.raises(ValueError, match="weights w.ckpt there, other.ckpt now"):
+    with pytest.raises(ValueError, match=r"weights w.ckpt .*\) there, other.ckpt .*\) now"):
         run(rendered, encoded, weights="other.ckpt")
+    other = small_networks()
+    other.first_stage_model.quant_conv.weight += 1      # a file of the same name
+    with pytest.raises(ValueError, match=r"weights w.ckpt .*\) there, w.ckpt .*\) now"):
+        run(rendered, encoded, networks=other)
+
+
+def damaged_shard(rendered, path, *damaged):
+    """A copy of a shard of two scenes without the bytes of those members."""
+    with tarfile.open(rendered / "co3d/train-000000.tar") as tar:
+        members = {m.name: tar.extractfile(m).read() for m in tar}
+    found = [name for name in members if any(part in name for part in damaged)]
+    assert found
+    writer.write_shard(path, [[(name, b"" if name in found else content)
+                               for name, content in members.items()]])
+
+
+def test_a_damaged_first_image_costs_no_more_than_its_view(rendered, tmp_path, capsys):
+    first = "arc/0000000000"
+    damaged_shard(rendered, tmp_path / "raw/a.tar", f"{first}/frame000001.png")
+    damaged_shard(rendered, tmp_path / "raw/b.tar", "frame000001.png", "frame000002.png")
+    for _ in range(2):          # and again
+        run(tmp_path / "raw", tmp_path / "out", "*.tar")
+        assert "b.tar: none of its 2 scenes has 2 views" in capsys.readouterr().err
+        assert not (tmp_path / "out/b.tar").exists()
+    made = read_source(tmp_path / "out", "a.tar", format="encoded", side=SIDE)
+    assert made.counts.tolist() == [2, 3]
+    left_out = json.loads((tmp_path / "out/a.json").read_text())["left_out"]
+    assert len(left_out) == 1 and f"{first}/frame000001.png" in left_out[0]
+
+
+def test_a_dry_run_says_what_would_be_encoded(rendered, tmp_path, capsys):
+    run(rendered, tmp_path / "out", dry_run=True)
+    assert "out: 4 shards, 0 of them there; 18 views to encode, about " in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
 
 
 def of_rank(rank, port, rendered, out, box):

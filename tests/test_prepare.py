@@ -459,6 +459,20 @@ def test_other_arguments_are_refused_by_name_unless_overwritten(made, tmp_path, 
     assert "arc/0000000000" in read_shard(out / "co3d/train-000000.tar")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_note_that_does_not_fit_on_the_disk_is_named_and_leaves_nothing(tmp_path):
+    (tmp_path / "note.json.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device: '.*/note.json'"):
+        writer.write_text(tmp_path / "note.json", "{}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_that_no_tar_can_hold_are_told(tmp_path):
+    with pytest.raises(ValueError, match="s.tar: no member of it can be 'aaa.*: name is too long"):
+        writer.write_shard(tmp_path / "s.tar", [[("a" * 180, b"")]])
+    assert not list(tmp_path.iterdir())
+
+
 def test_other_arguments_are_fine_where_no_shard_was_made(tmp_path):
     """Those of a run that failed, say, and are now corrected."""
     note, shard = tmp_path / "note.json", tmp_path / "train-000000.tar"
