@@ -203,8 +203,8 @@ def encoded_scenes(source, networks, args, device, total, report):
             torch.full((len(kept),), known.fov, dtype=torch.float64), scales, known.radius,
             nearplane_quantile(depths)))]
     if not whole:
-        raise Damaged(source.name, f"none of its {len(source)} scenes has {FEWEST_VIEWS} views that "
-                      "can be encoded, so there is no shard of it")
+        raise Damaged(source.name, f"none of its {len(source)} scenes has {FEWEST_VIEWS} views "
+                      "that can be encoded, so there is no shard of it")
 
 
 # ---- the command
