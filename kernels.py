@@ -5,6 +5,7 @@ there is no GPU, and everywhere if `enabled` is set to False.
 """
 
 import functools
+import subprocess
 
 import torch
 
@@ -25,6 +26,17 @@ enabled = triton is not None
 def usable(x, types=TYPES):
     """Whether kernels take the place of PyTorch's operations on a tensor like x."""
     return enabled and x.is_cuda and x.dtype in types
+
+
+def check_compiler(device, without):
+    """Compiles a line, so that what torch.compile lacks is known at start. ValueError says what.
+    without: the option that does without it."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
+    except (RuntimeError, ImportError, OSError, subprocess.SubprocessError) as err:
+        reason = next(iter(str(err).splitlines()), type(err).__name__)
+        raise ValueError(f"torch.compile does not work here ({reason}); {without} does without it, "
+                         "slower") from err
 
 
 if triton is not None:

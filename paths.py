@@ -7,12 +7,14 @@ y up, z back) camera-to-world matrices `c2w`, float64. n cameras.
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from camera import look_at, opengl_from_opencv
+from shards.writer import write_text
 
 # name: (default of --by, what it does, with that default)
 MOTIONS = {
@@ -158,11 +160,12 @@ def read(path, fov):
     if not path.is_file():
         raise FileNotFoundError(f"no path file {path}")
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as err:
         raise ValueError(f"{path}: is not a text file of camera poses") from err
     try:
-        c2w, fovs = from_json(text, fov) if path.suffix == ".json" else from_text(text, fov)
+        is_json = path.suffix.lower() == ".json" or text.lstrip()[:1] in ("[", "{")
+        c2w, fovs = (from_json if is_json else from_text)(text, fov)
     except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError,
             torch.linalg.LinAlgError) as err:
         reason = f"{err} is missing" if isinstance(err, KeyError) else str(err).splitlines()[0]
@@ -253,16 +256,25 @@ def from_text(text, fov):
         fovs = [2 * math.atan(0.5 / max(row[1], row[2])) for row in rows]
         return opengl_from_opencv(torch.linalg.inv(w2c)), torch.tensor(fovs, dtype=torch.float64)
     lines = [line.split() for line in text.splitlines() if not line.startswith("#")]
-    # COLMAP: two lines an image, the second (its points, perhaps none) is not needed
+    while lines and not lines[0]:
+        del lines[0]
+    # COLMAP: two lines an image, the second has its points (three numbers each, perhaps none)
     images = [line for line in lines[::2] if line]
-    if any(len(line) < 10 for line in images):
-        raise ValueError("a line has fewer than the 10 words of an image in COLMAP's text")
-    images.sort(key=lambda line: line[9])
+    if any(len(line) < 10 for line in images) or any(len(line) % 3 for line in lines[1::2]):
+        raise ValueError("COLMAP's text has two lines an image, of 10 words and of three a point")
+    if any(abs(math.hypot(*map(float, line[1:5])) - 1) > RIGID for line in images):
+        raise ValueError("a quaternion is not of length 1")
+    images.sort(key=lambda line: in_order(line[9]))
     w2c = torch.eye(4, dtype=torch.float64).repeat(len(images), 1, 1)
     for row, line in zip(w2c, images):
         row[:3, :3] = from_quaternion(*map(float, line[1:5]))
         row[:3, 3] = torch.tensor([float(x) for x in line[5:8]])
     return opengl_from_opencv(torch.linalg.inv(w2c)), torch.full((len(images),), fov).double()
+
+
+def in_order(name):
+    """What sorts names whose numbers are not padded: frame9 before frame10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def re10k_rows(text):
@@ -302,4 +314,4 @@ def write(path, cameras, size, files, cond_file):
     frames = [frame(cond_file, cameras.cond_c2w, fovs[0])]
     frames += [frame(file, c2w, fov) for file, c2w, fov in zip(files, cameras.c2w, fovs)]
     shared = {"camera_model": "PINHOLE", "w": size, "h": size, "cx": size / 2, "cy": size / 2}
-    Path(path).write_text(json.dumps({**shared, "frames": frames}, indent=1))
+    write_text(Path(path), json.dumps({**shared, "frames": frames}, indent=1))

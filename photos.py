@@ -79,7 +79,9 @@ def over_white(picture):
     """RGB version of any Pillow image, transparency over white, 16-bit grey in 8 bits."""
     if picture.mode.startswith(("I", "F")):
         values = np.asarray(picture, dtype=np.float64)
-        whole = SIXTEEN_BITS if values.max() > 255 else 255
+        # floats do not tell what is white
+        whole = (SIXTEEN_BITS if picture.mode != "F" or values.max() > 255 else
+                 255 if values.max() > 1 else 1)
         picture = Image.fromarray((values / whole * 255).clip(0, 255).astype(np.uint8))
     picture = picture.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", picture.size, WHITE), picture).convert("RGB")

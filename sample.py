@@ -11,6 +11,7 @@ Letters: `b` batch, `n` views, `s` side of the square images in pixels.
 
 import argparse
 import math
+import re
 import sys
 import tempfile
 import time
@@ -28,6 +29,7 @@ import photos
 import pictures
 from distributed import device_of
 from fast import Fast
+from kernels import check_compiler
 from samplers import EVERYWHERE, SAMPLERS, SPACINGS, TIMESTEPS, encoded_views, plan
 from shards import scenes
 
@@ -35,6 +37,7 @@ VIEWS = 16                              # along a path, unless told
 SWEEP = (0.3, 0.5, 0.7, 1.0, 1.4)       # of --scale-sweep
 SWEEP_VIEWS, TRUE_VIEWS, PROGRESS_VIEWS = 6, 6, 8
 SHEET_COLUMNS = 6
+VIEW = re.compile(r"\d{3,}\.png")
 OPTIONAL = ("truth.png", "progress.png", "scale-sweep.png", "orbit.mp4")    # not in every run
 DEFAULT_MOTION = "swing"        # small turns are what every model does best
 CLIP_WIDTH = 768
@@ -168,7 +171,7 @@ class Render:
         """Time, steps and memory, as one line."""
         where = self.net.betas.device
         options = self.options
-        line = (f"{self.seconds / self.views:.2f} s a view ({self.views} views, {self.evaluations} "
+        line = (f"{self.seconds / self.views:.3g} s a view ({self.views} views, {self.evaluations} "
                 f"steps of {options['sampler']}, guidance {options['guidance']:g}, {where})")
         if self.fast.preparing:
             line += f", {self.fast.preparing:.1f} s of preparation"
@@ -222,6 +225,13 @@ def numbers_of(kind, low, high=math.inf, above=False):
     return parse
 
 
+def is_number(text):
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
 def interval(text):
     """LOW,HIGH timesteps."""
     try:
@@ -253,7 +263,8 @@ def parser():
     for name, (_, line) in paths.MOTIONS.items():
         path.add_argument(f"--{name}", dest="motion", action="store_const", const=name, help=line)
     path.add_argument("--grid", action="store_true",
-                      help="a sheet of views to the sides of, above and below the photo's")
+                      help="a sheet of views up to 40 degrees to the sides of the photo's and 20 "
+                           "above and below it")
     path.add_argument("--pose", action="append", default=[], metavar="AZIMUTH,ELEVATION,RADIUS",
                       help="one view, so many degrees to the right of and above the photo's, at "
                            "so many times its distance; may be repeated; --pose=-30,0,1 with an "
@@ -262,8 +273,8 @@ def parser():
                       help="cameras from a file: a JSON list of c2w matrices (OpenGL), "
                            "nerfstudio's transforms.json, RealEstate10K text, COLMAP images.txt")
     p.add_argument("--by", type=numbers_of(float, -math.inf), metavar="X",
-                   help="how far the path goes instead, in its degrees, lengths or (zoom) times; a "
-                        "negative number goes the other way")
+                   help="how far the path goes instead, in its degrees, lengths or (zoom) times; "
+                        "the other way: a negative number, or (zoom) one below 1")
     p.add_argument("--views", type=numbers_of(int, 1), metavar="N",
                    help=f"views along the path ({VIEWS})")
 
@@ -325,8 +336,9 @@ def parser():
     return p
 
 
-def say_ignored(args, sampler):
+def say_ignored(args, sampler, cameras):
     """Says on standard error which of the options that are given nothing looks at."""
+    told = args.path and args.fov is not None and cameras.fov.rad2deg().sub(args.fov).abs().max()
     own, these = args.grid or args.pose or args.path, "--grid, --pose and --path tell all cameras"
     for name, given, idle, why in (
             ("--by", args.by is not None, own, these), ("--views", args.views, own, these),
@@ -335,6 +347,8 @@ def say_ignored(args, sampler):
             ("--crop", args.crop, args.object, "--object finds the square itself"),
             ("--scene", args.scene is not None, args.image, "the views start from IMAGE"),
             ("--depth-weights", args.depth_weights, args.scale != "auto", "--scale auto reads it"),
+            ("--elevation", args.elevation is not None, args.path, these),
+            ("--fov", args.fov is not None, told and told > 1e-6, "those of --path have their own"),
             ("--scale", args.scale, args.scale_sweep, "--scale-sweep tries several"),
             ("--progress", args.progress, args.scale_sweep, "--scale-sweep makes one sheet alone"),
             ("--eta", args.eta is not None, sampler in ("dpm++", "unipc"), "it is for ddim")):
@@ -355,9 +369,22 @@ def cameras_of(args, fov, elevation):
     return paths.motion(name, args.views or VIEWS, by, fov, elevation)
 
 
+def check_centred(cameras):
+    """Raises ValueError for cameras that a 3DoF model cannot be told of."""
+    c2w = torch.cat([cameras.cond_c2w[None], cameras.c2w])
+    centred = camera.look_at(c2w[:, :3, 3], torch.zeros_like(c2w[:, :3, 3]))
+    if (not torch.allclose(c2w, centred, rtol=0, atol=paths.RIGID)
+            or not torch.allclose(cameras.fov, cameras.fov[:1])):
+        raise ValueError("a 3DoF model knows of azimuth, elevation and distance alone: its cameras "
+                         "look at the centre with one field of view, as those of --orbit, --swing, "
+                         "--spiral, --dolly, --grid and --pose do")
+
+
 def photo_of(args, config):
     """The Photo that the command line asks for. Raises ValueError, FileNotFoundError."""
     if args.image:
+        if args.motion and not Path(args.image).exists() and is_number(args.image):
+            raise ValueError(f"{args.image} is no image: how far a path goes is told by --by")
         photo = photos.from_file(args.image, config.image_size, args.crop, args.object)
         if config.mode in camera.UNSCALED:
             photo.scale = 1.0
@@ -369,9 +396,11 @@ def photo_of(args, config):
         photo.fov = math.radians(args.fov)
     if args.elevation is not None:
         photo.elevation = args.elevation
-    if args.scale:
-        photo.scale = (photos.scale_of(photo.picture, args.depth_weights) if args.scale == "auto"
-                       else args.scale)
+    if args.scale == "auto":
+        photo.scale = photos.scale_of(photo.picture, args.depth_weights)
+        print(f"the scale is {photo.scale:.3g}")
+    elif args.scale:
+        photo.scale = args.scale
     return photo
 
 
@@ -405,25 +434,27 @@ def folder_for(path):
     """The output folder, made and tried. Raises ValueError where nothing can be written."""
     out = Path(path)
     try:
-        (out / "views").mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
     except OSError as err:
         raise ValueError(f"--out {out} cannot be written: {err.strerror}") from err
     return out
 
 
-def write(out, photo, cameras, views, columns):
+def write(out, photo, cameras, views, labels, columns):
     """Writes a path's views, sheet, animation, cameras and map. Returns the names of the files."""
+    (out / "views").mkdir(exist_ok=True)
     # what an earlier run left would look like a part of this one
-    for old in [*(out / name for name in OPTIONAL), *(out / "views").glob("[0-9][0-9][0-9]*.png")]:
-        old.unlink(missing_ok=True)
+    for old in [*(out / name for name in OPTIONAL), *(out / "views").iterdir()]:
+        if old.parent == out or VIEW.fullmatch(old.name):
+            old.unlink(missing_ok=True)
     files = [f"views/{i:03d}.png" for i in range(len(views))]
     for file, view in zip(files, views):
         view.save(out / file)
     photo.picture.save(out / "cond.png")
     paths.write(out / "cameras.json", cameras, photo.picture.width, files, "cond.png")
     pictures.path_picture(cameras).save(out / "path.png")
-    labelled = [(f"view {i}", view) for i, view in enumerate(views)]
+    labelled = list(zip(labels, views))
     rows = [labelled[i:i + columns] for i in range(0, len(labelled), columns)]
     pictures.sheet([[("photo", photo.picture)], *rows]).save(out / "sheet.png")
     films = pictures.animate(views, cameras.closed, out / "orbit")
@@ -438,14 +469,17 @@ def run(args):
     config = config_of(checkpoint.read(args.checkpoint))
     photo = photo_of(args, config)
     cameras = cameras_of(args, photo.fov, photo.elevation)
+    if config.mode == "3dof":
+        check_centred(cameras)
     options = sampling_of(args, config)
-    say_ignored(args, options["sampler"])
+    say_ignored(args, options["sampler"], cameras)
     device = device_of(args.device)
+    if args.compile:
+        check_compiler(device, "leaving --compile out")
     precision = args.precision
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
-    out = folder_for(args.out)
-    net = load(args.checkpoint, device, precision)[0]
+    net, out = load(args.checkpoint, device, precision)[0], folder_for(args.out)
     render = Render(net, config.mode, pictures.tensor(photo.picture), options, args.batch,
                     args.same_noise, args.compile)
     if args.scale_sweep:
@@ -455,8 +489,12 @@ def run(args):
         promised = []
         views = render(cameras.cond_c2w, cameras.c2w, cameras.fov, photo.scale, "views",
                        promised)
-        columns = len(paths.GRID_AZIMUTHS) if args.grid else SHEET_COLUMNS
-        written = write(out, photo, cameras, views, columns)
+        columns, labels = SHEET_COLUMNS, [f"view {i}" for i in range(len(views))]
+        if args.grid:
+            columns = len(paths.GRID_AZIMUTHS)
+            labels = [f"{azimuth:+g}, {rise:+g}" for rise in paths.GRID_ELEVATIONS
+                      for azimuth in paths.GRID_AZIMUTHS]
+        written = write(out, photo, cameras, views, labels, columns)
         if args.progress:
             strip = [(f"t {t:.0f}", pictures.image(net.decode(z_0)[0]))
                      for t, z_0 in pictures.spread(promised, PROGRESS_VIEWS)]
@@ -470,10 +508,18 @@ def run(args):
 
 
 def main(argv):
+    args, unknown = parser().parse_known_args(argv)
+    if unknown:
+        parser().error(f"unrecognized arguments: {' '.join(unknown)}" + any(
+            map(is_number, unknown)) * "; how far a path goes is told by --by")
     try:
-        run(parser().parse_args(argv))
-    except (ValueError, OSError) as err:
-        reason = f"{err.filename}: {err.strerror}" if getattr(err, "strerror", None) else err
+        run(args)
+    except (ValueError, OSError, torch.OutOfMemoryError) as err:
+        reason = err
+        if isinstance(err, torch.OutOfMemoryError):
+            reason = f"{str(err).splitlines()[0]} --batch {max(args.batch // 2, 1)} needs less"
+        elif getattr(err, "strerror", None):        # a write that fails does not say where
+            reason = f"{err.filename or args.out}: {err.strerror}"
         print(f"sample.py: {reason}", file=sys.stderr)
         sys.exit(2)
 

@@ -16,7 +16,6 @@ import itertools
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -33,6 +32,7 @@ import data
 import distributed
 import evaluate
 import graph
+import kernels
 import model
 import report
 import tables
@@ -97,19 +97,6 @@ def compile_networks(net):
                           (net.cond_stage_model.model, "encode_image")):
         if any(True for _ in network.parameters()):     # else there is no network
             setattr(network, name, torch.compile(getattr(network, name)))
-
-
-def check_compiler(device):
-    """Compiles a line, so that what is missing is known at start. ValueError says what."""
-    try:
-        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
-    except (RuntimeError, ImportError, OSError, subprocess.SubprocessError) as err:
-        raise ValueError(f"torch.compile does not work here ({first_line(err)}); "
-                         "--compile=false trains without it, slower") from err
-
-
-def first_line(err):
-    return next(iter(str(err).splitlines()), type(err).__name__)
 
 
 # ---- the run
@@ -321,7 +308,7 @@ def train(config, ranks, device, log, writer, traced, dry_run):
     log.say(report.summary(config, ranks, device, needs, micro_batch, micro_steps))
     cost.check(needs, config, ranks, device, log.say)
     if config.compile:
-        check_compiler(device)
+        kernels.check_compiler(device, "--compile=false")
     # data before the model: a wrong path is found before anything is built
     readers = [data.open_source(s, config.data, config.image_size) for s in config.sources]
     pairs = data.Pairs(readers, [s.probability for s in config.sources], config.seed,

@@ -278,6 +278,35 @@ def test_colmap_images_are_read_in_the_order_of_their_names(tmp_path):
     assert_same(cameras.fov, torch.full((4,), FOV))
 
 
+def test_colmap_text_may_begin_with_blank_lines_and_number_its_images_without_zeros(tmp_path):
+    c2w, file = some_cameras(), tmp_path / "images.txt"
+    write_colmap(file, c2w)
+    text = file.read_text()
+    for i, number in enumerate((1, 2, 10, 11)):
+        text = text.replace(f"frame_{i:02d}", f"frame{number}")
+    file.write_text("\n\n" + text)
+    assert_same(paths.read(file, FOV).c2w, c2w)
+
+
+def test_other_files_of_colmap_are_not_taken_for_its_images(tmp_path):
+    c2w, file = some_cameras(), tmp_path / "images.txt"
+    write_colmap(file, c2w)
+    images = [line for line in file.read_text().splitlines() if "frame" in line]
+    file.write_text("\n".join(images) + "\n")          # without the points between
+    with pytest.raises(ValueError, match="two lines an image"):
+        paths.read(file, FOV)
+    file.write_text("".join(f"{i} 1.5 2.5 3.5 9 9 9 0.5 1 2 1 3\n\n" for i in range(3)))
+    with pytest.raises(ValueError, match="a quaternion is not of length 1"):
+        paths.read(file, FOV)
+
+
+@pytest.mark.parametrize("name", ["path", "path.JSON", "path.txt"])
+def test_json_is_known_by_what_it_holds_and_may_have_a_byte_order_mark(name, tmp_path):
+    c2w = some_cameras()
+    (tmp_path / name).write_text(json.dumps(c2w.tolist()), encoding="utf-8-sig")
+    assert_same(paths.read(tmp_path / name, FOV).c2w, c2w)
+
+
 def sheared(c2w):
     c2w[2, 0, 1] += 0.1
     return c2w

@@ -1,11 +1,13 @@
 """sample.py end to end: the golden small model, photos, pictures, files written, and bad input."""
 
 import json
+import math
 import os
 from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 
@@ -237,7 +239,7 @@ def test_fresh_noise_makes_views_of_the_same_camera_differ(run, tmp_path):
 
 def test_a_second_run_leaves_nothing_of_the_first_and_all_that_is_not_its_own(run, tmp_path):
     sampled(run, tmp_path, "--views", "5", "--steps", "1", "--progress")
-    mine = {"photo.png", "views/holiday.png", "notes.gif"}
+    mine = {"photo.png", "views/holiday.png", "notes.gif", "views/2024-01.png", "views/100_a.png"}
     for name in mine:
         Image.new("RGB", (40, 40)).save(tmp_path / name)
     files = sampled(run, tmp_path, str(tmp_path / "photo.png"), "--views", "2", "--steps", "1")
@@ -333,11 +335,57 @@ def test_options_that_nothing_looks_at_are_named(capsys):
             (["a.png", "--eta", "1"], ["--eta"]), (["--crop", "0,0,8"], ["--crop"]),
             (["--object"], ["--object"]),
             (["a.png", "--views", "5", "--by", "9", "--crop", "0,0,8", "--scale", "auto",
-              "--depth-weights", "x", "--progress"], [])):
-        sample.say_ignored(sample.parser().parse_args(options), "dpm++")
+              "--depth-weights", "x", "--progress"], []),
+            (["a.png", "--path", "p", "--fov", "40", "--elevation", "9"],
+             ["--elevation", "--fov"]),
+            (["a.png", "--path", "p", "--fov", "50"], [])):
+        cameras = paths.motion("orbit", 2, 10, math.radians(50), 0.0)
+        sample.say_ignored(sample.parser().parse_args(options), "dpm++", cameras)
         said = capsys.readouterr().err.splitlines()
         assert [line.split()[1] for line in said] == named
         assert all(" has no effect here: " in line for line in said)
+
+
+def test_a_3dof_model_is_asked_for_what_it_knows_alone(run, tmp_path, capsys):
+    config = sample.load(run, "cpu", "fp32")[1]
+    config = replace(config, mode="3dof", out=str(tmp_path / "run"))
+    save(config, golden.fill(model.build(config)))
+    for motion in ("orbit", "swing", "spiral", "dolly", "grid"):
+        sampled(config.out, tmp_path / "out", f"--{motion}", "--steps", "1")
+    capsys.readouterr()
+    for motion in ("pan", "tilt", "truck", "pedestal", "zoom"):
+        line = refused(capsys, "--checkpoint", config.out, "--out", tmp_path / "no",
+                       f"--{motion}", "--steps", "1")
+        assert "a 3DoF model knows of azimuth, elevation and distance alone" in line
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_distance_without_by_is_explained(run, capsys):
+    for words in (["--pan", "10"], ["photo.png", "--pan", "10"]):
+        assert "is told by --by" in refused(capsys, "--checkpoint", run, *words)
+    assert "told by" not in refused(capsys, "--checkpoint", run, "photo.png", "more.png")
+
+
+@pytest.mark.parametrize("err, says", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), "Tried --batch 4 needs less"),
+    (OSError(28, "No space left on device"), "out: No space left on device")])
+def test_what_ends_a_run_is_one_line(err, says, run, tmp_path, monkeypatch, capsys):
+    def fail(*given):
+        raise err
+    monkeypatch.setattr(sample, "Render", fail)
+    assert says in refused(capsys, "--checkpoint", run, "--out", tmp_path / "out", "--batch", "8")
+
+
+def test_a_checkpoint_of_another_model_leaves_no_folder(run, tmp_path, capsys):
+    broken = tmp_path / "m.safetensors"
+    safetensors.torch.save_file({checkpoint.POSE: torch.zeros(768, 787)}, broken)
+    refused(capsys, "--checkpoint", broken, "--out", tmp_path / "out", gradient_file(tmp_path))
+    assert not (tmp_path / "out").exists()
+
+
+def gradient_file(folder):
+    gradient(20, 20).save(folder / "gradient.png")
+    return folder / "gradient.png"
 
 
 def test_pose_vectors_take_the_scale_as_training_does():
@@ -500,20 +548,28 @@ def test_a_photo_is_turned_as_its_exif_says(tmp_path):
     assert np.array_equal(np.asarray(photos.read(file, 20)), np.asarray(upright))
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "1", "L", "CMYK", "I;16", "RGB"])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "1", "L", "CMYK", "I;16", "F", "F255", "RGB"])
 def test_every_kind_of_image_becomes_rgb_over_white(tmp_path, mode):
-    file = tmp_path / ("photo.tiff" if mode == "CMYK" else "photo.png")
+    file = tmp_path / ("photo.tiff" if mode in ("CMYK", "F", "F255") else "photo.png")
     if mode in ("RGBA", "LA"):
         picture = Image.new(mode, (8, 8), (0,) * len(mode))
         picture.putalpha(51)
         expected = 204                      # a fifth of black over white
     elif mode == "I;16":
         picture, expected = Image.fromarray(np.full((8, 8), 128 * 257, np.uint16)), 128
+    elif mode.startswith("F"):
+        white = 255 if mode == "F255" else 1
+        picture, expected = Image.fromarray(np.full((8, 8), 0.4 * white, np.float32)), 102
     else:
         picture, expected = Image.new("RGB", (8, 8), (255, 255, 255)).convert(mode), 255
     picture.save(file)
     found = np.asarray(photos.read(file, 8))
     assert found.shape == (8, 8, 3) and (found == expected).all()
+
+
+def test_a_dark_picture_of_16_bits_stays_dark(tmp_path):
+    Image.fromarray(np.full((8, 8), 255, np.uint16)).save(tmp_path / "photo.png")
+    assert (np.asarray(photos.read(tmp_path / "photo.png", 8)) == 0).all()
 
 
 def test_the_centre_square_or_the_given_one_is_used(tmp_path):
