@@ -53,13 +53,16 @@ def baselines(image_cond):
     return {"repeat the view": image_cond, "its mean colour": mean}
 
 
-def held_out_pairs(config, count):
-    """`count` fixed pairs of held-out views, spread evenly over the scenes: a Dataset."""
+def held_out_pairs(config, count, fewer=False):
+    """`count` fixed pairs of held-out views, spread evenly over the scenes: a Dataset. Raises
+    ValueError where there are not so many; with `fewer` it takes what there is."""
     sources = held_out_sources(config)
     readers = [data.open_source(s, config.data, config.image_size, held_out=True) for s in sources]
     total = sum(s.probability for s in sources)
     pairs = data.Pairs(readers, [s.probability / total for s in sources], config.seed,
                        config.image_size, config.mode, ordered=True)
+    if fewer:
+        count = min(count, max(len(pairs), 1))
     if count > len(pairs):
         raise ValueError(f"{count} held-out pairs are asked for, but there are {len(pairs)}")
     return torch.utils.data.Subset(pairs, range(count))

@@ -235,7 +235,8 @@ def averaged(net, ema, config, ranks):
 
 def show(config, step, net, held_out, depth_net, log):
     """Writes a grid of held-out pairs, a row each: conditioning view | truth | sample."""
-    batch = torch.utils.data.default_collate([held_out[k] for k in range(GRID_PAIRS)])
+    shown = range(min(GRID_PAIRS, len(held_out)))
+    batch = torch.utils.data.default_collate([held_out[k] for k in shown])
     views, image_cond, truth = evaluate.views_of(net, batch, config, depth_net)
     path = log.picture(step, "grids", evaluate.grid([image_cond, truth, views]))
     log.say(f"{path}: conditioning view | truth | sample, of held-out scenes")
@@ -243,7 +244,7 @@ def show(config, step, net, held_out, depth_net, log):
 
 def score(config, net, held_out, depth_net):
     """Scores the model on the held-out pairs: metrics.json, and the last lines on the screen."""
-    pairs = torch.utils.data.Subset(held_out, range(config.eval_pairs))
+    pairs = torch.utils.data.Subset(held_out, range(min(config.eval_pairs, len(held_out))))
     scores = evaluate.evaluate(net, pairs, config, depth_net)
     means = {name: row.mean().item() for name, row in scores.items()}
     metrics = {"psnr": means, "pairs": len(pairs)}
@@ -314,7 +315,9 @@ def train(config, ranks, device, log, writer, traced, dry_run):
     pairs = data.Pairs(readers, [s.probability for s in config.sources], config.seed,
                        config.image_size, config.mode)
     check_sources(pairs, config)
-    held_out = evaluate.held_out_pairs(config, max(config.eval_pairs, GRID_PAIRS))
+    held_out = evaluate.held_out_pairs(config, max(config.eval_pairs, GRID_PAIRS), fewer=True)
+    if len(held_out) < config.eval_pairs:
+        log.say(f"held out are {len(held_out)} pairs, of the {config.eval_pairs} of --eval_pairs")
     if config.latent == "vae" and not config.init:
         raise ValueError("latent='vae' needs --init=FILE, a checkpoint that brings the autoencoder "
                          "and CLIP, such as zero123-xl.ckpt")

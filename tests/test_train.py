@@ -194,6 +194,12 @@ def whole_run(shards, tmp_path_factory):
     return out, run(tiny(shards, out, eval_pairs=8))
 
 
+def test_fewer_held_out_pairs_than_asked_for_are_all_scored(shards, tmp_path):
+    said = run(tiny(shards, tmp_path / "few", steps=1, eval_pairs=5000))
+    found = int(re.search(r"held out are (\d+) pairs, of the 5000 of --eval_pairs", said)[1])
+    assert json.loads((tmp_path / "few/metrics.json").read_text())["pairs"] == found < 5000
+
+
 def test_a_run_leaves_checkpoint_log_grid_and_scores(whole_run):
     out, said = whole_run
     assert len(logged(out)) == 6
