@@ -231,7 +231,8 @@ def test_what_a_killed_run_logged_beyond_its_checkpoint_is_logged_once(shards, w
 def test_a_signal_to_the_whole_group_saves_at_once_and_the_run_goes_on(shards, tmp_path):
     out = tmp_path / "stopped"
     # no line is logged and no step saved of itself for a long time
-    arguments = tiny(shards, out, steps=100_000, workers=1, save_every=100_000, log_every=100_000)
+    arguments = tiny(shards, out, steps=100_000, workers=1, save_every=100_000, log_every=100_000,
+                     sample_every=100_000)
     process = subprocess.Popen([sys.executable, "train.py", *arguments], cwd=ROOT,
                                start_new_session=True, env=ONE_THREAD, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True)
