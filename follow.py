@@ -54,8 +54,8 @@ def follow(net, config, photo, name, seed):
     """(true views, the model's) along a path from a HeldOut photo: two of (n, 3, s, s)."""
     cameras = paths.motion(name, VIEWS, HOW_FAR[name], photo.fov, photo.elevation)
     T = sample.pose_vectors(config.mode, cameras.cond_c2w, cameras.c2w, cameras.fov, photo.scale)
-    image = pictures.tensor(photo.picture).to(net.betas.device)
-    views = novel_views(net, image, T, [0] * VIEWS, config.seed, config.sampler,
+    images = torch.cat([pictures.tensor(photo.closer(share)) for share in cameras.shares()])
+    views = novel_views(net, images.to(net.betas.device), T, [0] * VIEWS, config.seed, config.sampler,
                         config.sample_steps, config.eta, config.guidance)
     return truth_of(photo, cameras, seed), views.cpu()
 

@@ -8,7 +8,7 @@ y up, z back) camera-to-world matrices `c2w`, float64. n cameras.
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -33,6 +33,7 @@ GRID_AZIMUTHS = (-40.0, -20.0, 0.0, 20.0, 40.0)
 GRID_ELEVATIONS = (20.0, 0.0, -20.0)
 STEEPEST = 89.0                     # degrees of elevation; straight above, no direction is "up"
 RIGID = 1e-3                        # largest error of a rotation matrix, as files round it
+SHARE_DIGITS = 5                    # of a share of the photo's side, less than a pixel
 
 
 @dataclass
@@ -41,10 +42,19 @@ class Cameras:
     cond_c2w: torch.Tensor          # (4, 4)
     c2w: torch.Tensor               # (n, 4, 4)
     fov: torch.Tensor               # (n,) radians
+    cond_fov: float                 # radians
     closed: bool = False            # the last view leads back to the first
 
     def __len__(self):
         return len(self.c2w)
+
+    def __getitem__(self, places):
+        return replace(self, c2w=self.c2w[places], fov=self.fov[places])
+
+    def shares(self):
+        """How much of the photo's side each view would see from the photo's place: n floats."""
+        sides = torch.tan(self.fov / 2) / math.tan(self.cond_fov / 2)
+        return [round(side, SHARE_DIGITS) for side in sides.tolist()]
 
 
 # ---- named motions
@@ -103,7 +113,7 @@ def motion(name, views, by, fov, elevation):
         fovs = 2 * torch.atan(math.tan(fov / 2) / by**s)
     else:
         raise ValueError(f"motion {name!r} is not known, it is one of {', '.join(MOTIONS)}")
-    return Cameras(cond, c2w, fovs, closed)
+    return Cameras(cond, c2w, fovs, fov, closed)
 
 
 def rotation(axis, angle):
@@ -119,7 +129,8 @@ def grid(fov, elevation):
     azimuths = torch.tensor(GRID_AZIMUTHS).repeat(len(GRID_ELEVATIONS))
     rises = torch.tensor(GRID_ELEVATIONS).repeat_interleave(len(GRID_AZIMUTHS))
     fovs = torch.full((len(azimuths),), fov, dtype=torch.float64)
-    return Cameras(around(0.0, elevation, 1.0), around(azimuths, elevation + rises, 1.0), fovs)
+    c2w = around(azimuths, elevation + rises, 1.0)
+    return Cameras(around(0.0, elevation, 1.0), c2w, fovs, fov)
 
 
 def poses(texts, fov, elevation):
@@ -138,7 +149,7 @@ def poses(texts, fov, elevation):
             raise ValueError(f"--pose {text!r}: the numbers must be finite")
         numbers.append((azimuth, elevation + rise, radius))
     fovs = torch.full((len(numbers),), fov, dtype=torch.float64)
-    return Cameras(around(0.0, elevation, 1.0), around(*zip(*numbers)), fovs)
+    return Cameras(around(0.0, elevation, 1.0), around(*zip(*numbers)), fovs, fov)
 
 
 def check_views(views):
@@ -179,7 +190,7 @@ def read(path, fov):
         if not 0 < found < math.pi:
             raise ValueError(f"{path}: camera {number} has a field of view of "
                              f"{math.degrees(found):g} degrees, it must lie between 0 and 180")
-    return Cameras(c2w[0], c2w, fovs)
+    return Cameras(c2w[0], c2w, fovs, fovs[0].item())
 
 
 def check_rigid(c2w, path):
@@ -311,7 +322,7 @@ def write(path, cameras, size, files, cond_file):
         return {"file_path": file, "fl_x": focal, "fl_y": focal, "transform_matrix": c2w.tolist()}
 
     fovs = cameras.fov.tolist()
-    frames = [frame(cond_file, cameras.cond_c2w, fovs[0])]
+    frames = [frame(cond_file, cameras.cond_c2w, cameras.cond_fov)]
     frames += [frame(file, c2w, fov) for file, c2w, fov in zip(files, cameras.c2w, fovs)]
     shared = {"camera_model": "PINHOLE", "w": size, "h": size, "cx": size / 2, "cy": size / 2}
     write_text(Path(path), json.dumps({**shared, "frames": frames}, indent=1))

@@ -6,6 +6,7 @@ says how many units of the paths (distances to what the photo looks at) the mode
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +31,19 @@ LEVEL = 0.05                    # largest slant of a level camera's right vector
 @dataclass
 class Photo:
     """The conditioning view, and how its camera stood."""
-    picture: Image.Image        # square RGB
+    square: Image.Image         # RGB, in all the pixels that there are
+    size: int                   # pixels a side that the network sees
     fov: float                  # radians
     elevation: float            # degrees above the horizontal, looking down
     scale: float                # units of the paths that the model takes as one
+
+    def closer(self, share):
+        """The picture that the network sees, of the middle of the square: `share` of its side."""
+        return reduce(self.square, self.size, min(share, 1.0))
+
+    @cached_property
+    def picture(self):
+        return self.closer(1.0)
 
 
 @dataclass
@@ -49,15 +59,15 @@ class HeldOut(Photo):
 
 def from_file(path, size, crop="", isolate=False):
     """The Photo in an image file; `read` says how. What a file cannot tell is ZeroNVS's default."""
-    return Photo(read(path, size, crop, isolate), math.radians(FOV), 0.0, SCALE)
+    return Photo(read(path, crop, isolate), size, math.radians(FOV), 0.0, SCALE)
 
 
-def read(path, size, crop="", isolate=False):
-    """The square RGB image of `size` pixels that the network sees of a file.
+def read(path, crop="", isolate=False):
+    """The square RGB image that is used of a file.
 
     Upright as EXIF says, transparency over white, the centre square (or `crop`, "left,top,side" in
-    pixels), reduced by area averaging as the reference does. isolate: an object on white or
-    transparent ground is centred and enlarged as zero123 expects, in place of the crop.
+    pixels). isolate: an object on white or transparent ground is centred as zero123 expects, in
+    place of the crop.
     Raises FileNotFoundError, or ValueError for what is no image or a crop outside it.
     """
     try:
@@ -72,7 +82,7 @@ def read(path, size, crop="", isolate=False):
         raise ValueError(f"{path} cannot be read as an image: {err}") from err
     if isolate:
         picture = centred_object(picture)
-    return reduce(picture.crop(crop_box(picture.size, crop)), size)
+    return picture.crop(crop_box(picture.size, crop))
 
 
 def over_white(picture):
@@ -118,14 +128,20 @@ def centred_object(picture):
     return square
 
 
-def reduce(picture, size):
-    """A square image at `size` pixels: mean over each pixel's exact area; bicubic to enlarge."""
-    if picture.width < size:
-        return picture.resize((size, size), Image.Resampling.BICUBIC)
-    edge = np.arange(size + 1) * (picture.width / size)
+def reduce(picture, size, share=1.0):
+    """The middle of a square image, `share` of its side, at `size` pixels.
+
+    The mean over each pixel's exact area, as the reference reduces photos; bicubic to enlarge.
+    """
+    side = share * picture.width
+    start = (picture.width - side) / 2
+    if side < size:
+        box = (start, start, start + side, start + side)
+        return picture.resize((size, size), Image.Resampling.BICUBIC, box)
+    edge = start + np.arange(size + 1) * (side / size)
     pixel = np.arange(picture.width)
     overlap = np.minimum(edge[1:, None], pixel + 1) - np.maximum(edge[:-1, None], pixel)
-    weight = (overlap.clip(0) * (size / picture.width)).astype(np.float32)      # (size, width)
+    weight = (overlap.clip(0) * (size / side)).astype(np.float32)       # (size, width)
     values = np.asarray(picture, dtype=np.float32).transpose(2, 0, 1)
     mean = weight @ values @ weight.T
     return Image.fromarray((mean + 0.5).clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
@@ -177,7 +193,7 @@ def held_out(config, number):
     looked_at = middle(known)[middle(known) > 0]
     scale = scene_scale / looked_at.median().item() if len(looked_at) else SCALE
     picture = pictures.image(image)
-    return HeldOut(picture, scene.fov, elevation_of(scene.c2w, view), scale, reader, number, view,
+    return HeldOut(picture, config.image_size, scene.fov, elevation_of(scene.c2w, view), scale, reader, number, view,
                    scene_scale)
 
 

@@ -127,21 +127,32 @@ def pose_vectors(mode, cond_c2w, c2w, fov, scale):
 # ---- views
 
 class Render:
-    """Views of one photo by one model, `batch` at a time; `options` are those of `encoded_views`.
+    """Views of a Photo by one model, `batch` at a time; `options` are those of `encoded_views`.
 
     Changes the model: see fast.Fast.
     """
-    def __init__(self, net, mode, image_cond, options, batch, same_noise, compile=False):
-        self.net, self.mode, self.options = net, mode, options
+    def __init__(self, net, mode, photo, options, batch, same_noise, compile=False):
+        self.net, self.mode, self.photo, self.options = net, mode, photo, options
         self.batch, self.same_noise, self.fast = batch, same_noise, Fast(net, compile)
         self.seconds, self.views, self.evaluations = 0.0, 0, 0
-        image_cond = image_cond.to(net.betas.device)
-        self.z_cond, self.embedding = net.encode(image_cond)[0], net.embed(image_cond)
+        self.encoded = {}           # share of the photo's side: its latent and embedding
 
-    def __call__(self, cond_c2w, c2w, fov, scale, label, keep):
-        """Images of cameras c2w (n, 4, 4), fov (n,). keep: a list that gets (t, z_0) after every
-        step of the view in the middle of the path, z_0 the clean latent that it promises."""
-        T = pose_vectors(self.mode, cond_c2w, c2w, fov, scale)
+    def encode(self, share):
+        """(z_cond, embedding) of the middle of the photo, `share` of its side."""
+        if share not in self.encoded:
+            image = pictures.tensor(self.photo.closer(share)).to(self.net.betas.device)
+            self.encoded[share] = self.net.encode(image)[0], self.net.embed(image)
+        return self.encoded[share]
+
+    def __call__(self, cameras, scale, label, keep):
+        """Images of n paths.Cameras. keep: a list that gets (t, z_0) after every step of the view
+        in the middle of the path, z_0 the clean latent that it promises.
+
+        Models have learnt of pairs with one field of view. A narrower view is therefore made from
+        the part of the photo that has its field of view; a wider one from all of it.
+        """
+        T = pose_vectors(self.mode, cameras.cond_c2w, cameras.c2w, cameras.fov, scale)
+        encoded = [self.encode(min(share, 1.0)) for share in cameras.shares()]
         n, views, started = len(T), [], time.perf_counter()
         before = self.fast.preparing
         # batches of one size, for which things are prepared once; the last repeats its last view
@@ -158,8 +169,9 @@ class Render:
                     if n // 2 in rows:
                         keep.append((t, z_0[n // 2 - start, None]))
 
-                images = encoded_views(self.net, self.z_cond, self.embedding, T[rows], numbers,
-                                       watch=watch, fast=self.fast, **self.options)
+                z_cond, embedding = map(torch.cat, zip(*(encoded[i] for i in rows)))
+                images = encoded_views(self.net, z_cond, embedding, T[rows], numbers, watch=watch,
+                                       fast=self.fast, **self.options)
                 views += [pictures.image(image) for image in images[:n - start]]
                 bar.update(min(size, n - start))
                 self.evaluations = len(done)
@@ -192,7 +204,8 @@ def true_views(render, photo):
     scene = reader.scene(number)
     others = pictures.spread([i for i in range(len(scene.c2w)) if i != view], TRUE_VIEWS)
     fov = torch.full((len(others),), scene.fov, dtype=torch.float64)
-    views = render(scene.c2w[view], scene.c2w[others], fov, photo.scene_scale, "true cameras", [])
+    cameras = paths.Cameras(scene.c2w[view], scene.c2w[others], fov, scene.fov)
+    views = render(cameras, photo.scene_scale, "true cameras", [])
     truth = [pictures.image(scenes.images(reader.image(number, i))) for i in others]
     empty = pictures.blank(photo.picture)
     return pictures.sheet([
@@ -354,6 +367,9 @@ def say_ignored(args, sampler, cameras):
             ("--eta", args.eta is not None, sampler in ("dpm++", "unipc"), "it is for ddim")):
         if given and idle:
             print(f"sample.py: {name} has no effect here: {why}", file=sys.stderr)
+    if max(cameras.shares()) > 1 + paths.RIGID:
+        print("sample.py: some views are wider than the photo: models have learnt of none such, and "
+              "may show no more than the photo does", file=sys.stderr)
 
 
 def cameras_of(args, fov, elevation):
@@ -423,8 +439,7 @@ def sweep(render, cameras, photo):
     places = pictures.spread(range(len(cameras)), SWEEP_VIEWS)
     rows = []
     for scale in SWEEP:
-        views = render(cameras.cond_c2w, cameras.c2w[places], cameras.fov[places], scale,
-                       f"scale {scale:g}", [])
+        views = render(cameras[places], scale, f"scale {scale:g}", [])
         rows.append([(f"scale {scale:g}", photo.picture)]
                     + [(f"view {i}", view) for i, view in zip(places, views)])
     return pictures.sheet(rows)
@@ -480,15 +495,13 @@ def run(args):
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
     net, out = load(args.checkpoint, device, precision)[0], folder_for(args.out)
-    render = Render(net, config.mode, pictures.tensor(photo.picture), options, args.batch,
-                    args.same_noise, args.compile)
+    render = Render(net, config.mode, photo, options, args.batch, args.same_noise, args.compile)
     if args.scale_sweep:
         sweep(render, cameras, photo).save(out / "scale-sweep.png")
         written = ["scale-sweep.png"]
     else:
         promised = []
-        views = render(cameras.cond_c2w, cameras.c2w, cameras.fov, photo.scale, "views",
-                       promised)
+        views = render(cameras, photo.scale, "views", promised)
         columns, labels = SHEET_COLUMNS, [f"view {i}" for i in range(len(views))]
         if args.grid:
             columns = len(paths.GRID_AZIMUTHS)

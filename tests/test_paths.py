@@ -258,8 +258,16 @@ def test_a_path_whose_up_is_not_z_is_drawn_in_its_first_cameras_frame(pose):
     assert torch.equal(pictures.standing(pose), pose)
     ahead = pose.clone()
     ahead[:3, 3] -= 0.1 * pose[:3, 2]
-    cameras = paths.Cameras(pose, torch.stack([pose, ahead]), torch.ones(2))
+    cameras = paths.Cameras(pose, torch.stack([pose, ahead]), torch.ones(2), 1.0)
     assert len(pictures.path_picture(cameras).getcolors(10**6)) > 3
+
+
+def test_shares_are_the_sizes_that_fields_of_view_have_at_one_distance():
+    zoom = paths.motion("zoom", 3, 4, 1.2, 0)
+    assert zoom.shares() == [1, 0.5, 0.25]
+    assert zoom[1:].shares() == [0.5, 0.25] and zoom[[2]].cond_fov == 1.2
+    assert paths.motion("zoom", 2, 0.5, 1.2, 0).shares() == [1, 2]
+    assert paths.motion("orbit", 4, 90, 0.3, 10).shares() == [1] * 4
 
 
 def test_realestate10k_text_is_read(tmp_path):

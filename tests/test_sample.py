@@ -545,7 +545,7 @@ def test_a_photo_is_turned_as_its_exif_says(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6                        # the camera was held so that the top is on the right
     upright.rotate(90, expand=True).save(file, exif=exif)
-    assert np.array_equal(np.asarray(photos.read(file, 20)), np.asarray(upright))
+    assert np.array_equal(np.asarray(photos.read(file)), np.asarray(upright))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "1", "L", "CMYK", "I;16", "F", "F255", "RGB"])
@@ -563,28 +563,28 @@ def test_every_kind_of_image_becomes_rgb_over_white(tmp_path, mode):
     else:
         picture, expected = Image.new("RGB", (8, 8), (255, 255, 255)).convert(mode), 255
     picture.save(file)
-    found = np.asarray(photos.read(file, 8))
+    found = np.asarray(photos.read(file))
     assert found.shape == (8, 8, 3) and (found == expected).all()
 
 
 def test_a_dark_picture_of_16_bits_stays_dark(tmp_path):
     Image.fromarray(np.full((8, 8), 255, np.uint16)).save(tmp_path / "photo.png")
-    assert (np.asarray(photos.read(tmp_path / "photo.png", 8)) == 0).all()
+    assert (np.asarray(photos.read(tmp_path / "photo.png")) == 0).all()
 
 
 def test_the_centre_square_or_the_given_one_is_used(tmp_path):
     picture, file = gradient(30, 20), tmp_path / "photo.png"
     picture.save(file)
     pixels = np.asarray(picture)
-    assert np.array_equal(np.asarray(photos.read(file, 20)), pixels[:, 5:25])
-    assert np.array_equal(np.asarray(photos.read(file, 6, "20,3,6")), pixels[3:9, 20:26])
+    assert np.array_equal(np.asarray(photos.read(file)), pixels[:, 5:25])
+    assert np.array_equal(np.asarray(photos.read(file, "20,3,6")), pixels[3:9, 20:26])
 
 
 @pytest.mark.parametrize("crop", ["1,2", "a,b,c", "0,0,21", "-1,0,5", "26,0,5", "0,0,0", "0,0,1.5"])
 def test_an_impossible_crop_is_a_one_line_error(tmp_path, crop):
     gradient(30, 20).save(tmp_path / "photo.png")
     with pytest.raises(ValueError, match="--crop"):
-        photos.read(tmp_path / "photo.png", 16, crop)
+        photos.read(tmp_path / "photo.png", crop)
 
 
 @pytest.mark.parametrize("width, size", [(12, 4), (10, 4), (7, 3), (5, 5)])
@@ -598,12 +598,50 @@ def test_reduction_is_the_mean_over_exact_areas(width, size):
     assert photos.reduce(picture, 2 * width).size == (2 * width, 2 * width)
 
 
+@pytest.mark.parametrize("width, share", [(64, 0.5), (60, 0.4), (20, 0.6), (12, 1 / 3)])
+def test_the_middle_of_a_photo_is_what_a_crop_of_it_is(width, share):
+    picture, side = gradient(width, width), round(share * width)
+    box = photos.crop_box(picture.size, f"{(width - side) // 2},{(width - side) // 2},{side}")
+    found, crop = (np.asarray(x).astype(int) for x in (
+        photos.reduce(picture, 16, share), photos.reduce(picture.crop(box), 16)))
+    inside = np.s_[2:-2, 2:-2] if side < 16 else np.s_[:]       # bicubic looks past a crop's edge
+    assert abs(found - crop)[inside].max() <= 1
+    photo = photos.Photo(picture, 16, 1.0, 0.0, 1.0)
+    assert np.array_equal(np.asarray(photo.closer(share)), found)
+    assert photo.closer(1.3) == photo.closer(1.0) == photo.picture
+
+
+def test_a_zoom_starts_from_the_part_of_the_photo_with_its_field_of_view(run, tmp_path, capsys):
+    """In all the pixels of the photo: a picture of twice the size loses nothing at half its side."""
+    gradient(2 * SIZE, 2 * SIZE).save(tmp_path / "photo.png")
+    gradient(2 * SIZE, 2 * SIZE).crop((SIZE // 2, SIZE // 2, 3 * SIZE // 2, 3 * SIZE // 2)).save(
+        tmp_path / "middle.png")
+    fov, half = 50.0, 2 * math.degrees(math.atan(math.tan(math.radians(25)) / 2))
+    common = "--eta", "0", "--views"
+    sampled(run, tmp_path / "zoom", str(tmp_path / "photo.png"), f"--fov={fov}", "--zoom", "--by=2",
+            *common, "2")
+    sampled(run, tmp_path / "middle", str(tmp_path / "middle.png"), f"--fov={half}", "--orbit",
+            *common, "1")
+    sampled(run, tmp_path / "still", str(tmp_path / "photo.png"), f"--fov={fov}", "--orbit",
+            *common, "1")
+
+    def view(folder, number):
+        return np.asarray(Image.open(tmp_path / folder / f"views/00{number}.png")).astype(int)
+    assert abs(view("zoom", 1) - view("middle", 0)).max() <= 1
+    assert abs(view("zoom", 0) - view("still", 0)).max() <= 1
+    assert abs(view("zoom", 1) - view("still", 0)).max() > 9
+    assert "wider" not in capsys.readouterr().err
+    sampled(run, tmp_path / "wide", str(tmp_path / "photo.png"), "--zoom", "--by=0.8", *common, "2")
+    assert "wider than the photo" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("transparent", [True, False])
 def test_an_object_is_centred_on_white(tmp_path, transparent):
     canvas = Image.new("RGBA", (200, 100), (0, 0, 0, 0) if transparent else (255, 255, 255, 255))
     canvas.paste((200, 0, 0, 255), (10, 20, 60, 45))            # 50 x 25, in a corner
     canvas.save(tmp_path / "photo.png")
-    found = np.asarray(photos.read(tmp_path / "photo.png", 256, isolate=True)).astype(int)
+    square = photos.read(tmp_path / "photo.png", isolate=True)
+    found = np.asarray(photos.reduce(square, 256)).astype(int)
     red = (abs(found - [200, 0, 0]) < 60).all(-1)
     rows, columns = np.flatnonzero(red.any(1)), np.flatnonzero(red.any(0))
     assert len(columns) == pytest.approx(200, abs=8) and len(rows) == pytest.approx(100, abs=8)
@@ -611,7 +649,7 @@ def test_an_object_is_centred_on_white(tmp_path, transparent):
     assert (found[0, 0] == 255).all()
     Image.new("RGB", (9, 9), (255, 255, 255)).save(tmp_path / "white.png")
     with pytest.raises(ValueError, match="white"):
-        photos.read(tmp_path / "white.png", 256, isolate=True)
+        photos.read(tmp_path / "white.png", isolate=True)
 
 
 def test_the_elevation_of_a_level_scene_is_read_from_its_cameras():
