@@ -22,8 +22,9 @@ import checkpoint
 import configs
 import curves
 import evaluate
+import options
 import pictures
-import sample
+import render
 import tables
 from distributed import device_of
 
@@ -180,7 +181,7 @@ def sheet(config, rows):
     device, columns = device_of(config.device), {}
     for mode in rows:
         own = replace(config, mode=mode)
-        net = sample.load(Path(config.out) / mode, device, "fp32")[0]
+        net = render.load(Path(config.out) / mode, device, "fp32")[0]
         pairs = evaluate.held_out_pairs(own, len(last))
         cases = [evaluate.case(pairs, place) for place in places]
         guesses, truth, _, cond, _ = evaluate.guesses_of(net, cases, own,
@@ -214,16 +215,16 @@ def write(config, modes, args):
 # ---- the command
 
 def parser():
-    p = sample.Parser("ablation.py", allow_abbrev=False, description=__doc__.splitlines()[0],
+    p = options.Parser("ablation.py", allow_abbrev=False, description=__doc__.splitlines()[0],
                       epilog="Fields of the Config may follow as --name=value.")
-    whole = sample.numbers_of(int, 1)
+    whole = options.numbers_of(int, 1)
     p.add_argument("config", metavar="FILE", help="configs/ablation.py")
-    p.add_argument("--minutes", type=sample.numbers_of(float, 0, above=True), metavar="M",
+    p.add_argument("--minutes", type=options.numbers_of(float, 0, above=True), metavar="M",
                    help="stop training then, and go on with the same command (no limit)")
     p.add_argument("--jobs", type=whole, metavar="N",
                    help="runs at once (all of them on GPUs, otherwise one)")
     p.add_argument("--modes", default=",".join(MODES), help="which ones (%(default)s)")
-    p.add_argument("--pairs", type=sample.numbers_of(int, 2), default=512, metavar="N",
+    p.add_argument("--pairs", type=options.numbers_of(int, 2), default=512, metavar="N",
                    help="held-out pairs to score on (%(default)s)")
     p.add_argument("--scenes", type=whole, default=8000, metavar="N",
                    help="training scenes to render, for each extent (%(default)s)")

@@ -29,8 +29,9 @@ import data
 import depth
 import metrics
 import model
+import options
 import pictures
-import sample
+import render
 from distributed import device_of, own_device
 from metrics import psnr
 from samplers import novel_views
@@ -287,14 +288,14 @@ def load_depth(config, device):
 
 def parser():
     """The command line; fields of the run's Config may follow as --name=value."""
-    p = sample.Parser("evaluate.py", allow_abbrev=False, description=__doc__.splitlines()[0],
+    p = options.Parser("evaluate.py", allow_abbrev=False, description=__doc__.splitlines()[0],
                       epilog="Fields of the run may follow as --name=value: "
                              + ", ".join(sorted(FIELDS)))
     p.add_argument("checkpoint", metavar="PATH",
                    help="a run's folder (its newest step), one step, or a published checkpoint")
-    p.add_argument("--pairs", type=sample.numbers_of(int, 2), metavar="N",
+    p.add_argument("--pairs", type=options.numbers_of(int, 2), metavar="N",
                    help="held-out pairs, spread over the scenes (the run's eval_pairs)")
-    p.add_argument("--seed", type=sample.numbers_of(int, 0), metavar="N",
+    p.add_argument("--seed", type=options.numbers_of(int, 0), metavar="N",
                    help="which pairs, and the noise of their views (the run's)")
     p.add_argument("--config", default="", metavar="FILE",
                    help="take the data from this configuration instead of the checkpoint's own")
@@ -313,7 +314,7 @@ def config_of(args, overrides):
     if not Path(args.checkpoint).exists():
         raise FileNotFoundError(f"no checkpoint {args.checkpoint}; `python train.py "
                                 "configs/synth.py` makes out/synth")
-    config = sample.config_of(checkpoint.read(args.checkpoint))
+    config = render.config_of(checkpoint.read(args.checkpoint))
     if args.config:
         other = configs.load([args.config])
         config = replace(config, sources=other.sources, data=other.data,
@@ -359,7 +360,7 @@ def run(argv):
     folder = path.parent if path.name.startswith("step_") or path.is_file() else path
     out = Path(args.out) if args.out else folder / "eval"
     out.mkdir(parents=True, exist_ok=True)                  # or it is known now that it cannot be
-    net = sample.load(args.checkpoint, device, "fp32")[0]
+    net = render.load(args.checkpoint, device, "fp32")[0]
     depth_net = load_depth(config, device)
     judges, notes = judges_of(net, config, args)
     if world > 1:

@@ -16,10 +16,11 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
+import options
 import paths
 import photos
 import pictures
-import sample
+import render
 from captures import synth
 from distributed import device_of
 from metrics import psnr
@@ -53,17 +54,17 @@ def truth_of(photo, cameras, seed):
 def follow(net, config, photo, name, seed):
     """(true views, the model's) along a path from a HeldOut photo: two of (n, 3, s, s)."""
     cameras = paths.motion(name, VIEWS, HOW_FAR[name], photo.fov, photo.elevation)
-    T = sample.pose_vectors(config.mode, cameras.cond_c2w, cameras.c2w, cameras.fov, photo.scale)
+    T = render.pose_vectors(config.mode, cameras.cond_c2w, cameras.c2w, cameras.fov, photo.scale)
     images = torch.cat([pictures.tensor(photo.closer(share)) for share in cameras.shares()])
-    views = novel_views(net, images.to(net.betas.device), T, [0] * VIEWS, config.seed, config.sampler,
-                        config.sample_steps, config.eta, config.guidance)
+    views = novel_views(net, images.to(net.betas.device), T, [0] * VIEWS, config.seed,
+                        config.sampler, config.sample_steps, config.eta, config.guidance)
     return truth_of(photo, cameras, seed), views.cpu()
 
 
 def parser():
-    p = sample.Parser("follow.py", allow_abbrev=False, description=__doc__.splitlines()[0])
+    p = options.Parser("follow.py", allow_abbrev=False, description=__doc__.splitlines()[0])
     p.add_argument("run", help="a run's folder, of scenes that `prepare.py synth` made")
-    p.add_argument("--scenes", type=sample.numbers_of(int, SHOWN), default=50, metavar="N",
+    p.add_argument("--scenes", type=options.numbers_of(int, SHOWN), default=50, metavar="N",
                    help="held-out scenes (%(default)s)")
     p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     return p
@@ -71,13 +72,13 @@ def parser():
 
 def run(args):
     """The command, options parsed. Raises ValueError or OSError with one line."""
-    config = sample.config_of(checkpoint.read(args.run))
+    config = render.config_of(checkpoint.read(args.run))
     note = Path(config.data) / "synth.json"
     if not note.is_file():
         raise FileNotFoundError(f"{note} is missing: only scenes of `prepare.py synth` are known "
                                 "from everywhere")
     seed = json.loads(note.read_text(encoding="utf-8"))["seed"]
-    net = sample.load(args.run, device_of(args.device), "fp32")[0]
+    net = render.load(args.run, device_of(args.device), "fp32")[0]
     found, rows = {name: [] for name in HOW_FAR}, {name: [] for name in HOW_FAR}
     for number in tqdm(range(args.scenes), unit="scene", leave=False):
         photo = photos.held_out(config, number)

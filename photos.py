@@ -193,8 +193,8 @@ def held_out(config, number):
     looked_at = middle(known)[middle(known) > 0]
     scale = scene_scale / looked_at.median().item() if len(looked_at) else SCALE
     picture = pictures.image(image)
-    return HeldOut(picture, config.image_size, scene.fov, elevation_of(scene.c2w, view), scale, reader, number, view,
-                   scene_scale)
+    return HeldOut(picture, config.image_size, scene.fov, elevation_of(scene.c2w, view), scale,
+                   reader, number, view, scene_scale)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import golden
 import model
 import paths
 import photos
-import sample
+import render
 from captures import synth
 from metrics import psnr
 from test_sample import run, save      # noqa: F401, a fixture
@@ -18,7 +18,7 @@ from test_sample import run, save      # noqa: F401, a fixture
 
 @pytest.fixture
 def photo(run):     # noqa: F811
-    return photos.held_out(sample.load(run, "cpu", "fp32")[1], 2)
+    return photos.held_out(render.load(run, "cpu", "fp32")[1], 2)
 
 
 def test_the_truth_of_a_pan_is_the_view_of_the_turned_camera(photo):
@@ -66,7 +66,7 @@ def test_every_path_is_measured_and_drawn(run, tmp_path, capsys, monkeypatch):  
 
 
 def test_other_data_are_refused_in_a_line(run, tmp_path, capsys):     # noqa: F811
-    config = sample.load(run, "cpu", "fp32")[1]
+    config = render.load(run, "cpu", "fp32")[1]
     config = replace(config, data=str(tmp_path), out=str(tmp_path / "o"))
     save(config, golden.fill(model.build(config)))
     with pytest.raises(SystemExit) as stop:

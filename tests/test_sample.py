@@ -21,6 +21,7 @@ import paths
 import photos
 import pictures
 import prepare
+import render
 import sample
 import samplers
 import vae
@@ -148,7 +149,7 @@ def test_a_bare_command_makes_views_of_a_scene_that_was_held_out(run, tmp_path, 
     cameras = paths.read(tmp_path / "cameras.json", 1.0)
     assert len(cameras) == 4
     # the conditioning view is a stored image of the shards, and truth.png shows others
-    reader = scenes.open_source(sample.load(run, "cpu", "fp32")[1].sources[0],
+    reader = scenes.open_source(render.load(run, "cpu", "fp32")[1].sources[0],
                                 run.parent / "data", SIZE, held_out=True)
     cond = torch.from_numpy(np.array(Image.open(tmp_path / "cond.png"))).permute(2, 0, 1)
     assert torch.equal(cond, torch.as_tensor(reader.image(0, 2)))
@@ -160,7 +161,7 @@ def mp4():
 
 
 def test_sampling_runs_with_the_averaged_weights(run):
-    net, config = sample.load(run, "cpu", "fp32")
+    net, config = render.load(run, "cpu", "fp32")
     raw = golden.fill(model.build(config)).state_dict()
     for name, w in net.state_dict().items():
         times = 2 if name.startswith(checkpoint.UNET) else 1
@@ -317,7 +318,7 @@ def test_an_output_folder_that_cannot_be_written_is_named(run, tmp_path, capsys)
 
 
 def test_held_out_scenes_of_all_sources_are_reached(run):
-    config = sample.config_of(checkpoint.read(run))
+    config = render.config_of(checkpoint.read(run))
     names = [(photo.reader.name, photo.number) for photo in
              (photos.held_out(config, number) for number in range(4))]
     assert names == [("co3d", 0), ("co3d", 1), ("re10k", 0), ("re10k", 1)]
@@ -347,7 +348,7 @@ def test_options_that_nothing_looks_at_are_named(capsys):
 
 
 def test_a_3dof_model_is_asked_for_what_it_knows_alone(run, tmp_path, capsys):
-    config = sample.load(run, "cpu", "fp32")[1]
+    config = render.load(run, "cpu", "fp32")[1]
     config = replace(config, mode="3dof", out=str(tmp_path / "run"))
     save(config, golden.fill(model.build(config)))
     for motion in ("orbit", "swing", "spiral", "dolly", "grid"):
@@ -397,10 +398,10 @@ def test_pose_vectors_take_the_scale_as_training_does():
         for scale in (0.001, 0.7):
             wanted = camera.conditioning(mode, cond.repeat(2, 1, 1), c2w, fov,
                                          torch.full((2,), scale))
-            torch.testing.assert_close(sample.pose_vectors(mode, cond, c2w, fov, scale),
+            torch.testing.assert_close(render.pose_vectors(mode, cond, c2w, fov, scale),
                                        wanted.float())
     for scale in (1.0, 2.0):
-        found = sample.pose_vectors("7dof_unscaled", cond, c2w, fov, scale)
+        found = render.pose_vectors("7dof_unscaled", cond, c2w, fov, scale)
         assert found[1, 3].item() == pytest.approx(3 / scale)
 
 
@@ -452,8 +453,8 @@ def test_published_checkpoints_are_told_apart_by_their_pose_width():
         entry = checkpoint.Made(torch.float32, (768, 768 + width), lambda: None)
         return checkpoint.Tensors("file", {checkpoint.POSE: entry})
 
-    assert sample.config_of(of_width(4)).mode == "3dof"
-    assert sample.config_of(of_width(19)).mode == "7dof_quantile_scale"
+    assert render.config_of(of_width(4)).mode == "3dof"
+    assert render.config_of(of_width(19)).mode == "7dof_quantile_scale"
 
 
 def test_a_run_takes_the_frozen_networks_from_the_file_it_started_from(tmp_path, monkeypatch):
@@ -471,14 +472,14 @@ def test_a_run_takes_the_frozen_networks_from_the_file_it_started_from(tmp_path,
     checkpoint.save(config.out, 5, trained, average, {}, meta)
     blank = golden.fill(golden_model(about), salt="other/")
     monkeypatch.setattr(model, "build", lambda config: blank)
-    net, _ = sample.load(config.out, "cpu", "fp32")
+    net, _ = render.load(config.out, "cpu", "fp32")
     for name, w in net.state_dict().items():
         times = 6 if name.startswith(checkpoint.UNET) else 1 if name.startswith(frozen) else 3
         torch.testing.assert_close(w, times * weights[name])
 
 
 def test_bf16_is_of_the_network_alone(run):
-    net, _ = sample.load(run, "cpu", "bf16")
+    net, _ = render.load(run, "cpu", "bf16")
     assert next(net.model.parameters()).dtype == torch.bfloat16
     assert net.alphas_cumprod.dtype == net.cc_projection.weight.dtype == torch.float32
     image = golden.network_input("image", (1, 3, SIZE, SIZE), tanh=True)
@@ -494,11 +495,11 @@ def test_bf16_is_of_the_network_alone(run):
 @pytest.mark.parametrize("mode", configs.MODES)
 def test_scale_divides_lengths_in_every_mode(mode):
     cameras = paths.motion("orbit", 5, 90, 1.0, 20.0)
-    found = sample.pose_vectors(mode, cameras.cond_c2w, cameras.c2w, cameras.fov, 0.5)
+    found = render.pose_vectors(mode, cameras.cond_c2w, cameras.c2w, cameras.fov, 0.5)
     cond = cameras.cond_c2w.repeat(5, 1, 1)
     scale = torch.full((5,), 0.5)
     if mode in ("3dof", "7dof_unscaled"):       # these do not look at a scale
-        one = sample.pose_vectors(mode, cameras.cond_c2w, cameras.c2w, cameras.fov, 1.0)
+        one = render.pose_vectors(mode, cameras.cond_c2w, cameras.c2w, cameras.fov, 1.0)
         lengths = [3] if mode == "3dof" else [3, 7, 11]
         rest = [i for i in range(one.shape[1]) if i not in lengths]
         torch.testing.assert_close(found[:, lengths], 2 * one[:, lengths], rtol=0, atol=1e-6)
@@ -511,7 +512,7 @@ def test_scale_divides_lengths_in_every_mode(mode):
 @pytest.mark.parametrize("mode", ["3dof", "7dof", "7dof_unscaled", "7dof_stereomag_scale",
                                   "7dof_quantile_scale"])
 def test_a_held_out_view_has_the_pose_vectors_of_training(run, mode):
-    config = replace(sample.load(run, "cpu", "fp32")[1], mode=mode)
+    config = replace(render.load(run, "cpu", "fp32")[1], mode=mode)
     photo = next(photo for photo in (photos.held_out(config, number) for number in range(2))
                  if (photo.reader.depth(photo.number, photo.view) > 0).all())
     batch = photo.reader.empty(1, mode)
@@ -520,13 +521,13 @@ def test_a_held_out_view_has_the_pose_vectors_of_training(run, mode):
     trained = model.pose_vector(batch, mode)
     c2w = photo.reader.scene(photo.number).c2w
     fov = torch.tensor([photo.fov], dtype=torch.float64)
-    found = sample.pose_vectors(mode, c2w[photo.view], c2w[4:5], fov, photo.scene_scale)
+    found = render.pose_vectors(mode, c2w[photo.view], c2w[4:5], fov, photo.scene_scale)
     torch.testing.assert_close(found, trained, rtol=1e-5, atol=1e-6)
     # in the unit of the paths, where what is in the middle of the photo is one away
     depth = photos.middle(torch.from_numpy(photo.reader.depth(photo.number, photo.view))).median()
     c2w = c2w.clone()
     c2w[:, :3, 3] /= depth
-    found = sample.pose_vectors(mode, c2w[photo.view], c2w[4:5], fov, photo.scale)
+    found = render.pose_vectors(mode, c2w[photo.view], c2w[4:5], fov, photo.scale)
     torch.testing.assert_close(found, trained, rtol=1e-5, atol=1e-6)
     upright = paths.motion("orbit", 1, 0, photo.fov, photo.elevation).cond_c2w
     assert upright[2, 2].item() == pytest.approx(c2w[photo.view, 2, 2].item(), abs=1e-6)
@@ -612,7 +613,7 @@ def test_the_middle_of_a_photo_is_what_a_crop_of_it_is(width, share):
 
 
 def test_a_zoom_starts_from_the_part_of_the_photo_with_its_field_of_view(run, tmp_path, capsys):
-    """In all the pixels of the photo: a picture of twice the size loses nothing at half its side."""
+    """In all its pixels: a picture of twice the network's size loses nothing at half its side."""
     gradient(2 * SIZE, 2 * SIZE).save(tmp_path / "photo.png")
     gradient(2 * SIZE, 2 * SIZE).crop((SIZE // 2, SIZE // 2, 3 * SIZE // 2, 3 * SIZE // 2)).save(
         tmp_path / "middle.png")
