@@ -22,7 +22,7 @@ from benchmarks import variants
 from benchmarks.variants import median_seconds, tell
 from cost import flops_of
 from fast import Fast
-from sample import place
+from render import place
 from samplers import encoded_views
 
 EMBEDDING, MODE = 768, "7dof_quantile_scale"

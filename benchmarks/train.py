@@ -434,9 +434,9 @@ def training(variant, device, batch, tiny, where):
         tell(f"{name}: peak memory", torch.cuda.max_memory_allocated() / GB, "GB")
     print(f"{name}: loss {loss:.4f}, then {step().mean().item():.4f}", flush=True)
     if cuda and not variant.reference:
+        torch.cuda.reset_peak_memory_stats()    # while it is recorded a graph has all that it needs
         step.record()
         step()
-        torch.cuda.reset_peak_memory_stats()
         tell(f"{name}, CUDA graph", batch / seconds_in_a_row(step, least, seconds), "pairs/s")
         tell(f"{name}, CUDA graph: peak memory", torch.cuda.max_memory_allocated() / GB, "GB")
 
