@@ -5,6 +5,8 @@ import copy
 import json
 import os
 import socket
+import sys
+import threading
 
 import pytest
 import torch
@@ -36,6 +38,24 @@ def made(batch, **changes):
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.05)
     return config, net, bench_train.pairs(config, batch, torch.device("cpu"))
+
+
+def test_a_rank_that_leaves_lets_waiting_threads_have_the_interpreter(monkeypatch):
+    """Gloo's wait for it to let go of tensors, and abort a process that ends before."""
+    ranks, gate, done = object.__new__(distributed.Ranks), threading.Lock(), []
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
+    gate.acquire()
+    thread = threading.Thread(target=lambda: gate.acquire() and done.append(1))
+    thread.start()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000)         # nobody gets it unless it is given away
+    try:
+        gate.release()
+        ranks.close()
+        assert done
+    finally:
+        sys.setswitchinterval(interval)
+        thread.join()
 
 
 # ---- compiled, on two ranks
