@@ -68,9 +68,12 @@ def read(path):
     """Tensors by name, a lazy Mapping: of a file, a run, one `step_...` of it, a diffusers folder.
 
     Averaged weights have the reference's names, `model_ema.*`. A run's frozen networks are those of
-    the file that it started from. Raises FileNotFoundError, or ValueError with one line for what is
-    no checkpoint, or a damaged one.
+    the file that it started from. What was read already is given back, so that a run's newest step
+    is looked for once. Raises FileNotFoundError, or ValueError with one line for what is no
+    checkpoint, or a damaged one.
     """
+    if isinstance(path, Tensors):
+        return path
     path = Path(path)
     if path.is_file():
         found = read_file(path)

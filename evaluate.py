@@ -309,12 +309,13 @@ def parser():
     return p
 
 
-def config_of(args, overrides):
-    """The Config of an evaluation. Raises ValueError, FileNotFoundError."""
+def asked(args, overrides):
+    """(weights, Config) of an evaluation. Raises ValueError, FileNotFoundError."""
     if not Path(args.checkpoint).exists():
         raise FileNotFoundError(f"no checkpoint {args.checkpoint}; `python train.py "
                                 "configs/synth.py` makes out/synth")
-    config = render.config_of(checkpoint.read(args.checkpoint))
+    tensors = checkpoint.read(args.checkpoint)
+    config = render.config_of(tensors)
     if args.config:
         other = configs.load([args.config])
         config = replace(config, sources=other.sources, data=other.data,
@@ -325,8 +326,9 @@ def config_of(args, overrides):
             raise ValueError(f"--{name} belongs to the training of the run and cannot be changed "
                              f"here; what can is {', '.join(sorted(FIELDS))}")
     config = configs.override(config, overrides)
-    return replace(config, eval_pairs=config.eval_pairs if args.pairs is None else args.pairs,
-                   seed=config.seed if args.seed is None else args.seed)
+    return tensors, replace(
+        config, eval_pairs=config.eval_pairs if args.pairs is None else args.pairs,
+        seed=config.seed if args.seed is None else args.seed)
 
 
 def gathered(rows, world):
@@ -348,7 +350,7 @@ def write(out, rows, found, about):
 def run(argv):
     """The command. Raises ValueError or OSError with one line."""
     args, overrides = parser().parse_known_args(argv)
-    config = config_of(args, overrides)
+    tensors, config = asked(args, overrides)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = own_device(device_of(config.device))
     pairs = held_out_pairs(config, config.eval_pairs)       # before anything large is read
@@ -360,7 +362,7 @@ def run(argv):
     folder = path.parent if path.name.startswith("step_") or path.is_file() else path
     out = Path(args.out) if args.out else folder / "eval"
     out.mkdir(parents=True, exist_ok=True)                  # or it is known now that it cannot be
-    net = render.load(args.checkpoint, device, "fp32")[0]
+    net = render.load(tensors, device, "fp32")[0]
     depth_net = load_depth(config, device)
     judges, notes = judges_of(net, config, args)
     if world > 1:
@@ -373,7 +375,7 @@ def run(argv):
     if not any("reprojection" in row["scores"][MODEL] for row in rows):
         notes.append("no depth is known, so neither the warp nor the camera figures are there")
     found = summary(rows)
-    about = {"checkpoint": str(checkpoint.read(path).path), "pairs": len(rows), "seed": config.seed,
+    about = {"checkpoint": str(tensors.path), "pairs": len(rows), "seed": config.seed,
              "scenes": len({row["scene"] for row in rows}), "mode": config.mode,
              "sampler": config.sampler, "sample_steps": config.sample_steps,
              "guidance": config.guidance, "eta": config.eta, "notes": notes}

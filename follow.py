@@ -72,13 +72,14 @@ def parser():
 
 def run(args):
     """The command, options parsed. Raises ValueError or OSError with one line."""
-    config = render.config_of(checkpoint.read(args.run))
+    tensors = checkpoint.read(args.run)
+    config = render.config_of(tensors)
     note = Path(config.data) / "synth.json"
     if not note.is_file():
         raise FileNotFoundError(f"{note} is missing: only scenes of `prepare.py synth` are known "
                                 "from everywhere")
     seed = json.loads(note.read_text(encoding="utf-8"))["seed"]
-    net = render.load(args.run, device_of(args.device), "fp32")[0]
+    net = render.load(tensors, device_of(args.device), "fp32")[0]
     found, rows = {name: [] for name in HOW_FAR}, {name: [] for name in HOW_FAR}
     for number in tqdm(range(args.scenes), unit="scene", leave=False):
         photo = photos.held_out(config, number)

@@ -26,7 +26,8 @@ MEGABYTE = 2**20
 # ---- the model
 
 def load(path, device, precision):
-    """(ZeroNVS, Config) of a run's folder, or of a published zero123 or ZeroNVS checkpoint.
+    """(ZeroNVS, Config) of a run's folder, or of a published zero123 or ZeroNVS checkpoint; `path`
+    may be what checkpoint.read gave for it.
 
     The UNet has its averaged weights where the file has them; `place` says what `precision` does.
     Raises FileNotFoundError or ValueError, one line, for what is no such checkpoint.
@@ -38,7 +39,8 @@ def load(path, device, precision):
     if config.latent == "vae" and "config" in tensors.meta and not frozen:
         # a run saves what it trains; the frozen networks are those of the file it started from
         if not config.init:
-            raise ValueError(f"{path} has no autoencoder, and its run names no init that has one")
+            raise ValueError(f"{tensors.path} has no autoencoder, and its run names no init that "
+                             "has one")
         net = model.build(config)
         checkpoint.load_model(net, config.init, finetune=True)
         stored = {name: checkpoint.ema_name(name) for name in net.state_dict()}
@@ -48,7 +50,7 @@ def load(path, device, precision):
     else:
         with torch.device("meta"):
             net = model.build(config)
-        fresh = checkpoint.load_model(net, path, ema=ema).fresh
+        fresh = checkpoint.load_model(net, tensors, ema=ema).fresh
         schedule = model.schedule_buffers()
         for name in fresh:
             setattr(net, name, schedule[name])

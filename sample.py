@@ -300,7 +300,8 @@ def run(args):
     if not Path(args.checkpoint).exists():
         raise FileNotFoundError(f"no checkpoint {args.checkpoint}: --checkpoint names another, and "
                                 "`python train.py configs/synth.py` makes out/synth")
-    config = config_of(checkpoint.read(args.checkpoint))
+    tensors = checkpoint.read(args.checkpoint)
+    config = config_of(tensors)
     photo = photo_of(args, config)
     cameras = cameras_of(args, photo.fov, photo.elevation)
     if config.mode == "3dof":
@@ -313,7 +314,7 @@ def run(args):
     precision = args.precision
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
-    net, out = load(args.checkpoint, device, precision)[0], folder_for(args.out)
+    net, out = load(tensors, device, precision)[0], folder_for(args.out)
     render = Render(net, config.mode, photo, options, args.batch, args.same_noise, args.compile)
     if args.scale_sweep:
         sweep(render, cameras, photo).save(out / "scale-sweep.png")

@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import shutil
+import warnings
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -158,6 +160,20 @@ def test_a_bare_command_makes_views_of_a_scene_that_was_held_out(run, tmp_path, 
 
 def mp4():
     return {"orbit.mp4"} if pictures.shutil.which("ffmpeg") else set()
+
+
+def test_a_damaged_newest_step_is_told_of_once_and_the_one_before_is_used(run, tmp_path):
+    shutil.copytree(run, tmp_path / "out")
+    shutil.copytree(run / "step_00000005", tmp_path / "out/step_00000006")
+    with open(tmp_path / "out/step_00000006/model.safetensors", "r+b") as file:
+        file.truncate(1000)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        sampled(tmp_path / "out", tmp_path / "made", "--views", "1")
+    assert sum("step_00000006 is damaged" in str(one.message) for one in said) == 1
+    sampled(run, tmp_path / "wanted", "--views", "1")
+    found, wanted = (Image.open(tmp_path / each / "views/000.png") for each in ("made", "wanted"))
+    assert np.array_equal(np.asarray(found), np.asarray(wanted))
 
 
 def test_sampling_runs_with_the_averaged_weights(run):
