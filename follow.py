@@ -50,10 +50,15 @@ def truth_of(photo, cameras, seed):
     return views
 
 
+def path_from(photo, name):
+    """The paths.Cameras of a motion, from a HeldOut photo."""
+    return paths.motion(name, VIEWS, HOW_FAR[name], photo.fov, photo.elevation)
+
+
 @torch.no_grad()
 def follow(net, config, photo, name, seed):
     """(true views, the model's) along a path from a HeldOut photo: two of (n, 3, s, s)."""
-    cameras = paths.motion(name, VIEWS, HOW_FAR[name], photo.fov, photo.elevation)
+    cameras = path_from(photo, name)
     T = render.pose_vectors(config.mode, cameras.cond_c2w, cameras.c2w, cameras.fov, photo.scale)
     images = torch.cat([pictures.tensor(photo.closer(share)) for share in cameras.shares()])
     views = novel_views(net, images.to(net.betas.device), T, [0] * VIEWS, config.seed,
@@ -70,21 +75,31 @@ def parser():
     return p
 
 
+def seed_of(note):
+    """The seed in the note of `prepare.py synth`. Raises FileNotFoundError, ValueError."""
+    if not note.is_file():
+        raise FileNotFoundError(f"{note} is missing: only scenes of `prepare.py synth` are known "
+                                "from everywhere")
+    try:
+        return int(json.loads(note.read_text(encoding="utf-8"))["seed"])
+    except (ValueError, KeyError, TypeError) as err:
+        raise ValueError(f"{note} is not what `prepare.py synth` writes") from err
+
+
 def run(args):
     """The command, options parsed. Raises ValueError or OSError with one line."""
     tensors = checkpoint.read(args.run)
     config = render.config_of(tensors)
-    note = Path(config.data) / "synth.json"
-    if not note.is_file():
-        raise FileNotFoundError(f"{note} is missing: only scenes of `prepare.py synth` are known "
-                                "from everywhere")
-    seed = json.loads(note.read_text(encoding="utf-8"))["seed"]
+    seed = seed_of(Path(config.data) / "synth.json")
+    photo = photos.held_out(config, args.scenes - 1)        # before anything is spent on the others
     net = render.load(tensors, device_of(args.device), "fp32")[0]
-    found, rows = {name: [] for name in HOW_FAR}, {name: [] for name in HOW_FAR}
+    known = [name for name in HOW_FAR
+             if config.mode != "3dof" or path_from(photo, name).centred()]
+    found, rows = {name: [] for name in known}, {name: [] for name in known}
     for number in tqdm(range(args.scenes), unit="scene", leave=False):
         photo = photos.held_out(config, number)
         image = pictures.tensor(photo.picture)
-        for name in HOW_FAR:
+        for name in known:
             truth, views = follow(net, config, photo, name, seed)
             found[name].append((psnr(views, truth)[1:].mean().item(),
                                 psnr(image.expand_as(truth), truth)[1:].mean().item()))

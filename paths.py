@@ -51,6 +51,13 @@ class Cameras:
     def __getitem__(self, places):
         return replace(self, c2w=self.c2w[places], fov=self.fov[places])
 
+    def centred(self):
+        """Whether all cameras look at the origin with one field of view, as 3DoF models know it."""
+        c2w = torch.cat([self.cond_c2w[None], self.c2w])
+        position = c2w[:, :3, 3]
+        return (torch.allclose(c2w, look_at(position, torch.zeros_like(position)), 0, RIGID)
+                and torch.allclose(self.fov, self.fov[:1]))
+
     def shares(self):
         """How much of the photo's side each view would see from the photo's place: n floats."""
         sides = torch.tan(self.fov / 2) / math.tan(self.cond_fov / 2)
@@ -96,6 +103,9 @@ def motion(name, views, by, fov, elevation):
         s = s / 2 if views == 2 else s      # of two, the second is as far as it goes
         c2w = around(by * torch.sin(2 * math.pi * s), elevation, 1.0)
     elif name == "spiral":
+        if abs(elevation) + math.degrees(math.atan(abs(by))) > STEEPEST:
+            raise ValueError(f"a spiral by {by:g} from an elevation of {elevation:g} degrees goes "
+                             "over the pole")
         angle, radius = 2 * math.pi * SPIRAL_TURNS * s, by * torch.sin(math.pi * s)
         offset = torch.stack([radius * angle.cos(), radius * angle.sin(), 0 * s], dim=-1)
         position = cond[:3, 3] + offset @ cond[:3, :3].T
@@ -111,6 +121,8 @@ def motion(name, views, by, fov, elevation):
         if by <= 0:
             raise ValueError(f"a zoom to {by:g} times the size: it must be more than 0")
         fovs = 2 * torch.atan(math.tan(fov / 2) / by**s)
+        if not 0 < fovs.min() <= fovs.max() < math.pi:
+            raise ValueError(f"a zoom to {by:g} times the size leaves no field of view")
     else:
         raise ValueError(f"motion {name!r} is not known, it is one of {', '.join(MOTIONS)}")
     return Cameras(cond, c2w, fovs, fov, closed)

@@ -88,7 +88,7 @@ def read(path, crop="", isolate=False):
 def over_white(picture):
     """RGB version of any Pillow image, transparency over white, 16-bit grey in 8 bits."""
     if picture.mode.startswith(("I", "F")):
-        values = np.asarray(picture, dtype=np.float64)
+        values = np.nan_to_num(np.asarray(picture, dtype=np.float64))
         # floats do not tell what is white
         whole = (SIXTEEN_BITS if picture.mode != "F" or values.max() > 255 else
                  255 if values.max() > 1 else 1)
@@ -184,7 +184,7 @@ def held_out(config, number):
             number = asked - known + len(reader)
             break
     else:
-        raise ValueError(f"--scene {asked}: there are scenes 0 to {known - 1}")
+        raise ValueError(f"held-out scene {asked}: there are scenes 0 to {known - 1}")
     scene = reader.scene(number)
     view = len(scene.c2w) // 2
     known = torch.from_numpy(reader.depth(number, view))

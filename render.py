@@ -60,7 +60,7 @@ def load(path, device, precision):
 def place(net, device, precision):
     """The ZeroNVS on its device: UNet and image decoder in `precision`, fp32, bf16 or fp16.
 
-    The photo is encoded in fp32, once. No more than what stays there is on the device at any time.
+    Photos are encoded in fp32. No more than what stays there is on the device at any time.
     """
     net.eval().requires_grad_(False)
     autoencoder = dict(net.first_stage_model.named_children())      # none, of pixels
@@ -111,6 +111,7 @@ class Render:
         self.batch, self.same_noise, self.fast = batch, same_noise, Fast(net, compile)
         self.seconds, self.views, self.evaluations = 0.0, 0, 0
         self.encoded = {}           # share of the photo's side: its latent and embedding
+        self.encode(1.0)
 
     def encode(self, share):
         """(z_cond, embedding) of the middle of the photo, `share` of its side."""
@@ -124,10 +125,11 @@ class Render:
         in the middle of the path, z_0 the clean latent that it promises.
 
         Models have learnt of pairs with one field of view. A narrower view is therefore made from
-        the part of the photo that has its field of view; a wider one from all of it.
+        the part of the photo that has its field of view, a wider one from all of it; the scale is
+        the whole photo's.
         """
         T = pose_vectors(self.mode, cameras.cond_c2w, cameras.c2w, cameras.fov, scale)
-        encoded = [self.encode(min(share, 1.0)) for share in cameras.shares()]
+        shares = [min(share, 1.0) for share in cameras.shares()]
         n, views, started = len(T), [], time.perf_counter()
         before = self.fast.preparing
         # batches of one size, for which things are prepared once; the last repeats its last view
@@ -144,7 +146,7 @@ class Render:
                     if n // 2 in rows:
                         keep.append((t, z_0[n // 2 - start, None]))
 
-                z_cond, embedding = map(torch.cat, zip(*(encoded[i] for i in rows)))
+                z_cond, embedding = map(torch.cat, zip(*(self.encode(shares[i]) for i in rows)))
                 images = encoded_views(self.net, z_cond, embedding, T[rows], numbers, watch=watch,
                                        fast=self.fast, **self.options)
                 views += [pictures.image(image) for image in images[:n - start]]

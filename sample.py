@@ -37,6 +37,7 @@ SWEEP_VIEWS, TRUE_VIEWS, PROGRESS_VIEWS = 6, 6, 8
 SHEET_COLUMNS = 6
 VIEW = re.compile(r"\d{3,}\.png")
 OPTIONAL = ("truth.png", "progress.png", "scale-sweep.png", "orbit.mp4")    # not in every run
+WRITTEN = ("cond.png", "cameras.json", "path.png", "sheet.png", "orbit.gif", *OPTIONAL)
 DEFAULT_MOTION = "swing"        # small turns are what every model does best
 
 UNITS = """One unit of length is the distance from the photo's camera to what it looks at, the
@@ -181,7 +182,7 @@ def parser():
 
 def say_ignored(args, sampler, cameras):
     """Says on standard error which of the options that are given nothing looks at."""
-    told = args.path and args.fov is not None and cameras.fov.rad2deg().sub(args.fov).abs().max()
+    told = args.path and args.fov is not None and cameras.fov.rad2deg().sub(args.fov).abs().min()
     own, these = args.grid or args.pose or args.path, "--grid, --pose and --path tell all cameras"
     for name, given, idle, why in (
             ("--by", args.by is not None, own, these), ("--views", args.views, own, these),
@@ -213,17 +214,6 @@ def cameras_of(args, fov, elevation):
     name = args.motion or DEFAULT_MOTION
     by = paths.MOTIONS[name][0] if args.by is None else args.by
     return paths.motion(name, args.views or VIEWS, by, fov, elevation)
-
-
-def check_centred(cameras):
-    """Raises ValueError for cameras that a 3DoF model cannot be told of."""
-    c2w = torch.cat([cameras.cond_c2w[None], cameras.c2w])
-    centred = camera.look_at(c2w[:, :3, 3], torch.zeros_like(c2w[:, :3, 3]))
-    if (not torch.allclose(c2w, centred, rtol=0, atol=paths.RIGID)
-            or not torch.allclose(cameras.fov, cameras.fov[:1])):
-        raise ValueError("a 3DoF model knows of azimuth, elevation and distance alone: its cameras "
-                         "look at the centre with one field of view, as those of --orbit, --swing, "
-                         "--spiral, --dolly, --grid and --pose do")
 
 
 def photo_of(args, config):
@@ -264,20 +254,28 @@ def sampling_of(args, config):
     return options
 
 
-def folder_for(path):
-    """The output folder, made and tried. Raises ValueError where nothing can be written."""
-    out = Path(path)
+def folder_for(args):
+    """The output folder, made and tried. Raises ValueError where something cannot be written, or
+    would be over what the views are made from."""
+    out = Path(args.out)
+    for given in filter(None, (args.image, args.path)):
+        path = Path(given).resolve()
+        if (path.parent == out.resolve() and path.name in WRITTEN
+                or path.parent == (out / "views").resolve() and VIEW.fullmatch(path.name)):
+            raise ValueError(f"{given} would be written over: --out names another folder")
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        (out if args.scale_sweep else out / "views").mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
     except OSError as err:
         raise ValueError(f"--out {out} cannot be written: {err.strerror}") from err
+    for name in WRITTEN:
+        if (out / name).is_dir():
+            raise ValueError(f"--out {out} cannot be written: {name} in it is a folder")
     return out
 
 
 def write(out, photo, cameras, views, labels, columns):
     """Writes a path's views, sheet, animation, cameras and map. Returns the names of the files."""
-    (out / "views").mkdir(exist_ok=True)
     # what an earlier run left would look like a part of this one
     for old in [*(out / name for name in OPTIONAL), *(out / "views").iterdir()]:
         if old.parent == out or VIEW.fullmatch(old.name):
@@ -304,8 +302,10 @@ def run(args):
     config = config_of(tensors)
     photo = photo_of(args, config)
     cameras = cameras_of(args, photo.fov, photo.elevation)
-    if config.mode == "3dof":
-        check_centred(cameras)
+    if config.mode == "3dof" and not cameras.centred():
+        raise ValueError("a 3DoF model knows of azimuth, elevation and distance alone: its cameras "
+                         "look at the centre with one field of view, as those of --orbit, --swing, "
+                         "--spiral, --dolly, --grid and --pose do")
     options = sampling_of(args, config)
     say_ignored(args, options["sampler"], cameras)
     device = device_of(args.device)
@@ -314,7 +314,7 @@ def run(args):
     precision = args.precision
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
-    net, out = load(tensors, device, precision)[0], folder_for(args.out)
+    net, out = load(tensors, device, precision)[0], folder_for(args)
     render = Render(net, config.mode, photo, options, args.batch, args.same_noise, args.compile)
     if args.scale_sweep:
         sweep(render, cameras, photo).save(out / "scale-sweep.png")

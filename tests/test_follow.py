@@ -65,6 +65,28 @@ def test_every_path_is_measured_and_drawn(run, tmp_path, capsys, monkeypatch):  
         assert float(ours) == 40 and float(difference) == pytest.approx(40 - float(still), abs=0.02)
 
 
+def test_too_many_scenes_are_refused_before_the_first(run, capsys, monkeypatch):     # noqa: F811
+    monkeypatch.setattr(follow, "follow", None)
+    with pytest.raises(SystemExit) as stop:
+        follow.main([str(run), "--scenes", "9", "--device", "cpu"])
+    assert stop.value.code == 2 and "there are scenes 0 to 3" in capsys.readouterr().err
+
+
+def test_a_3dof_model_is_measured_along_what_it_knows(run, tmp_path, capsys):     # noqa: F811
+    config = replace(render.load(run, "cpu", "fp32")[1], mode="3dof", out=str(tmp_path / "run"))
+    save(config, golden.fill(model.build(config)))
+    follow.main([config.out, "--scenes", "2", "--device", "cpu"])
+    lines = capsys.readouterr().out.splitlines()[2:-1]
+    assert [line.split()[0] for line in lines] == ["orbit", "swing", "spiral", "dolly"]
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"seed": "a"}', "[]"])
+def test_a_spoilt_note_of_the_scenes_is_named(tmp_path, content):
+    (tmp_path / "synth.json").write_text(content)
+    with pytest.raises(ValueError, match="synth.json is not what"):
+        follow.seed_of(tmp_path / "synth.json")
+
+
 def test_other_data_are_refused_in_a_line(run, tmp_path, capsys):     # noqa: F811
     config = render.load(run, "cpu", "fp32")[1]
     config = replace(config, data=str(tmp_path), out=str(tmp_path / "o"))

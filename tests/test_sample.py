@@ -295,7 +295,8 @@ def test_an_mp4_is_made_where_ffmpeg_is_found(run, tmp_path, monkeypatch, capsys
     (["--elevation", "90"], "--elevation"), (["--scene", "99"], "scenes 0 to 3"),
     (["--orbit", "--dolly"], "--dolly"), (["--pose", "1,2"], "--pose"), (["--obrit"], "--obrit"),
     (["--path", "nowhere.json"], "nowhere.json"), (["--device", "mps"], "mps"),
-    (["--zoom", "--by", "-1"], "zoom"), (["nowhere.jpg"], "nowhere.jpg"),
+    (["--zoom", "--by", "-1"], "zoom"), (["--zoom", "--by", "1e300", "--fov", "1e-30"], "no field"),
+    (["--spiral", "--elevation", "80"], "over the pole"), (["nowhere.jpg"], "nowhere.jpg"),
     (["--crop", "0,0,99"], "")])
 def test_bad_options_end_in_one_line_before_anything_is_written(run, tmp_path, capsys, options,
                                                                 says):
@@ -333,12 +334,35 @@ def test_an_output_folder_that_cannot_be_written_is_named(run, tmp_path, capsys)
         assert str(out) in refused(capsys, "--checkpoint", run, "--out", out, "--steps", "1")
 
 
+def test_what_views_start_from_is_not_written_over(run, tmp_path, capsys):
+    """As a run that goes on from a view of the last one would, both in the same folder."""
+    out = tmp_path / "out"
+    sampled(run, out, "--views", "3")
+    for given in ([out / "views/002.png"], [out / "cond.png"], ["--path", out / "cameras.json"]):
+        kept = given[-1].read_bytes()
+        capsys.readouterr()
+        line = refused(capsys, *given, "--checkpoint", run, "--out", out)
+        assert str(given[-1]) in line and "--out" in line and given[-1].read_bytes() == kept
+        sampled(run, tmp_path / "other", *map(str, given))
+
+
+@pytest.mark.parametrize("name", ["truth.png", "orbit.gif", "views"])
+def test_what_stands_in_the_way_of_a_file_is_found_before_the_views_are_made(
+        run, tmp_path, capsys, monkeypatch, name):
+    monkeypatch.setattr(sample, "Render", None)
+    if name == "views":
+        (tmp_path / name).write_text("")
+    else:
+        (tmp_path / name).mkdir()
+    assert "cannot be written" in refused(capsys, "--checkpoint", run, "--out", tmp_path)
+
+
 def test_held_out_scenes_of_all_sources_are_reached(run):
     config = render.config_of(checkpoint.read(run))
     names = [(photo.reader.name, photo.number) for photo in
              (photos.held_out(config, number) for number in range(4))]
     assert names == [("co3d", 0), ("co3d", 1), ("re10k", 0), ("re10k", 1)]
-    with pytest.raises(ValueError, match="--scene 4: there are scenes 0 to 3"):
+    with pytest.raises(ValueError, match="scene 4: there are scenes 0 to 3"):
         photos.held_out(config, 4)
 
 
@@ -355,8 +379,11 @@ def test_options_that_nothing_looks_at_are_named(capsys):
               "--depth-weights", "x", "--progress"], []),
             (["a.png", "--path", "p", "--fov", "40", "--elevation", "9"],
              ["--elevation", "--fov"]),
-            (["a.png", "--path", "p", "--fov", "50"], [])):
+            (["a.png", "--path", "p", "--fov", "50"], []),
+            (["a.png", "--path", "p", "--fov", "45"], [])):
         cameras = paths.motion("orbit", 2, 10, math.radians(50), 0.0)
+        if "45" in options:         # of a file that tells the second camera's alone
+            cameras.fov[0] = math.radians(45)
         sample.say_ignored(sample.parser().parse_args(options), "dpm++", cameras)
         said = capsys.readouterr().err.splitlines()
         assert [line.split()[1] for line in said] == named
