@@ -19,6 +19,8 @@ import os
 import signal
 import struct
 import sys
+import threading
+import time
 from bisect import bisect_right
 from collections import Counter
 
@@ -34,6 +36,7 @@ log = logging.getLogger(__name__)
 
 DEAD_WORKER = "a loader process was killed, for want of memory or by somebody"
 MAX_DRAWS = 100                     # draws for one pair before giving up
+ORPHANED = 2.0                      # seconds after which a worker looks whether its parent is there
 SMALL = 1 << 17                     # bytes up to which a tensor is sent between processes as bytes
 MIN_DRAWS = 200                     # draws before the share of damaged ones counts
 
@@ -187,6 +190,15 @@ def start_worker(ending, worker):
     its workers. `ending` is set when the parent itself ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: ending.is_set() and os._exit(0))
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def end_with(parent):
+    """Ends this process when its parent is gone: batches that nobody takes would keep it for ever,
+    and with it the parent's memory on a GPU."""
+    while os.getppid() == parent:
+        time.sleep(ORPHANED)
+    os._exit(1)
 
 
 def packed(batch):
@@ -249,10 +261,17 @@ class Loader(DataLoader):
             if where not in self.logged:
                 self.logged[where] = None
                 self.say(f"{source}: another pair replaces a damaged one: {where}")
-        damaged = sum(reasons.total() for reasons in self.report.values())
-        if self.draws >= MIN_DRAWS and damaged > self.max_damaged * self.draws:
-            raise ValueError(f"{damaged} of {self.draws} draws were damaged, more than "
-                             f"{self.max_damaged:.0%}: {some(list(self.logged))}")
+        check_damage(*self.counts(), self.max_damaged, some(list(self.logged)))
+
+    def counts(self):
+        """Draws of this process so far, and how many of them were damaged."""
+        return self.draws, sum(reasons.total() for reasons in self.report.values())
+
+
+def check_damage(draws, damaged, most, where):
+    """Raises ValueError if more than the share `most` of many draws were damaged."""
+    if draws >= MIN_DRAWS and damaged > most * draws:
+        raise ValueError(f"{damaged} of {draws} draws were damaged, more than {most:.0%}: {where}")
 
 
 def loader(pairs, batches, workers=0, device="cpu", max_damaged=0.05, say=log.warning):

@@ -49,9 +49,10 @@ class Meter:
         yield
         self.waited += time.perf_counter() - began
 
-    def read(self, ranks, steps, micro_steps):
-        """(numbers for the log, losses (steps, pairs) of this rank, how many are not finite) of
-        the last `steps` whole steps. All ranks meet here, and the host waits for its device once.
+    def read(self, ranks, steps, micro_steps, counts=()):
+        """(numbers for the log, losses (steps, pairs) of this rank, how many are not finite, sums
+        over the ranks of `counts`) of the last `steps` whole steps. All ranks meet here, and the
+        host waits for its device once.
         """
         whole = steps * micro_steps                 # a micro-step of a step not done is left out
         losses = torch.cat(self.losses[:whole]).view(steps, -1)
@@ -60,15 +61,17 @@ class Meter:
         bands[0].index_add_(0, band, losses.flatten())
         bands[1].index_add_(0, band, torch.ones_like(losses).flatten())
         bad = (~losses.isfinite()).sum().to(losses.dtype)
-        told = ranks.sum(torch.cat([losses.mean()[None], bad[None], bands.flatten()])).tolist()
+        counts = losses.new_tensor(counts)
+        told = torch.cat([losses.mean()[None], bad[None], bands.flatten(), counts])
+        told = ranks.sum(told).tolist()
         seconds = time.perf_counter() - self.since
-        sums, counts = np.reshape(told[2:], (2, BANDS))
+        sums, pairs = np.reshape(told[2:2 + 2 * BANDS], (2, BANDS))
         numbers = {"loss": told[0] / ranks.world,
                    "pairs_per_s": losses.numel() * ranks.world / seconds,
                    "data_wait": min(1.0, self.waited / seconds),
-                   "loss_by_timestep": {band_name(i): float(sums[i] / counts[i])
-                                        for i in range(BANDS) if counts[i]}}
-        return numbers, losses, int(told[1])
+                   "loss_by_timestep": {band_name(i): float(sums[i] / pairs[i])
+                                        for i in range(BANDS) if pairs[i]}}
+        return numbers, losses, int(told[1]), list(map(int, told[2 + 2 * BANDS:]))
 
 
 def band_name(i):
@@ -100,11 +103,8 @@ def hit(cells, share, draws, size):
     return size * (1 - missed)
 
 
-def state(config, step, numbers, needs, peak, ranks, device, readers, damage):
-    """What the log tells beside the loss: rate, share of the chip's ceiling, memory, time, data.
-
-    damage: this rank's {source: Counter of damaged draws by reason}.
-    """
+def state(config, step, numbers, needs, peak, ranks, device, readers):
+    """What the log tells beside the loss: share of the chip's ceiling, memory, time, data."""
     seconds_a_step = config.batch_size / numbers["pairs_per_s"]
     flops = (1 + cost.BACKWARD) * needs.flops * numbers["pairs_per_s"] / ranks.world
     numbers = {"ceiling_share": flops / peak, "memory_gb": peak_memory(device),
@@ -113,8 +113,7 @@ def state(config, step, numbers, needs, peak, ranks, device, readers, damage):
         scenes, _, pairs, _ = seen([s.probability for s in config.sources],
                                    [reader.counts for reader in readers], step * config.batch_size)
         numbers |= {"scenes_seen": scenes, "pairs_seen": pairs}
-    damaged = sum(sum(reasons.values()) for reasons in damage.values())
-    return numbers | {"damaged": damaged} if damaged else numbers
+    return numbers
 
 
 def peak_memory(device):
@@ -161,7 +160,8 @@ def summary(config, ranks, device, needs, micro_batch, micro_steps):
 
 
 class Log:
-    """The screen, log.jsonl and TensorBoard (where it is installed) of a run, from rank 0 alone."""
+    """The screen, log.jsonl and TensorBoard (where it is installed) of a run, from rank 0 alone but
+    for notes in log.jsonl."""
     def __init__(self, config, ranks):
         self.main, self.out, self.steps = ranks.rank == 0, Path(config.out), config.steps
         self.bar = self.board = self.trace = None
@@ -231,9 +231,8 @@ class Log:
     def note(self, line):
         """Says a line and keeps it in log.jsonl, as a note of the step that was logged last."""
         self.say(line)
-        if self.main:
-            with self.tolerant(self.out / "log.jsonl"), open(self.out / "log.jsonl", "a") as file:
-                file.write(json.dumps({"step": self.step, "note": line}) + "\n")
+        with self.tolerant(self.out / "log.jsonl"), open(self.out / "log.jsonl", "a") as file:
+            file.write(json.dumps({"step": self.step, "note": line}) + "\n")
 
     def say(self, line):
         if self.main:

@@ -301,6 +301,9 @@ def main(argv):
 def train(config, ranks, device, log, writer, traced, dry_run):
     """The run, from what is in its folder to the last step or a signal to stop."""
     micro_batch, micro_steps = split(config, ranks.world)
+    for name in (config.init, config.depth_weights * (config.mode == "7dof_quantile_scale")):
+        if name and not dry_run and not Path(name).exists():    # found before data are indexed
+            raise FileNotFoundError(f"no checkpoint {name}")
     torch.manual_seed(config.seed)      # random initial weights; nothing later draws from it
     autocast = (torch.autocast(device.type, torch.bfloat16) if config.precision == "bf16"
                 else nullcontext())
@@ -358,14 +361,14 @@ def train(config, ranks, device, log, writer, traced, dry_run):
     batches = data.Batches(start, config.steps, config.batch_size, micro_batch, ranks.rank,
                            ranks.world)
     loader = data.loader(pairs, batches, config.workers, device, config.max_damaged, log.note)
-    damage, loader = loader.report, iter(loader)
-    shape = model.latent_shape(config)
+    shape, batches = model.latent_shape(config), iter(loader)
     log.start(start, traced)
+    ranks.any(False)        # rank 0 may have written log.jsonl anew: from here on all write to it
     meter, done, logged, saved, stopped, norm = report.Meter(), start, start, start, False, None
     while done < config.steps and not stopped:
         for micro_step in range(micro_steps):
             with meter.waiting():
-                batch = next(loader)
+                batch = next(batches)
             stopped = ranks.any(asked_to_stop)      # all ranks meet here, and stop here together
             if stopped:
                 break
@@ -391,8 +394,12 @@ def train(config, ranks, device, log, writer, traced, dry_run):
         validates = (pictures and not stopped and config.validate_every
                      and done % config.validate_every == 0)
         if done > logged and (saves or shows or validates or done % config.log_every == 0):
-            numbers, losses, bad = meter.read(ranks, done - logged, micro_steps)
+            numbers, losses, bad, (drawn, damaged) = meter.read(ranks, done - logged, micro_steps,
+                                                                loader.counts())
             check_finite(bad, losses, logged, pairs, config, ranks)
+            data.check_damage(drawn, damaged, config.max_damaged, "log.jsonl names them")
+            if damaged:
+                numbers["damaged"] = damaged
             if norm is not None:
                 numbers["grad_norm"] = norm.item()
             if validates:
@@ -400,7 +407,7 @@ def train(config, ranks, device, log, writer, traced, dry_run):
                     if ranks.rank == 0:
                         numbers |= evaluate.validate(net, held_out, config, depth_net)
             log(done, **numbers, lr=learning_rate(done - 1, config) * config.lr,
-                **report.state(config, done, numbers, needs, peak, ranks, device, readers, damage))
+                **report.state(config, done, numbers, needs, peak, ranks, device, readers))
             logged = done
             meter.restart()
         if saves:
@@ -420,13 +427,22 @@ def train(config, ranks, device, log, writer, traced, dry_run):
         with averaged(net, ema, config, ranks):
             if ranks.rank == 0:
                 score(config, net, held_out, depth_net)
+    writer.wait()
+    ranks.any(False)        # nobody leaves while rank 0 still writes
+
+
+def tell(reason):
+    """Says on standard error why the run ends, once."""
+    if distributed.first_to_say(reason):
+        sys.stderr.write(f"train.py: {reason}\n")      # in one piece, beside other ranks
+        sys.stderr.flush()
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except (ValueError, OSError) as err:
-        print(f"train.py: {err}", file=sys.stderr, flush=True)
+        tell(err)
         if isinstance(err.__cause__, torch.OutOfMemoryError):
             os._exit(2)     # the others may be waiting for this rank in a transfer
         sys.exit(2)
@@ -435,11 +451,10 @@ if __name__ == "__main__":
         sys.exit(130)
     except RuntimeError as err:
         if data.is_dead_worker(err):        # raised wherever the training thread happens to be
-            print(f"train.py: {data.DEAD_WORKER}: {str(err).splitlines()[0]}", file=sys.stderr)
+            tell(f"{data.DEAD_WORKER}: {str(err).splitlines()[0]}")
             sys.exit(1)
         if not distributed.is_loss_of_a_rank(err):
             raise
-        print(f"train.py: rank {os.environ.get('RANK', 0)}: another rank is gone, so this one "
-              "stops; the same command goes on from the newest checkpoint", file=sys.stderr,
-              flush=True)
+        tell("a rank is gone, so the others stop; the same command goes on from the newest "
+             "checkpoint")
         os._exit(1)     # the other end of a transfer may never answer, also not while leaving

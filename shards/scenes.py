@@ -133,9 +133,12 @@ class Scenes:
 
     def __init__(self, name, index, files, image_size):
         self.name, self.image_size = name, image_size
+        # every rank begins elsewhere, and finds what the others have indexed when it comes there
+        first = len(files) * int(os.environ.get("RANK", 0)) // int(os.environ.get("WORLD_SIZE", 1))
         with ThreadPoolExecutor(INDEX_THREADS) as pool:
-            self.shards = list(tqdm(pool.map(index, files), f"index {name}", len(files),
-                                    unit=" shards", delay=1, leave=False))
+            shards = list(tqdm(pool.map(index, [*files[first:], *files[:first]]), f"index {name}",
+                               len(files), unit=" shards", delay=1, leave=False))
+        self.shards = shards[len(files) - first:] + shards[:len(files) - first]
         self.report, self.problems = Counter(), []
         for where, reason, count in (line for shard in self.shards for line in shard.problems):
             self.report[reason] += count

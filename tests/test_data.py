@@ -456,6 +456,22 @@ def test_an_index_is_read_from_its_cache(tmp_path, monkeypatch):
     assert same_index(built, indexed(path)) and built.problems
 
 
+@pytest.mark.parametrize("rank, first", [(0, 0), (1, 1), (2, 3), (3, 5)])
+def test_ranks_begin_with_different_shards_and_keep_their_order(tmp_path, monkeypatch, rank, first):
+    for i in range(7):
+        write_tar(tmp_path / f"{i}.tar", scene_members(f"a/{i}"))
+    asked, index = [], scenes.RawIndex
+    monkeypatch.setattr(scenes, "INDEX_THREADS", 1)
+    monkeypatch.setattr(scenes, "RawIndex", lambda file, **how: asked.append(file.path) or
+                        index(file, **how))
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    source = Source("here", "co3d", "*.tar", 1.0)
+    reader = scenes.open_source(source, str(tmp_path), 16)
+    assert [Path(path).name for path in asked] == [f"{(first + i) % 7}.tar" for i in range(7)]
+    assert [reader.scene(i).name for i in range(7)] == [f"a/{i}" for i in range(7)]
+
+
 def test_an_index_is_made_anew_when_size_or_time_change(tmp_path):
     path = write_tar(tmp_path / "a.tar", scene_members("a/b"))
     assert indexed(path).scenes == ["a/b"]

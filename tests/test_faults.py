@@ -4,9 +4,13 @@ import contextlib
 import json
 import os
 import re
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+import tarfile
+import time
 
 import numpy as np
 import pytest
@@ -151,17 +155,22 @@ def test_a_log_that_cannot_be_written_is_said_once_and_is_no_end(shards, tmp_pat
     assert (out / "step_00000006" / "meta.json").exists()
 
 
-@pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX's")
-def test_torchrun_starts_a_run_again_whose_rank_died_and_it_goes_on(shards, tmp_path):
-    out = tmp_path / "elastic"
+def torchrun(arguments, *options):
+    """Runs train.py under torchrun on two ranks. Returns the finished process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = tiny(shards, out, kill_one_rank(out), steps=15, save_every=3)
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
-         str(port), "--max-restarts", "1", "train.py", *arguments], cwd=ROOT, env=ONE_THREAD,
-        capture_output=True, text=True, timeout=300, check=False)
+         str(port), *options, "train.py", *arguments],
+        cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX's")
+def test_torchrun_starts_a_run_again_whose_rank_died_and_it_goes_on(shards, tmp_path):
+    out = tmp_path / "elastic"
+    done = torchrun(tiny(shards, out, kill_one_rank(out), steps=15, save_every=3),
+                    "--max-restarts", "1")
     assert done.returncode == 0, done.stderr
     starts = re.findall(r"start +(.*)", done.stdout)
     assert starts[0].startswith("random weights") and re.match(r"step \d+ of", starts[1])
@@ -170,3 +179,74 @@ def test_torchrun_starts_a_run_again_whose_rank_died_and_it_goes_on(shards, tmp_
     run(tiny(shards, tmp_path / "whole", steps=15))
     # rounding of the sums, which training makes larger from step to step
     np.testing.assert_allclose(logged(out), logged(tmp_path / "whole"), rtol=1e-3)
+
+
+def test_ranks_under_torchrun_refuse_in_one_line(shards, tmp_path):
+    done = torchrun(tiny(shards, tmp_path / "odd", batch_size=7))
+    assert done.returncode and done.stderr.count("train.py: ") == 1, done.stderr
+    assert "batch_size" in done.stderr.split("train.py: ")[1].splitlines()[0]
+
+
+def test_what_any_rank_finds_damaged_is_counted_and_named(shards, tmp_path):
+    spoilt, counts = tmp_path / "data", []
+    shutil.copytree(shards, spoilt)
+    for shard in sorted(spoilt.glob("*/train-*.tar")):
+        with tarfile.open(shard) as tar:
+            images = [file for file in tar if file.name.endswith(("0001.png", "0002.png"))]
+        with open(shard, "r+b") as file:
+            for image in images:
+                file.seek(image.offset_data)
+                file.write(bytes(64))
+    for world in (1, 2):
+        out = tmp_path / f"{world} ranks"
+        arguments = tiny(spoilt, out, max_damaged=1, workers=0)
+        if world == 1:
+            run(arguments)
+        else:
+            done = torchrun(arguments)
+            assert done.returncode == 0, done.stderr
+        lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        counts.append((lines[-1]["damaged"], {line["note"] for line in lines if "note" in line}))
+    assert counts[0] == counts[1] and counts[0][0] > 10
+    assert 2 < len(counts[0][1]) <= counts[0][0]
+
+
+# A process whose loader's worker has more to send than a pipe holds, when it is killed
+ORPHAN = """
+import functools, multiprocessing, os, signal, sys
+import numpy as np, torch
+import data
+data.ORPHANED = 0.2
+class Items(torch.utils.data.Dataset):
+    def __len__(self): return 50
+    def __getitem__(self, k): return np.zeros(200_000, np.uint8)
+if __name__ == "__main__":
+    event = multiprocessing.get_context("spawn").Event()
+    batches = iter(torch.utils.data.DataLoader(
+        Items(), batch_size=1, num_workers=1, collate_fn=lambda items: items[0],
+        multiprocessing_context="fork",
+        worker_init_fn=functools.partial(data.start_worker, event)))
+    next(batches)
+    print(batches._workers[0].pid, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="asks Linux which processes there are")
+def test_workers_of_a_killed_process_end(tmp_path):
+    def there(pid):
+        try:
+            with open(f"/proc/{pid}/stat") as file:
+                return file.read().rsplit(")", 1)[1].split()[0] not in "ZX"
+        except OSError:
+            return False
+    done = subprocess.run([sys.executable, "-c", ORPHAN], cwd=ROOT, env=ONE_THREAD,
+                          stdout=subprocess.PIPE, text=True, timeout=30, check=False)
+    pid, end = int(done.stdout), time.monotonic() + 20
+    try:
+        while there(pid):
+            assert time.monotonic() < end
+            time.sleep(0.1)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)

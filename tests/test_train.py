@@ -605,11 +605,11 @@ def test_the_loss_by_timestep_is_that_of_the_samples_in_the_band():
     t = torch.tensor([0, 249, 250, 999, 750, 749])
     for i in range(0, 6, 2):
         meter.add(loss[i:i + 2], t[i:i + 2])
-    numbers, losses, bad = meter.read(ALONE, 3, 1)
+    numbers, losses, bad, _ = meter.read(ALONE, 3, 1)
     assert numbers["loss_by_timestep"] == {"0-249": 1.5, "250-499": 3.0, "500-749": 11.0,
                                            "750-999": 6.0}
     assert numbers["loss"] == pytest.approx(29 / 6) and losses.shape == (3, 2) and not bad
-    numbers, losses, _ = meter.read(ALONE, 2, 1)        # the last micro-step is of a step not done
+    numbers, losses, *_ = meter.read(ALONE, 2, 1)        # the last micro-step is of a step not done
     assert numbers["loss"] == 2.75 and "500-749" not in numbers["loss_by_timestep"]
 
 
@@ -721,6 +721,7 @@ def test_another_configuration_in_the_same_folder_is_refused_with_what_differs(s
     ({"device": "cuda"}, "this machine has"),
     ({"image_size": 32}, "32"),
     ({"init": "/nowhere.ckpt"}, "/nowhere.ckpt"),
+    ({"init": "/nowhere.ckpt", "data": "/no/data/either"}, "/nowhere.ckpt"),    # before the data
     ({"latent": "vae"}, "needs --init=FILE"),
     ({"batchsize": 8}, "Did you mean 'batch_size'?"),
 ])
