@@ -245,6 +245,8 @@ def matrices(rows):
 def short_side_fov(known, fov):
     """Field of view of the shorter side, from a frame's values in transforms.json; else `fov`."""
     half = math.tan(known.get("camera_angle_x", fov) / 2)       # half the width, in focal lengths
+    if "fl_x" in known and "w" not in known:
+        raise ValueError("fl_x, in pixels, says nothing without w, the image's width in pixels")
     if not ("w" in known and ("fl_x" in known or "camera_angle_x" in known)):
         return 2 * math.atan(half)
     w, h = known["w"], known.get("h", known["w"])

@@ -243,6 +243,7 @@ def test_transforms_json_with_one_angle_for_all_is_read(tmp_path):
     ('[[[1, 0], [0, 1]]]', "camera 0 is of shape [2, 2]"), ('["x"]', "camera 0 is no matrix"),
     ('{"w": 3, "fl_x": 0, "frames": [{"transform_matrix": []}]}', "camera 0 has focal lengths"),
     ('{"w": 3, "fl_x": "a", "frames": [{"transform_matrix": []}]}', "camera 0 has focal lengths"),
+    ('{"fl_x": 300, "frames": [{"transform_matrix": []}]}', "says nothing without w"),
     ('{"frames": [{}]}', "'transform_matrix' is missing")])
 def test_what_is_wrong_with_a_file_of_cameras_is_said(tmp_path, text, says):
     (tmp_path / "a.json").write_text(text)
