@@ -468,7 +468,8 @@ def test_ranks_begin_with_different_shards_and_keep_their_order(tmp_path, monkey
     monkeypatch.setenv("WORLD_SIZE", "4")
     source = Source("here", "co3d", "*.tar", 1.0)
     reader = scenes.open_source(source, str(tmp_path), 16)
-    assert [os.path.basename(path) for path in asked] == [f"{(first + i) % 7}.tar" for i in range(7)]
+    names = [os.path.basename(path) for path in asked]
+    assert names == [f"{(first + i) % 7}.tar" for i in range(7)]
     assert [reader.scene(i).name for i in range(7)] == [f"a/{i}" for i in range(7)]
 
 
