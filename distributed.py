@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 SOLO = timedelta(minutes=60)        # the longest that one rank may work alone, scoring included
 STUCK = timedelta(minutes=1)        # of a transfer between GPUs: all ranks enter it together
 COMPILING = timedelta(minutes=15)   # the same where ranks may still be compiling their first step
+ASKING = timedelta(seconds=5)       # of torchrun, which may be gone
 LEAVING = 0.1                       # seconds that threads get to end what they do, see Ranks.close
 # Gradients that are sent together, in MiB. A compiled network is cut into a graph for every bucket
 # (torch._dynamo.backends.distributed), so that one is sent while the next graph's backward pass
@@ -129,7 +130,7 @@ def first_to_say(text):
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return True
     try:
-        store, _, _ = next(dist.rendezvous("env://"))
+        store, _, _ = next(dist.rendezvous("env://", timeout=ASKING))
         return store.add(f"said: {text}", 1) == 1
     except RuntimeError:            # torch's own errors of the network among them
         return True
