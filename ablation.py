@@ -216,7 +216,7 @@ def write(config, modes, args):
 
 def parser():
     p = options.Parser("ablation.py", allow_abbrev=False, description=__doc__.splitlines()[0],
-                      epilog="Fields of the Config may follow as --name=value.")
+                       epilog="Fields of the Config may follow as --name=value.")
     whole = options.numbers_of(int, 1)
     p.add_argument("config", metavar="FILE", help="configs/ablation.py")
     p.add_argument("--minutes", type=options.numbers_of(float, 0, above=True), metavar="M",

@@ -29,7 +29,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 import camera
-from shards.scenes import DEPTH_MODES, distinct, images, open_source, some  # noqa: F401
+from shards.scenes import distinct, images, open_source, some     # noqa: F401, data.images
 from shards.files import Damaged
 
 log = logging.getLogger(__name__)

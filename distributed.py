@@ -26,7 +26,7 @@ SOLO = timedelta(minutes=60)        # the longest that one rank may work alone, 
 STUCK = timedelta(minutes=1)        # of a transfer between GPUs: all ranks enter it together
 COMPILING = timedelta(minutes=15)   # the same where ranks may still be compiling their first step
 ASKING = timedelta(seconds=5)       # of torchrun, which may be gone
-LEAVING = 0.1                       # seconds that threads get to end what they do, see Ranks.close
+LEAVING = 0.1                       # seconds that threads get to end what they do, see leave
 # Gradients that are sent together, in MiB. A compiled network is cut into a graph for every bucket
 # (torch._dynamo.backends.distributed), so that one is sent while the next graph's backward pass
 # runs. The full-size UNet's 3.4 GB are 13 graphs of about a stage of the widest level; the default
@@ -114,14 +114,21 @@ class Ranks(Alone):
                                        **{name: False})
 
     def close(self, stuck=False):
-        # A thread of gloo's needs the interpreter's lock to let go of a tensor. One that is still
-        # waiting for it when the interpreter ends aborts the process, whose work was done.
-        time.sleep(LEAVING)
         if not stuck or self.hosts is dist.group.WORLD:     # NCCL would wait for the transfer
-            dist.destroy_process_group()
+            leave()
 
 
 ALONE = Alone()
+
+
+def leave():
+    """Leaves the group of the ranks.
+
+    A thread of gloo's needs the interpreter's lock to let go of a tensor. One that is still waiting
+    for it when the interpreter ends aborts the process, whose work was done: so it gets it first.
+    """
+    time.sleep(LEAVING)
+    dist.destroy_process_group()
 
 
 def first_to_say(text):

@@ -32,7 +32,7 @@ import model
 import options
 import pictures
 import render
-from distributed import device_of, own_device
+from distributed import device_of, leave, own_device
 from metrics import psnr
 from samplers import novel_views
 from tables import MODEL, WARP, screen, summary
@@ -289,8 +289,8 @@ def load_depth(config, device):
 def parser():
     """The command line; fields of the run's Config may follow as --name=value."""
     p = options.Parser("evaluate.py", allow_abbrev=False, description=__doc__.splitlines()[0],
-                      epilog="Fields of the run may follow as --name=value: "
-                             + ", ".join(sorted(FIELDS)))
+                       epilog="Fields of the run may follow as --name=value: "
+                              + ", ".join(sorted(FIELDS)))
     p.add_argument("checkpoint", metavar="PATH",
                    help="a run's folder (its newest step), one step, or a published checkpoint")
     p.add_argument("--pairs", type=options.numbers_of(int, 2), metavar="N",
@@ -369,7 +369,7 @@ def run(argv):
         dist.init_process_group("gloo")     # only rows of numbers travel
     rows = gathered(measure(net, pairs, config, judges, depth_net, rank, world), world)
     if world > 1:
-        dist.destroy_process_group()
+        leave()
     if rank > 0:
         return
     if not any("reprojection" in row["scores"][MODEL] for row in rows):

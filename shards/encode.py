@@ -34,7 +34,7 @@ import checkpoint
 import clip
 import depth
 from cost import ceiling, flops_of
-from distributed import own_device
+from distributed import leave, own_device
 from shards import inspector
 import vae
 from model import viewer_scale
@@ -321,7 +321,7 @@ def run(args):
         print("all of them were there already")
     if world > 1:
         dist.barrier()
-        dist.destroy_process_group()
+        leave()
     if rank == 0:
         lacking = unknown_scales([path for *_, path in shards])
         if lacking:

@@ -148,8 +148,7 @@ def strips_of(source):
         # the map in units of the cameras' radius; its red camera is the first view's
         c2w = known.c2w.clone()
         c2w[:, :3, 3] /= max(known.radius, 1e-9)
-        every = paths.Cameras(c2w[0], c2w, torch.full((len(c2w),), known.fov),
-                              known.fov)
+        every = paths.Cameras(c2w[0], c2w, torch.full((len(c2w),), known.fov), known.fov)
         strip, plan = pictures.sheet([row]), pictures.path_picture(every, MAP_SIDE)
         title = f"{known.name}: {len(c2w)} views, {math.degrees(known.fov):.1f} degrees"
         strips.append(beside(title, [strip, plan]))

@@ -13,11 +13,13 @@ import photos
 import render
 from captures import synth
 from metrics import psnr
-from test_sample import run, save      # noqa: F401, a fixture
+from test_sample import save, small_run
+
+__all__ = ["small_run"]      # the fixture `run`
 
 
 @pytest.fixture
-def photo(run):     # noqa: F811
+def photo(run):
     return photos.held_out(render.load(run, "cpu", "fp32")[1], 2)
 
 
@@ -49,7 +51,7 @@ def test_scenes_of_another_seed_are_told_from_these(photo):
         follow.truth_of(photo, cameras, 1)
 
 
-def test_every_path_is_measured_and_drawn(run, tmp_path, capsys, monkeypatch):     # noqa: F811
+def test_every_path_is_measured_and_drawn(run, tmp_path, capsys, monkeypatch):
     def perfect(net, config, photo, name, seed):
         cameras = paths.motion(name, follow.VIEWS, follow.HOW_FAR[name], photo.fov, photo.elevation)
         truth = follow.truth_of(photo, cameras, seed)
@@ -65,14 +67,14 @@ def test_every_path_is_measured_and_drawn(run, tmp_path, capsys, monkeypatch):  
         assert float(ours) == 40 and float(difference) == pytest.approx(40 - float(still), abs=0.02)
 
 
-def test_too_many_scenes_are_refused_before_the_first(run, capsys, monkeypatch):     # noqa: F811
+def test_too_many_scenes_are_refused_before_the_first(run, capsys, monkeypatch):
     monkeypatch.setattr(follow, "follow", None)
     with pytest.raises(SystemExit) as stop:
         follow.main([str(run), "--scenes", "9", "--device", "cpu"])
     assert stop.value.code == 2 and "there are scenes 0 to 3" in capsys.readouterr().err
 
 
-def test_a_3dof_model_is_measured_along_what_it_knows(run, tmp_path, capsys):     # noqa: F811
+def test_a_3dof_model_is_measured_along_what_it_knows(run, tmp_path, capsys):
     config = replace(render.load(run, "cpu", "fp32")[1], mode="3dof", out=str(tmp_path / "run"))
     save(config, golden.fill(model.build(config)))
     follow.main([config.out, "--scenes", "2", "--device", "cpu"])
@@ -87,7 +89,7 @@ def test_a_spoilt_note_of_the_scenes_is_named(tmp_path, content):
         follow.seed_of(tmp_path / "synth.json")
 
 
-def test_other_data_are_refused_in_a_line(run, tmp_path, capsys):     # noqa: F811
+def test_other_data_are_refused_in_a_line(run, tmp_path, capsys):
     config = render.load(run, "cpu", "fp32")[1]
     config = replace(config, data=str(tmp_path), out=str(tmp_path / "o"))
     save(config, golden.fill(model.build(config)))

@@ -98,8 +98,8 @@ def test_views_depend_on_seed_and_number_and_not_on_the_batch():
 
 # ---- a small run to sample from
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
+@pytest.fixture(scope="module", name="run")
+def small_run(tmp_path_factory):
     """A folder like out/synth, of a small random network, with scenes of its own."""
     folder = tmp_path_factory.mktemp("run")
     prepare.main(["synth", "--out", str(folder / "data"), "--scenes", "2", "--held-out", "4",
