@@ -26,7 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from conv import product
+from engine.conv import product
 
 HEAD_WIDTH = 64                                  # of every head in every published CLIP ViT
 MEAN = (0.48145466, 0.4578275, 0.40821073)       # of CLIP's training images, in [0, 1], R G B
@@ -336,7 +336,7 @@ def load(paths):
     OpenAI's ViT-L-14.pt as published (TorchScript) or its state dict, and zero123 checkpoints, in
     every container that checkpoint.py reads.
     """
-    import checkpoint
+    from runtime import checkpoint
     state = {}
     for path in paths:
         file = checkpoint.read(path)

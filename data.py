@@ -285,7 +285,7 @@ def loader(pairs, batches, workers=0, device="cpu", max_damaged=0.05, say=log.wa
 
 
 if __name__ == "__main__":
-    from shards import inspector        # for the command line alone
+    from analysis import inspect as inspector
 
     try:
         sys.exit(inspector.main(sys.argv[1:]))

@@ -79,7 +79,7 @@ def dense_depth(disparity, depth, blend):
 @torch.no_grad()
 def load(path):
     """The frozen network of MiDaS's `dpt_swin2_tiny_256.pt`. ValueError if path is another file."""
-    import checkpoint
+    from runtime import checkpoint
 
     tensors = checkpoint.read(path)
     model = DPT()

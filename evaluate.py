@@ -21,21 +21,22 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
+import diffusion
 import camera
-import checkpoint
+from runtime import checkpoint
 import clip
 import configs
 import data
 import depth
-import metrics
+from analysis import metrics
 import model
-import options
-import pictures
-import render
-from distributed import device_of, leave, own_device
-from metrics import psnr
-from samplers import novel_views
-from tables import MODEL, WARP, screen, summary
+from runtime import command as options
+from views import pictures
+from views import render
+from runtime.ranks import device_of, leave, own_device
+from analysis.metrics import psnr
+from diffusion import novel_views
+from analysis.tables import MODEL, WARP, screen, summary
 
 GRID_GAP = 2                # pixels between the images of a grid
 GRID_SIDE = 128             # pixels a side that small images are enlarged to, at least
@@ -116,14 +117,14 @@ def validation_loss(net, pairs, config, depth_net=None):
     (seed, number), and no condition is dropped: figures of different runs can be compared.
     """
     device, shape = net.betas.device, model.latent_shape(config)
-    width, losses = model.TIMESTEPS // BANDS, [[] for _ in range(BANDS)]
+    width, losses = diffusion.TIMESTEPS // BANDS, [[] for _ in range(BANDS)]
     for places in batches(pairs, config):
         batch = torch.utils.data.default_collate([pairs[k] for k in places])
         batch["image_cond"] = image_cond = data.images(batch["image_cond"].to(device))
         T = model.pose_vector(batch, config.mode, depth_net, config.quantile_blend).to(device)
         mean, logvar = net.encode(data.images(batch["image_target"].to(device)))
         z_cond, embedding = net.encode(image_cond)[0], net.embed(image_cond)
-        draws = model.draw(config.seed, batch["number"].to(device), shape)
+        draws = diffusion.draw(config.seed, batch["number"].to(device), shape)
         for band in range(BANDS):
             inside = replace(draws, t=band * width + draws.t // BANDS)
             losses[band].append(net(mean, logvar, z_cond, embedding, T, inside, (0, 0, 0)).cpu())

@@ -7,7 +7,6 @@ embedding width.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -18,14 +17,13 @@ import camera
 import depth
 import vae
 from clip import CLIP
-from geglu import geglu
-from noise import DROP, NOISE, POSTERIOR, TIMESTEP, normal, uniform
-from norm import GroupNorm
+from engine.geglu import geglu
+from diffusion import schedule_buffers
+from engine.norm import GroupNorm
 from vae import Upsample
 
 RES_EPS, TRANSFORMER_EPS = 1e-5, 1e-6       # quirk: the two kinds of block use different eps
 LARGEST_PERIOD = 10_000                     # of the timestep embedding
-TIMESTEPS, BETA_START, BETA_END = 1000, 0.00085, 0.0120
 FOLD = 2                                    # pixels a side that latent="pixels" folds into channels
 FEED_FORWARD = 4                            # hidden width of a feed-forward, in channels
 
@@ -246,52 +244,6 @@ class UNet(nn.Module):
         """{name: parameter} that one context token leaves without a gradient (see Attention)."""
         idle = ("attn2.to_q.", "attn2.to_k.", ".norm2.")
         return {name: p for name, p in self.named_parameters() if any(i in name for i in idle)}
-
-
-# ---- noise schedule
-
-def schedule_buffers():
-    """The twelve float32 tables (1000,) of DDPM (arXiv:2006.11239), by their checkpoint names."""
-    betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, TIMESTEPS, dtype=torch.float64)**2
-    abar = (1 - betas).cumprod(0)
-    abar_prev = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
-    variance = betas * (1 - abar_prev) / (1 - abar)                 # eq. 7
-    smallest = 1e-20                                                # the variance of step 0 is 0
-    tables = {
-        "betas": betas,
-        "alphas_cumprod": abar,
-        "alphas_cumprod_prev": abar_prev,
-        "sqrt_alphas_cumprod": abar.sqrt(),
-        "sqrt_one_minus_alphas_cumprod": (1 - abar).sqrt(),
-        "log_one_minus_alphas_cumprod": (1 - abar).log(),
-        "sqrt_recip_alphas_cumprod": (1 / abar).sqrt(),
-        "sqrt_recipm1_alphas_cumprod": (1 / abar - 1).sqrt(),
-        "posterior_variance": variance,
-        "posterior_log_variance_clipped": variance.clamp(min=smallest).log(),
-        "posterior_mean_coef1": betas * abar_prev.sqrt() / (1 - abar),
-        "posterior_mean_coef2": (1 - abar_prev) * (1 - betas).sqrt() / (1 - abar),
-    }
-    return {name: table.float() for name, table in tables.items()}
-
-
-# ---- what chance decides
-
-@dataclass
-class Draws:
-    """What chance decides about a batch. t (b,) int64; u (b,) which conditions are dropped; the
-    posterior's and the diffusion's noise (b, c, h, w)."""
-    t: torch.Tensor
-    u: torch.Tensor
-    posterior_noise: torch.Tensor
-    noise: torch.Tensor
-
-
-def draw(seed, numbers, shape):
-    """Draws for the pairs `numbers` (b,) of latents of `shape` (c, h, w)."""
-    return Draws(t=(uniform(seed, TIMESTEP, numbers, 1)[:, 0] * TIMESTEPS).long(),
-                 u=uniform(seed, DROP, numbers, 1)[:, 0],
-                 posterior_noise=normal(seed, POSTERIOR, numbers, shape),
-                 noise=normal(seed, NOISE, numbers, shape))
 
 
 # ---- the whole model

@@ -29,9 +29,9 @@ import torch
 from tqdm import tqdm
 
 from captures import datasets, resample, synth
-from distributed import device_of
-from shards import encode
-from shards.writer import IMAGE_FORMATS, ahead, check_out, make, raw_scene, write_text
+from runtime.ranks import device_of
+from captures import encode
+from captures.writer import IMAGE_FORMATS, ahead, check_out, make, raw_scene, write_text
 
 LAYOUTS = ("co3d", "re10k")
 DEVICES = "cuda", "cpu"         # that render and encode

@@ -17,18 +17,18 @@ from pathlib import Path
 
 import torch
 
+import diffusion
 import camera
-import checkpoint
+from runtime import checkpoint
 import configs
-import model
-import paths
-import photos
-import pictures
-from distributed import device_of
-from kernels import check_compiler
-from options import Parser, is_number, numbers_of
-from render import Render, config_of, load
-from samplers import EVERYWHERE, SAMPLERS, SPACINGS, TIMESTEPS, plan
+from views import paths
+from views import photos
+from views import pictures
+from runtime.ranks import device_of
+from engine.kernels import check_compiler
+from runtime.command import Parser, is_number, numbers_of
+from views.render import Render, config_of, load
+from diffusion import EVERYWHERE, SAMPLERS, SPACINGS, TIMESTEPS, plan
 from shards import scenes
 
 VIEWS = 16                              # along a path, unless told
@@ -249,7 +249,7 @@ def sampling_of(args, config):
                "sampler": chosen("sampler", config.sampler), "eta": chosen("eta", config.eta),
                "steps": chosen("steps", config.sample_steps),
                "guidance": chosen("guidance", config.guidance)}
-    plan(model.schedule_buffers()["alphas_cumprod"], options["sampler"], options["steps"],
+    plan(diffusion.schedule_buffers()["alphas_cumprod"], options["sampler"], options["steps"],
          options["spacing"])
     return options
 

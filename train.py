@@ -25,18 +25,19 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
+from runtime import checkpoint
+import diffusion
 import configs
-import cost
+from runtime import cost
 import data
-import distributed
+from runtime import ranks as distributed
 import evaluate
-import graph
-import kernels
+from engine import graph
+from engine import kernels
 import model
-import report
-import tables
-from optimizer import Ema, Optimizer, learning_rate
+from runtime import log as report
+from analysis import tables
+from runtime.optimizer import Ema, Optimizer, learning_rate
 
 GRID_PAIRS = 8
 CHECKED_PAIRS = 4       # of each source, at start
@@ -71,7 +72,7 @@ def inputs(net, batch, config, depth_net, device):
 def forward_backward(net, autocast, micro_steps, drop, mean, logvar, z_cond, embedding, T, *draws):
     """The losses (b,) of pairs, whose mean adds its share of the step to the gradients."""
     with autocast:
-        loss = net(mean, logvar, z_cond, embedding, T, model.Draws(*draws), drop)
+        loss = net(mean, logvar, z_cond, embedding, T, diffusion.Draws(*draws), drop)
         (loss.mean() / micro_steps).backward()
     return loss.detach()
 
@@ -373,7 +374,7 @@ def train(config, ranks, device, log, writer, traced, dry_run):
             if stopped:
                 break
             numbers = batch["number"].to(device, non_blocking=True)
-            draws = model.draw(config.seed, numbers, shape)
+            draws = diffusion.draw(config.seed, numbers, shape)
             with autocast:
                 given = inputs(net, batch, config, depth_net, device)
             last = micro_step == micro_steps - 1

@@ -9,8 +9,8 @@ b batch, c channels, h w image or feature grid, z latent channels.
 import torch.nn as nn
 import torch.nn.functional as F
 
-from conv import first_conv, upsample_conv, upsample_taps
-from norm import GroupNorm, add
+from engine.conv import first_conv, upsample_conv, upsample_taps
+from engine.norm import GroupNorm, add
 
 SCALE_FACTOR = 0.18215         # Stable Diffusion's: latents times this have a deviation near 1
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from shards import encode
+from captures import encode
 from benchmarks import GB, in_fresh_process, row
 from configs import Source
 from data import Batches, Pairs, loader

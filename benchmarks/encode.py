@@ -15,12 +15,12 @@ from contextlib import nullcontext
 import torch
 
 import clip
-import kernels
+from engine import kernels
 import vae
 from benchmarks import variants
 from benchmarks.variants import median_seconds, seconds_in_a_row, tell
-from cost import flops_of
-from shards.encode import halve_weights
+from runtime.cost import flops_of
+from captures.encode import halve_weights
 
 BATCH, TINY_BATCH, SIDE, TINY_SIDE = 64, 2, 256, 32
 RUNS, SECONDS = 5, 3.0

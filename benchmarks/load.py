@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
+from runtime import checkpoint
 import configs
 import model
 from benchmarks import GB, in_fresh_process, peak_memory, row
-from tensorfile import nbytes, read_file
+from runtime.foreign import nbytes, read_file
 
 
 def zero123(channels):

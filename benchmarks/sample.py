@@ -15,15 +15,15 @@ import torch
 import torch.nn as nn
 
 import camera
-import kernels
+from engine import kernels
 import model
 import vae
 from benchmarks import variants
 from benchmarks.variants import median_seconds, tell
-from cost import flops_of
-from fast import Fast
-from render import place
-from samplers import encoded_views
+from runtime.cost import flops_of
+from engine.sampling import Fast
+from views.render import place
+from diffusion import encoded_views
 
 EMBEDDING, MODE = 768, "7dof_quantile_scale"
 # widths of the UNet's levels and of the context token; small if tiny

@@ -22,13 +22,14 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-import distributed
+from runtime import ranks as distributed
+import diffusion
 import model
 import train
 from benchmarks import GB, row, variants
 from benchmarks.train import WARMED_UP, made_config, network, pairs
 from benchmarks.variants import median_seconds, seconds_in_a_row, tell
-from optimizer import Ema, Optimizer
+from runtime.optimizer import Ema, Optimizer
 
 # Steps; steps that are measured, one after the other without a wait, as in training; transfers
 WARM, STEPS, TRANSFERS = 3, 30, 5
@@ -205,7 +206,7 @@ def check(job, training, ranks):
         loss, first = torch.zeros((), device=device), ranks.rank * share
         for at in range(first, first + share, batch):
             numbers = step * job["pairs"] + torch.arange(at, at + batch, device=device)
-            mine = *(values[at:at + batch] for values in given), model.draw(0, numbers, shape)
+            mine = *(values[at:at + batch] for values in given), diffusion.draw(0, numbers, shape)
             last = at + batch == first + share
             loss += training.micro_step(mine, share // batch, last).sum() / job["pairs"]
         training.update()

@@ -21,19 +21,20 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import diffusion
 import camera
-import cost
-import graph
-import kernels
+from runtime import cost
+from engine import graph
+from engine import kernels
 import model
-import norm
+from engine import norm
 import train
 import vae
 from benchmarks import GB, encode, row, variants
 from benchmarks.variants import ask, seconds_in_a_row
 from configs import Config, Source
-from distributed import ALONE
-from optimizer import Ema, Optimizer
+from runtime.ranks import ALONE
+from runtime.optimizer import Ema, Optimizer
 
 EMBEDDING = 768
 WARM, LEAST_STEPS, MEASURED = 3, 5, 4.0         # steps; steps; seconds
@@ -256,7 +257,7 @@ def pairs(config, batch, device):
     return (mean, torch.full_like(mean, vae.LOGVAR_MIN), z_cond,
             torch.randn(batch, EMBEDDING, device=device),
             torch.randn(batch, camera.T_WIDTH[config.mode], device=device),
-            model.draw(0, numbers, shape))
+            diffusion.draw(0, numbers, shape))
 
 
 class Halves:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from paths import from_quaternion
+from views.paths import from_quaternion
 
 # number in binary files: (name, parameters)
 MODELS = {0: ("SIMPLE_PINHOLE", 3), 1: ("PINHOLE", 4), 2: ("SIMPLE_RADIAL", 4), 3: ("RADIAL", 5),

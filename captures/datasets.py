@@ -21,7 +21,7 @@ from PIL import Image
 
 import camera
 from captures import colmap
-import paths
+from views import paths
 from captures.resample import DepthMap, LeftOut, Points, View, check_pose
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-import paths
+from views import paths
 
 NARROWEST = 0.5             # share of the scene's median extent, below which a view is left out
 SAME_ASPECT = 0.02          # largest relative difference of a photo's and its camera's aspect ratio

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-import paths
+from views import paths
 
 KINDS = ("arc", "walk", "fly")      # camera paths: even numbers are arcs, odd ones walk or fly
 BOX, CYLINDER, SPHERE = range(3)    # shapes, the dearest to trace first

@@ -22,7 +22,7 @@ import torch
 import camera
 from shards.files import INDEX_SUFFIX, Damaged, TarError, Window, cache_folder
 from shards.tar import BLOCK, tar_members
-from tensorfile import read_file, write_safetensors
+from runtime.foreign import read_file, write_safetensors
 
 MAX_MEMBER = 1 << 26                # bytes of an image or depth member
 MAX_METADATA = 1 << 16              # bytes of a camera's JSON, of an encoded scene's header

@@ -1,0 +1,333 @@
+"""What is in shards: a summary and a picture to look at, or a check of every byte.
+
+`python data.py inspect SHARDS...` and `python data.py verify SHARDS...`.
+"""
+
+import argparse
+import io
+import json
+import math
+import os
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import camera
+from analysis import metrics
+from views import paths
+from views import pictures
+from shards.index import ENCODED_MEMBER, MEMBER
+from shards.scenes import LATENT_SHRINK, images, of_files
+from shards.files import Damaged, TarError, Window, find_shards
+from shards.tar import tar_members
+
+FORMATS = ("co3d", "re10k", "acid", "encoded")
+VIEWS_SHOWN, SCENES_SHOWN, VIEWS_SAMPLED = 4, 3, 24
+PROBLEMS_SHOWN = 10
+PICTURES = ".png", ".jpg", ".jpeg", ".webp"
+MAP_SIDE = 160                  # pixels of a map of the cameras
+CHECKED_SCENES, CHECKED_PAIRS = 8, 4    # a shard, a scene: of the photometric check
+STRIDE_SHARE = 8                # its pairs are this part of a scene apart, at most
+FOLLOWED = 0.75                 # share of pairs that must agree with their cameras
+DEPTHS_AGREE = 0.5              # share of the surfaces that both see
+
+
+# ---- what kind of shard
+
+def detect(file):
+    """(format, image_size) of a shard, by its first members that can be read. Raises ValueError."""
+    window, side, format, damage = Window(file), None, None, ""
+    try:
+        for name, offset, size in tar_members(window):
+            try:
+                if ENCODED_MEMBER.fullmatch(name):
+                    length = int.from_bytes(window.read(offset, 8), "little")
+                    header = json.loads(window.read(offset + 8, min(length, size)))
+                    return "encoded", header["moments"]["shape"][2] * LATENT_SHRINK
+                match = MEMBER.fullmatch(name)
+                if match and match[3] == "_metadata.json" and not format:
+                    fields = json.loads(window.read(offset, size))
+                    format = "re10k" if "extrinsics" in fields else "co3d"
+                elif match and match[3] != "_depth.png" and not side:
+                    side = min(Image.open(io.BytesIO(window.read(offset, size))).size)
+            except TarError:
+                raise
+            except Exception as err:    # on damaged bytes Pillow raises anything
+                damage = damage or f"; {name}: {str(err) or type(err).__name__}"
+            if side and format:
+                return format, side
+    except TarError as err:
+        raise ValueError(str(err)) from err
+    raise ValueError(f"{file.name}: no scene in it that data.py reads{damage}")
+
+
+def groups(patterns, format, side, unread=None):
+    """{(format, image size): files} of the shards that the patterns name.
+
+    Raises ValueError for one that is none; with a list `unread` it goes there.
+    """
+    found = {}
+    for file in (file for pattern in patterns for file in find_shards("", pattern)):
+        try:
+            kind = (format, side) if format and side else detect(file)
+        except ValueError as err:
+            if unread is None:
+                raise
+            unread.append(str(err))
+            continue
+        found.setdefault((format or kind[0], side or kind[1]), []).append(file)
+    return found
+
+
+# ---- inspect
+
+def quantiles(values, form):
+    low, middle, high = np.quantile(values, [0, 0.5, 1])
+    return f"{low:{form}} .. {middle:{form}} .. {high:{form}}"
+
+
+def describe(source, format, side):
+    """Lines about the scenes of one format."""
+    shards = source.shards
+    lines = [source.summary(),
+             f"  format {format}, images of {side} pixels, "
+             f"{sum(shard.file.size for shard in shards) / 1e9:.3f} GB"]
+    fov = np.degrees(np.concatenate([shard.fov for shard in shards]))
+    radius = np.concatenate([shard.radius for shard in shards])
+    lines += [f"  views a scene      {quantiles(source.counts, '.0f')}   (least, median, most)",
+              f"  field of view      {quantiles(fov, '.1f')} degrees",
+              f"  radius of cameras  {quantiles(radius, '.3g')}, in the scene's unit"]
+    if format == "encoded":
+        scale = np.concatenate([shard.scale for shard in shards])
+        known = scale[np.isfinite(scale)]
+        lines.append(f"  scale of views     {quantiles(known, '.3g') if len(known) else 'none'}, "
+                     f"not known of {1 - len(known) / len(scale):.1%}")
+    else:
+        lines.append(depth_line(source))
+    problems = source.problems[:PROBLEMS_SHOWN]
+    more = len(source.problems) - len(problems)
+    return lines + [f"  ! {line}" for line in problems] + [f"  ! and {more} more"] * (more > 0)
+
+
+def depth_line(source):
+    """One line about the depths of a few views."""
+    share, near = [], []
+    for scene in pictures.spread(range(len(source)), VIEWS_SAMPLED):
+        try:
+            depth = source.depth(scene, int(source.counts[scene]) // 2)
+        except Damaged as err:
+            return f"  ! {err}"
+        share.append((depth > 0).mean())
+        if depth.any():
+            near.append(np.quantile(depth[depth > 0], camera.QUANTILE))
+    if not near:
+        return "  depth              none"
+    return (f"  depth              known of {quantiles(np.array(share) * 100, '.0f')} % of a view, "
+            f"20% quantile {quantiles(near, '.3g')}")
+
+
+def strips_of(source):
+    """A few scenes, a strip each: views, a depth, and a map of the cameras."""
+    strips = []
+    for scene in pictures.spread(range(len(source)), SCENES_SHOWN):
+        known = source.scene(scene)
+        row = []
+        views = pictures.spread(range(len(known.c2w)), VIEWS_SHOWN)
+        try:
+            for view in views:
+                row.append((f"view {view}", pictures.image(images(source.image(scene, view)))))
+            row.append((f"depth of {views[0]}", depth_picture(source.depth(scene, views[0]))))
+        except Damaged as err:
+            row.append((str(err)[-40:], Image.new("RGB", (source.image_size,) * 2)))
+        # the map in units of the cameras' radius; its red camera is the first view's
+        c2w = known.c2w.clone()
+        c2w[:, :3, 3] /= max(known.radius, 1e-9)
+        every = paths.Cameras(c2w[0], c2w, torch.full((len(c2w),), known.fov), known.fov)
+        strip, plan = pictures.sheet([row]), pictures.path_picture(every, MAP_SIDE)
+        title = f"{known.name}: {len(c2w)} views, {math.degrees(known.fov):.1f} degrees"
+        strips.append(beside(title, [strip, plan]))
+    return strips
+
+
+def stacked(strips):
+    """Pictures one above the other."""
+    canvas = Image.new("RGB", (max(strip.width for strip in strips),
+                               sum(strip.height for strip in strips)), "white")
+    y = 0
+    for strip in strips:
+        canvas.paste(strip, (0, y))
+        y += strip.height
+    return canvas
+
+
+def beside(title, parts):
+    """Pictures side by side under a title."""
+    top = pictures.LABEL
+    canvas = Image.new("RGB", (sum(part.width for part in parts),
+                               top + max(part.height for part in parts)), "white")
+    pictures.ImageDraw.Draw(canvas).text((pictures.GAP, 1), title, fill=pictures.BLACK)
+    x = 0
+    for part in parts:
+        canvas.paste(part, (x, top))
+        x += part.width
+    return canvas
+
+
+def depth_picture(depth):
+    """Near is bright, far is dark, unknown is red."""
+    known = depth > 0
+    near, far = np.quantile(1 / depth[known], [0.98, 0.02]) if known.any() else (1, 0)
+    grey = np.clip((1 / np.where(known, depth, np.inf) - far) / max(near - far, 1e-9), 0, 1) * 255
+    rgb = np.where(known[..., None], grey[..., None], (160, 0, 0))
+    return Image.fromarray(rgb.astype(np.uint8))
+
+
+def inspect(given):
+    if Path(given.out).suffix.lower() not in PICTURES:
+        raise ValueError(f"--out {given.out}: the picture's name must end in "
+                         f"{', '.join(PICTURES)}")
+    strips = []
+    for (format, side), files in groups(given.shards, given.format, given.size).items():
+        source = of_files(f"{files[0].name} ..." if files[1:] else files[0].name, format, files,
+                          side)
+        print("\n".join(describe(source, format, side)))
+        if format != "encoded":
+            strips += strips_of(source)
+    if strips:
+        stacked(strips).save(given.out)
+        print(f"{given.out}: views, a depth, and the cameras from above and from the side; the "
+              "wings of a camera open to where it looks")
+    return 0
+
+
+# ---- verify
+
+def verify_shard(file, format, side):
+    """(views, problems, figures of `followed`) of one shard."""
+    torch.set_num_threads(1)
+    try:
+        source = of_files(file.name, format, [file], side, keep=False)
+    except ValueError as err:
+        return 0, [str(err)], []
+    problems = list(source.problems)
+    if format == "encoded":
+        return int(source.counts.sum()), problems + encoded_problems(source), []
+    for scene in range(len(source)):
+        for view in range(int(source.counts[scene])):
+            for read in (source.pixels, source.depth):
+                try:
+                    read(scene, view)
+                except Damaged as err:
+                    problems.append(str(err))
+    figures = []
+    for scene in pictures.spread(range(len(source)), CHECKED_SCENES) * source.has_depth:
+        figures += followed(source, scene)
+    return int(source.counts.sum()), problems, figures
+
+
+def encoded_problems(source):
+    """What is not a finite number among the latents and embeddings."""
+    problems = []
+    for scene, count in enumerate(source.counts):
+        batch = source.empty(1, "7dof")
+        for view in range(int(count)):
+            try:
+                uid = source.fill(batch, 0, "7dof", scene, view, view)
+            except Damaged as err:
+                problems.append(str(err))
+                continue
+            problems += [f"{uid.rpartition('->')[0]}: {name} is not finite"
+                         for name in ("moments_target", "clip_cond")
+                         if not np.isfinite(batch[name]).all()]
+    return problems
+
+
+def followed(source, scene):
+    """(does the picture agree, do the depths agree), 1 or 0 each, for pairs of a scene.
+
+    The picture agrees when the target is nearer to the cond view as its own camera sees it than as
+    other cameras do; the depths when most surfaces lie where the target's depth has them. Pairs
+    that see too little of each other are left out.
+    """
+    known = source.scene(scene)
+    n = len(known.c2w)
+    stride = max(1, n // STRIDE_SHARE)
+    figures = []
+    for cond in pictures.spread(range(n - stride), CHECKED_PAIRS):
+        try:
+            image_cond, image = (images(source.image(scene, view))[None]
+                                 for view in (cond, cond + stride))
+            depth_cond, depth = (torch.from_numpy(source.depth(scene, view))[None]
+                                 for view in (cond, cond + stride))
+        except Damaged:         # reported already
+            continue
+        pose = camera.relative_pose(known.c2w[cond], known.c2w[cond + stride])[None]
+        fov = torch.tensor([known.fov], dtype=torch.float64)
+        # without the target's depth: it would leave out all that disagrees
+        unknown = torch.zeros_like(depth)
+        judged = metrics.Followed(image_cond, depth_cond, unknown, pose, fov)(image)
+        picture = judged["camera_found"].item()
+        seen = metrics.warp(image_cond, depth_cond, pose, fov, unknown)[1] & (depth > 0)
+        agree = metrics.warp(image_cond, depth_cond, pose, fov, depth)[1] & seen
+        if not math.isnan(picture):
+            figures.append((picture, float(agree.sum() > DEPTHS_AGREE * seen.sum())))
+    return figures
+
+
+def verify(given):
+    """Exit status: 1 where anything is wrong."""
+    unread = []
+    found = groups(given.shards, given.format, given.size, unread)
+    total, wrong = Counter(shards=len(unread), problems=len(unread)), False
+    for problem in unread:
+        print(f"! {problem}")
+    for (format, side), files in found.items():
+        figures = []
+        with ProcessPoolExecutor(min(max(given.workers, 1), len(files))) as pool:
+            results = pool.map(partial(verify_shard, format=format, side=side), files)
+            for views, problems, judged in tqdm(results, "verify", len(files), unit=" shards"):
+                total += Counter(views=views, problems=len(problems), shards=1)
+                figures += judged
+                for problem in problems:
+                    tqdm.write(f"! {problem}")
+        if not figures and format != "encoded":
+            print(f"{format}: no pair has the depth that the check of cameras needs")
+        for what, agree in zip(("picture", "depth"), zip(*figures)):
+            bad = sum(agree) < FOLLOWED * len(agree)
+            wrong |= bad
+            print(f"{'! ' * bad}{format}: {what}s agree with the cameras in {sum(agree):.0f} of "
+                  f"{len(agree)} pairs" + bad * "; cameras, depth or field of view follow another "
+                  "convention, or another unit of length")
+    print(f"{total['shards']} shards, {total['views']} views, {total['problems']} problems")
+    return int(wrong or total["problems"] > 0)
+
+
+def main(argv):
+    """The exit status of `inspect` or `verify`."""
+    parser = argparse.ArgumentParser(prog="data.py", description="Looks into shards.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, run, text in (
+            ("inspect", inspect, "print what shards hold, and draw views, depths and cameras"),
+            ("verify", verify, "read every member, and check cameras against images and depths")):
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(run=run)
+        command.add_argument("shards", nargs="+",
+                             help="files, globs, {000..012} patterns, http:// addresses")
+        command.add_argument("--format", choices=FORMATS, help="of the shards; else it is detected")
+        command.add_argument("--size", type=int, help="side of the images in pixels; else detected")
+        if run is inspect:
+            command.add_argument("--out", default="inspect.png",
+                                 help="the picture's name (%(default)s)")
+        else:
+            command.add_argument("--workers", type=int, default=os.cpu_count() or 1,
+                                 help="processes")
+    given = parser.parse_args(argv)
+    if given.size is not None and given.size < 1:
+        raise ValueError(f"--size {given.size}: it must be at least 1")
+    return given.run(given)

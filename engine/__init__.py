@@ -1,0 +1,1 @@
+"""What makes the networks fast; the method does not know it."""

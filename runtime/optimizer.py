@@ -1,0 +1,150 @@
+"""What follows a backward pass: the learning rate, AdamW, and the average of the weights.
+
+AdamW: arXiv:1711.05101. Both can be divided among ranks, see distributed.py; undivided, a GPU takes
+both steps in one pass over memory, see adamw.py.
+"""
+
+import math
+
+import torch
+
+from engine import adamw
+from runtime import checkpoint
+from runtime.ranks import ALONE, Division
+
+
+def learning_rate(step, config):
+    """The share of the full rate at `step` (from 0): linear warm-up, then constant or cosine."""
+    if step < config.warmup_steps:
+        return config.warmup_start + (1 - config.warmup_start) * step / config.warmup_steps
+    if config.lr_schedule == "cosine":
+        done = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
+        return 0.5 * (1 + math.cos(math.pi * min(done, 1)))
+    if config.cooldown_steps:
+        return min(1, (config.steps - step) / config.cooldown_steps)
+    return 1.0
+
+
+class Ema:
+    """Exponential moving average of the UNet's parameters, whose decay grows from .1 to `decay`.
+
+    Divided, a rank keeps the averages of its own parameters alone: `average` has those.
+    """
+    def __init__(self, unet, decay, ranks=ALONE, divided=False):
+        self.division = Division(dict(unet.named_parameters()), ranks, divided)
+        self.live = self.division.mine()
+        self.average = {name: p.detach().clone() for name, p in self.live.items()}
+        self.decay, self.updates = decay, 0
+
+    def pull(self):
+        """The share of the live weights in the average that the next update makes."""
+        updates = self.updates + 1
+        return 1 - min(self.decay, (1 + updates) / (10 + updates))
+
+    @torch.no_grad()
+    def update(self, done=frozenset()):
+        """One update, but of the averages named in `done`, which the optimizer's step made."""
+        rest = [name for name in self.average if name not in done]
+        if rest:
+            torch._foreach_lerp_([self.average[name] for name in rest],
+                                 [self.live[name] for name in rest], self.pull())
+        self.updates += 1
+
+    @torch.no_grad()
+    def swap(self):
+        """Exchanges the average and the live weights; a second call puts them back."""
+        for name, p in self.live.items():
+            p.data, self.average[name] = self.average[name], p.data
+        self.division.spread()
+
+    def tensors(self):
+        """Yields (name, average) of all parameters; all ranks must go through it together."""
+        return self.division.whole(self.average)
+
+    @torch.no_grad()
+    def restore(self, tensors, updates):
+        """Takes this rank's part of averages by the checkpoint's names, which may be lazy."""
+        for name, average in self.average.items():
+            if checkpoint.UNET + name in tensors:
+                average.copy_(tensors[checkpoint.UNET + name])
+        self.updates = updates
+
+
+class Optimizer:
+    """AdamW over the UNet and, at its own rate, cc_projection; decays the parameters that one
+    context token leaves without a gradient, as AdamW does with a gradient of zero.
+
+    Divided, a rank has the moments of its own parameters alone, and steps those.
+    """
+    def __init__(self, net, config, ranks=ALONE):
+        self.config, self.count = config, 0
+        self.idle = list(net.model.diffusion_model.idle_parameters().values())
+        self.trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
+        self.division = Division(self.trained, ranks, config.divide_optimizer)
+        self.mine = self.division.mine()
+        groups = [{"params": [p for name, p in self.mine.items()
+                              if name.startswith(part)], "full_lr": rate}
+                  for part, rate in (("model.", config.lr), ("cc_projection.",
+                                                             config.lr_projection))]
+        self.adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps,
+                                       weight_decay=config.weight_decay,
+                                       fused=net.betas.device.type == "cuda")
+        self.one_pass, self.behind = adamw.OnePass(self.adamw), False
+
+    @torch.no_grad()
+    def step(self, step, ema=None):
+        """One step with the gradients at hand, whose norm it returns where they are clipped; and
+        the update of the average behind it, if one is given."""
+        rate, norm = learning_rate(step, self.config), None
+        for p in self.trained.values():     # one token's self-attention leaves its q and k without
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        for group in self.adamw.param_groups:
+            group["lr"] = rate * group["full_lr"]
+        if self.config.grad_clip:
+            norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.config.grad_clip)
+        done = self.advance(ema)
+        self.division.spread()
+        for p in self.trained.values():
+            p.grad = None
+        if self.config.weight_decay:
+            torch._foreach_mul_(self.idle, 1 - rate * self.config.lr * self.config.weight_decay)
+        self.count += 1
+        if ema is not None:
+            ema.update(done)
+        return norm
+
+    def advance(self, ema):
+        """AdamW alone; the names of the averages that took their step with it."""
+        if not self.division.divided and adamw.usable(self.adamw):
+            done = self.one_pass.step(self.count + 1, ema)
+            if done is not None:
+                self.behind = True
+                return done
+        if self.behind:         # PyTorch counts for each parameter
+            for state in self.adamw.state.values():
+                state["step"].fill_(self.count)
+            self.behind = False
+        self.adamw.step()
+        return frozenset()
+
+    def tensors(self):
+        """Yields (parameter.moment, tensor) of AdamW's state of all parameters; all ranks must go
+        through it together."""
+        for key in ("exp_avg", "exp_avg_sq") if self.count else ():
+            kept = {name: self.adamw.state[p][key] for name, p in self.mine.items()}
+            for name, tensor in self.division.whole(kept):
+                yield f"{name}.{key}", tensor
+                if key == "exp_avg":
+                    yield f"{name}.step", torch.tensor(float(self.count))
+
+    def restore(self, tensors):
+        """Takes this rank's part of what `tensors` gave, which may be lazy."""
+        for name, p in self.mine.items():
+            state = {key: tensors[f"{name}.{key}"] for key in
+                     ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in tensors}
+            if state:
+                self.count = int(state["step"])
+                # fused AdamW counts on the device, and wants moments laid out as the parameter is
+                self.adamw.state[p] = {
+                    "step": state.pop("step").clone().to(p.device),
+                    **{key: torch.empty_like(p).copy_(value) for key, value in state.items()}}

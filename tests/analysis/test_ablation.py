@@ -1,0 +1,168 @@
+"""ablation.py and curves.py: one command that can be cut short, and ends in one table."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from analysis import compare as ablation
+from analysis import curves
+
+ROOT = Path(__file__).parents[2]
+TINY = ["--scenes", "4", "--held-out", "4", "--pairs", "8", "--modes", "3dof,7dof",
+        "--image_size=16", "--model_channels=16", "--channel_mult=1,1", "--num_res_blocks=1",
+        "--norm_groups=8", "--attention_resolutions=2", "--num_heads=1", "--context_dim=16",
+        "--steps=4", "--batch_size=4", "--micro_batch=4", "--validate_every=2",
+        "--validate_pairs=4",
+        "--eval_pairs=0", "--device=cpu", "--compile=false", "--precision=fp32", "--workers=0",
+        "--log_every=1", "--save_every=2", "--sample_every=100"]
+
+
+def run(folder, *more):
+    command = [sys.executable, "-m", "analysis.compare", str(ROOT / "configs" / "ablation.py"),
+               f"--data={folder / 'data'}", f"--out={folder / 'out'}", *TINY, *more]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An ablation that was cut short at once, and then went to its end."""
+    folder = tmp_path_factory.mktemp("ablation")
+    return folder, run(folder, "--minutes", "0.001"), run(folder, "--jobs", "2")
+
+
+def test_an_ablation_that_was_cut_short_goes_on_to_its_table(finished):
+    folder, first, second = finished
+    assert first.returncode == 0 and "the same command goes on from here" in first.stdout
+    assert not (folder / "out" / "ablation.json").exists() or second.returncode == 0
+    assert second.returncode == 0, second.stderr
+    assert "3DoF (3dof)" in second.stdout and "6DoF+1, norm. (7dof)" in second.stdout
+    assert "6DoF+1, norm. - 3DoF:" in second.stdout
+    found = json.loads((folder / "out" / "ablation.json").read_text())
+    assert found["pairs_seen"] == 16 and list(found["modes"]) == ["3dof", "7dof"]
+    assert {"warp by depth", "repeat the view"} < set(found["baselines"])
+    assert [step["n"] for step in found["differences"]] == [8]
+    for name in ("table.txt", "sheet.png", "curves.svg"):
+        assert (folder / "out" / name).stat().st_size > 0
+
+
+def test_what_is_done_is_not_done_again(finished):
+    folder = finished[0]
+    said = [(folder / "out" / f"{mode}.log").read_bytes() for mode in ("3dof", "7dof")]
+    scores = [(folder / "out" / mode / "eval" / "metrics.json").stat().st_mtime_ns
+              for mode in ("3dof", "7dof")]
+    again = run(folder)
+    assert again.returncode == 0, again.stderr
+    assert said == [(folder / "out" / f"{mode}.log").read_bytes() for mode in ("3dof", "7dof")]
+    assert scores == [(folder / "out" / mode / "eval" / "metrics.json").stat().st_mtime_ns
+                      for mode in ("3dof", "7dof")]
+    assert (folder / "out" / "table.txt").read_text().splitlines()[0] in again.stdout
+
+
+def test_a_run_that_fails_is_named_with_its_reason(finished):
+    # the folder holds a run of another learning rate
+    failed = run(finished[0], "--lr=0.25", "--steps=9")
+    assert failed.returncode == 2 and "Traceback" not in failed.stderr
+    said = failed.stderr.strip().splitlines()[-1]
+    assert said.startswith("ablation.py: the run of 3dof ended with code 2") and "lr was" in said
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--modes", "3dof,8dof"], "mode '8dof' is not known"),
+    (["--modes", "7dof"], "at least two"),
+    (["--pairs", "5000"], "5000 held-out pairs are asked for"),
+    (["--stepz=3"], "Did you mean 'steps'?"),
+])
+def test_bad_input_is_one_clear_line(finished, capsys, arguments, message):
+    folder = finished[0]
+    with pytest.raises(SystemExit) as end:
+        ablation.main([str(ROOT / "configs" / "ablation.py"), f"--data={folder / 'data'}",
+                       f"--out={folder / 'bad'}", *TINY, *arguments])
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def rows(psnr):
+    return [{"number": k, "uid": f"a:b/{k}:0->1", "source": "s", "scene": f"s: a:b/{k}",
+             "distance": 1.0,
+             "scores": {"this model": {"psnr": p}, "repeat the view": {"psnr": 9.0}}}
+            for k, p in enumerate(psnr)]
+
+
+def test_modes_are_compared_pair_by_pair():
+    # pairs differ by far more than modes do
+    worst = [10.0 * k for k in range(10)]
+    better = [p + 0.5 + 0.01 * (-1)**k for k, p in enumerate(worst)]
+    lines, found = ablation.compare({"3dof": rows(worst), "7dof": rows(better),
+                                     "7dof_quantile_scale": rows(better[::-1])})
+    assert any("norm. - 3DoF: +0.50 +- 0.00  (better)" in line for line in lines)
+    assert any("viewer - 6DoF+1, norm.: -0.00" in line or "viewer - 6DoF+1, norm.: +0.00" in line
+               for line in lines)
+    assert "equal, within noise" in lines[-1]
+    assert found["differences"][0]["psnr_mean"] == pytest.approx(0.5)
+
+
+# ---- curves
+
+def logged(folder, lines, batch_size=8):
+    (folder / "step_00000002").mkdir(parents=True)
+    meta = json.dumps({"config": {"batch_size": batch_size}})
+    (folder / "step_00000002" / "meta.json").write_text(meta)
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_a_curve_is_over_pairs_seen_and_what_was_repeated_counts_once(tmp_path):
+    folder = logged(tmp_path / "a", [{"step": 2, "loss": 1.0}, {"step": 4, "val_psnr": 15.0},
+                                     {"step": 6, "val_psnr": 16.0}, {"step": 4, "val_psnr": 15.5}])
+    assert curves.read(folder, "val_psnr") == [(32, 15.5), (48, 16.0)]
+    with (folder / "log.jsonl").open("a") as log:
+        log.write(json.dumps({"step": 6, "loss_by_timestep": {"0-249": 1.0}}) + "\n")
+    with pytest.raises(ValueError, match="no 'loss_by_timestep', it has loss, val_psnr"):
+        curves.read(folder, "loss_by_timestep")
+    with pytest.raises(ValueError, match="no 'ssim', it has loss, val_psnr"):
+        curves.read(folder, "ssim")
+    with pytest.raises(FileNotFoundError, match="no run of train.py"):
+        curves.read(tmp_path, "ssim")
+
+
+def test_the_picture_holds_every_curve_inside_its_frame(tmp_path, capsys):
+    a = logged(tmp_path / "a", [{"step": k, "val_psnr": 14 + k / 3} for k in range(2, 9)])
+    b = logged(tmp_path / "b", [{"step": 5, "val_psnr": 12.5}])
+    curves.main([str(a), str(b), "--out", str(tmp_path / "c.svg")])
+    tree = ElementTree.parse(tmp_path / "c.svg")
+    lines = [e for e in tree.iter() if e.tag.endswith("polyline")]
+    assert len(lines) == 2
+    points = [tuple(map(float, p.split(","))) for line in lines
+              for p in line.get("points").split()]
+    assert len(points) == 8
+    assert all(60 <= x <= 660 and 60 <= y <= 360 for x, y in points)
+    assert points[-1][1] == 360 and points[6][1] == 60          # lowest and highest
+    with pytest.raises(SystemExit):
+        curves.main([str(tmp_path / "none")])
+    assert capsys.readouterr().err.startswith("curves.py: ")
+
+
+def test_a_logarithmic_axis_gives_equal_ratios_equal_heights(tmp_path, capsys):
+    folder = logged(tmp_path / "a", [{"step": k, "loss": 10.0**-k} for k in range(3)])
+    curves.main([str(folder), "--figure", "loss", "--log", "--out", str(tmp_path / "c.svg")])
+    tree = ElementTree.parse(tmp_path / "c.svg")
+    line = next(e for e in tree.iter() if e.tag.endswith("polyline"))
+    heights = [float(p.split(",")[1]) for p in line.get("points").split()]
+    assert heights == [60, 210, 360]
+    labels = {e.text for e in tree.iter() if e.tag.endswith("text")}
+    assert {"0.01", "0.02", "0.05", "0.1", "0.2", "0.5", "1"} <= labels
+    with pytest.raises(SystemExit):
+        curves.main([str(logged(tmp_path / "b", [{"step": 1, "loss": 0.0}])), "--figure", "loss",
+                     "--log"])
+    assert "--log needs values above 0, the lowest is 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("low, high", [(0, 512_000), (14.2, 19.1), (0.1, 0.35), (18.2, 18.3)])
+def test_an_axis_has_a_few_round_labels(low, high):
+    marks = curves.ticks(low, high)
+    assert 2 <= len(marks) <= 7 and low <= marks[0] and marks[-1] <= high + 1e-9
+    assert len({round(b - a, 9) for a, b in zip(marks, marks[1:])}) == 1

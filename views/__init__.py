@@ -1,0 +1,1 @@
+"""Photos in, camera paths, pictures out."""
