@@ -36,7 +36,7 @@ from views import render
 from runtime.ranks import device_of, leave, own_device
 from analysis.metrics import psnr
 from diffusion import novel_views
-from analysis.tables import MODEL, WARP, screen, summary
+from analysis.tables import MODEL, WARP, screen, summarize
 
 GRID_GAP = 2                # pixels between the images of a grid
 GRID_SIDE = 128             # pixels a side that small images are enlarged to, at least
@@ -375,7 +375,7 @@ def run(argv):
         return
     if not any("reprojection" in row["scores"][MODEL] for row in rows):
         notes.append("no depth is known, so neither the warp nor the camera figures are there")
-    found = summary(rows)
+    found = summarize(rows)
     about = {"checkpoint": str(tensors.path), "pairs": len(rows), "seed": config.seed,
              "scenes": len({row["scene"] for row in rows}), "mode": config.mode,
              "sampler": config.sampler, "sample_steps": config.sample_steps,

@@ -52,7 +52,7 @@ def true_views(render, photo):
     """A sheet of a HeldOut scene: the photo; true views over the model's, at the true cameras."""
     reader, number, view = photo.reader, photo.number, photo.view
     scene = reader.scene(number)
-    others = pictures.spread([i for i in range(len(scene.c2w)) if i != view], TRUE_VIEWS)
+    others = pictures.evenly_spaced([i for i in range(len(scene.c2w)) if i != view], TRUE_VIEWS)
     fov = torch.full((len(others),), scene.fov, dtype=torch.float64)
     cameras = paths.Cameras(scene.c2w[view], scene.c2w[others], fov, scene.fov)
     views = render(cameras, photo.scene_scale, "true cameras", [])
@@ -65,7 +65,7 @@ def true_views(render, photo):
 
 def sweep(render, cameras, photo):
     """A sheet with a row of views for every scale of SWEEP."""
-    places = pictures.spread(range(len(cameras)), SWEEP_VIEWS)
+    places = pictures.evenly_spaced(range(len(cameras)), SWEEP_VIEWS)
     rows = []
     for scale in SWEEP:
         views = render(cameras[places], scale, f"scale {scale:g}", [])
@@ -330,7 +330,7 @@ def run(args):
         written = write(out, photo, cameras, views, labels, columns)
         if args.progress:
             strip = [(f"t {t:.0f}", pictures.image(net.decode(z_0)[0]))
-                     for t, z_0 in pictures.spread(promised, PROGRESS_VIEWS)]
+                     for t, z_0 in pictures.evenly_spaced(promised, PROGRESS_VIEWS)]
             pictures.sheet([strip]).save(out / "progress.png")
             written.append("progress.png")
         if isinstance(photo, photos.HeldOut):

@@ -139,7 +139,7 @@ def newest(config, ranks, log):
             folder = checkpoint.latest(config.out)
         for warning in damaged:
             log.say(str(warning.message))
-    folder, lost = ranks.told((folder, folder is None and bool(checkpoint.steps(config.out))))
+    folder, lost = ranks.broadcast_object((folder, folder is None and bool(checkpoint.steps(config.out))))
     if lost:
         raise ValueError(f"every checkpoint in {config.out} is damaged, and a new run would take "
                          "their place: remove them, or give another --out")
@@ -183,7 +183,7 @@ def begin(config, net, run, ranks):
 def save(writer, config, step, net, ema, optimizer, ranks):
     """Hands the state after `step` to the writer: what trains, its average and AdamW's moments."""
     writer.wait()
-    ranks.any(False)        # nobody enters a transfer while rank 0 still waits for its disk
+    ranks.any_rank(False)        # nobody enters a transfer while rank 0 still waits for its disk
     weights = ((name, tensor) for name, tensor in net.state_dict().items()
                if not name.startswith(checkpoint.FROZEN))
     averages = ((checkpoint.UNET + name, tensor) for name, tensor in ema.tensors())
@@ -230,7 +230,7 @@ def averaged(net, ema, config, ranks):
             yield net
     finally:
         net.train()
-    ranks.any(False)
+    ranks.any_rank(False)
     ema.swap()
 
 
@@ -364,13 +364,13 @@ def train(config, ranks, device, log, writer, traced, dry_run):
     loader = data.loader(pairs, batches, config.workers, device, config.max_damaged, log.note)
     shape, batches = model.latent_shape(config), iter(loader)
     log.start(start, traced)
-    ranks.any(False)        # rank 0 may have written log.jsonl anew: from here on all write to it
+    ranks.any_rank(False)        # rank 0 may have written log.jsonl anew: from here on all write to it
     meter, done, logged, saved, stopped, norm = report.Meter(), start, start, start, False, None
     while done < config.steps and not stopped:
         for micro_step in range(micro_steps):
             with meter.waiting():
                 batch = next(batches)
-            stopped = ranks.any(asked_to_stop)      # all ranks meet here, and stop here together
+            stopped = ranks.any_rank(asked_to_stop)      # all ranks meet here, and stop here together
             if stopped:
                 break
             numbers = batch["number"].to(device, non_blocking=True)
@@ -429,7 +429,7 @@ def train(config, ranks, device, log, writer, traced, dry_run):
             if ranks.rank == 0:
                 score(config, net, held_out, depth_net)
     writer.wait()
-    ranks.any(False)        # nobody leaves while rank 0 still writes
+    ranks.any_rank(False)        # nobody leaves while rank 0 still writes
 
 
 def tell(reason):

@@ -153,7 +153,7 @@ def compare(rows):
     rows: {mode: rows of its pairs}."""
     cells = {}
     for mode, own in rows.items():
-        found = tables.summary(own)["methods"]
+        found = tables.summarize(own)["methods"]
         cells[f"{MODES[mode]} ({mode})"] = found[tables.MODEL]
     baselines = {name: row for name, row in found.items() if name != tables.MODEL}
     lines = [*tables.table("conditioning", {**cells, **baselines}), "",
@@ -177,7 +177,7 @@ def sheet(config, rows):
     PSNR, best first."""
     last = list(rows.values())[-1]
     order = sorted(range(len(last)), key=lambda i: -last[i]["scores"][tables.MODEL]["psnr"])
-    places = pictures.spread(order, ROWS)
+    places = pictures.evenly_spaced(order, ROWS)
     device, columns = device_of(config.device), {}
     for mode in rows:
         own = replace(config, mode=mode)

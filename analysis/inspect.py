@@ -118,7 +118,7 @@ def describe(source, format, side):
 def depth_line(source):
     """One line about the depths of a few views."""
     share, near = [], []
-    for scene in pictures.spread(range(len(source)), VIEWS_SAMPLED):
+    for scene in pictures.evenly_spaced(range(len(source)), VIEWS_SAMPLED):
         try:
             depth = source.depth(scene, int(source.counts[scene]) // 2)
         except Damaged as err:
@@ -135,10 +135,10 @@ def depth_line(source):
 def strips_of(source):
     """A few scenes, a strip each: views, a depth, and a map of the cameras."""
     strips = []
-    for scene in pictures.spread(range(len(source)), SCENES_SHOWN):
+    for scene in pictures.evenly_spaced(range(len(source)), SCENES_SHOWN):
         known = source.scene(scene)
         row = []
-        views = pictures.spread(range(len(known.c2w)), VIEWS_SHOWN)
+        views = pictures.evenly_spaced(range(len(known.c2w)), VIEWS_SHOWN)
         try:
             for view in views:
                 row.append((f"view {view}", pictures.image(images(source.image(scene, view)))))
@@ -226,7 +226,7 @@ def verify_shard(file, format, side):
                 except Damaged as err:
                     problems.append(str(err))
     figures = []
-    for scene in pictures.spread(range(len(source)), CHECKED_SCENES) * source.has_depth:
+    for scene in pictures.evenly_spaced(range(len(source)), CHECKED_SCENES) * source.has_depth:
         figures += followed(source, scene)
     return int(source.counts.sum()), problems, figures
 
@@ -259,7 +259,7 @@ def followed(source, scene):
     n = len(known.c2w)
     stride = max(1, n // STRIDE_SHARE)
     figures = []
-    for cond in pictures.spread(range(n - stride), CHECKED_PAIRS):
+    for cond in pictures.evenly_spaced(range(n - stride), CHECKED_PAIRS):
         try:
             image_cond, image = (images(source.image(scene, view))[None]
                                  for view in (cond, cond + stride))

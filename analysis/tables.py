@@ -56,7 +56,7 @@ def bucket(distance):
     return f"{edges[i]} to {edges[i + 1]} radii" if i < len(DISTANCES) else f"{edges[i]} radii up"
 
 
-def summary(rows):
+def summarize(rows):
     """{"methods": {method: {figure: {mean, se, n}}}, "sources": of the model, "distances"}."""
     names = [name for name in TITLES if any(name in row["scores"][MODEL] for row in rows)]
 

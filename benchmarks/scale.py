@@ -210,7 +210,7 @@ def check(job, training, ranks):
             last = at + batch == first + share
             loss += training.micro_step(mine, share // batch, last).sum() / job["pairs"]
         training.update()
-        losses.append(ranks.sum(loss).item())
+        losses.append(ranks.all_reduce(loss).item())
     if ranks.rank == 0:
         tell(found_name(job["name"], f"loss after {len(losses)} steps"), losses[-1], "",
              losses=losses)

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from runtime.export import is_diffusers, read_diffusers, write_diffusers
-from runtime.foreign import Made, Tensors, nbytes, read_file, unfinished, write_safetensors
+from runtime.foreign import LazyTensor, StateDict, nbytes, read_file, unfinished, write_safetensors
 
 UNET = "model.diffusion_model."
 EMA = "model_ema."
@@ -65,14 +65,14 @@ def ema_name(name):
 
 
 def read(path):
-    """Tensors by name, a lazy Mapping: of a file, a run, one `step_...` of it, a diffusers folder.
+    """StateDict by name, a lazy Mapping: of a file, a run, one `step_...` of it, a diffusers folder.
 
     Averaged weights have the reference's names, `model_ema.*`. A run's frozen networks are those of
     the file that it started from. What was read already is given back, so that a run's newest step
     is looked for once. Raises FileNotFoundError, or ValueError with one line for what is no
     checkpoint, or a damaged one.
     """
-    if isinstance(path, Tensors):
+    if isinstance(path, StateDict):
         return path
     path = Path(path)
     if path.is_file():
@@ -99,9 +99,9 @@ def read(path):
     decay = torch.tensor(run.meta.get("config", {}).get("ema_decay", EMA_DECAY))
     updates = torch.tensor(run.meta.get("ema_updates", 0), dtype=torch.int32)
     if run.ema:
-        entries[EMA + "decay"] = Made(decay.dtype, (), lambda: decay)
-        entries[EMA + "num_updates"] = Made(updates.dtype, (), lambda: updates)
-    return Tensors(folder, entries, run.meta, run.optimizer.entries)
+        entries[EMA + "decay"] = LazyTensor(decay.dtype, (), lambda: decay)
+        entries[EMA + "num_updates"] = LazyTensor(updates.dtype, (), lambda: updates)
+    return StateDict(folder, entries, run.meta, run.optimizer.entries)
 
 
 def frozen(run):
@@ -178,7 +178,7 @@ def load_model(module, path, ema=False, finetune=False):
     for name in LEFTOVERS:
         if name in current and name not in plan and current[name].is_meta:
             assign(module, name, torch.zeros(current[name].shape))
-    report.ema = Tensors(tensors.path, shadows)
+    report.ema = StateDict(tensors.path, shadows)
     report.num_updates = int(tensors[EMA + "num_updates"]) if EMA + "num_updates" in tensors else 0
     return report
 
@@ -192,7 +192,7 @@ def port(name, entry, current):
             weight = torch.zeros(new, dtype=entry.dtype)
             weight[:, :channels] = entry.read()
             return weight
-        return Made(entry.dtype, new, widened), f"{channels} -> {new[1]} input channels, new ones 0"
+        return LazyTensor(entry.dtype, new, widened), f"{channels} -> {new[1]} input channels, new ones 0"
     if name == POSE and len(old) == 2 and old[0] == new[0] <= min(old[1], new[1]):
         if current.is_meta:
             raise ValueError(f"{POSE} has no values for its new columns: build the model on a "
@@ -202,7 +202,7 @@ def port(name, entry, current):
             weight = current.detach().to("cpu", entry.dtype, copy=True)
             weight[:, :new[0]] = entry.read()[:, :new[0]]
             return weight
-        return (Made(entry.dtype, new, grown),
+        return (LazyTensor(entry.dtype, new, grown),
                 f"{old[1]} -> {new[1]} columns, the {new[1] - new[0]} of the pose are fresh")
     return entry, ""
 
@@ -265,16 +265,16 @@ class Run:
     """A saved step of a run: three lazy Mappings of tensors and the meta data."""
     folder: Path
     step: int
-    model: Tensors
-    ema: Tensors
-    optimizer: Tensors
+    model: StateDict
+    ema: StateDict
+    optimizer: StateDict
     meta: dict
 
 
 def save(out, step, model, ema, optimizer, meta, keep=2, keep_every=0):
     """Writes out/step_00005000 so that it is there as a whole or not at all; returns the folder.
 
-    model, ema, optimizer: tensors by name (a dict or Tensors, also empty), which must not change
+    model, ema, optimizer: tensors by name (a dict or StateDict, also empty), which must not change
     meanwhile. meta: what json can hold; `ema_updates` in it is the average's count. Afterwards the
     newest `keep` steps up to this one are left, and those that `keep_every` divides (0: none). On
     OSError (a full disk) nothing of this one is left.
@@ -482,7 +482,7 @@ def convert(source, target, ema=False, dtype=None):
     if dtype is not None:
         entries = {name: cast(name, entry, dtype) for name, entry in entries.items()}
     target.parent.mkdir(parents=True, exist_ok=True)
-    left = write(target, Tensors(tensors.path, entries, tensors.meta))
+    left = write(target, StateDict(tensors.path, entries, tensors.meta))
     return [*left, *tensors.others]
 
 
@@ -500,7 +500,7 @@ def cast(name, entry, dtype):
     """The entry in another precision; what is no weight stays as it is."""
     if not entry.dtype.is_floating_point or name in (*SCHEDULE, EMA + "decay"):
         return entry
-    return Made(dtype, entry.shape, lambda: entry.read().to(dtype))
+    return LazyTensor(dtype, entry.shape, lambda: entry.read().to(dtype))
 
 
 def write_ckpt(target, tensors):
@@ -532,7 +532,7 @@ def write_folder(target, tensors):
     weights = {name: entry for name, entry in tensors.entries.items() if not name.startswith(EMA)}
     ema = {averages[name]: entry for name, entry in tensors.entries.items() if name in averages}
     meta = {**tensors.meta, "ema_updates": int(tensors.get(EMA + "num_updates", 0))}
-    save(target.parent, int(step), Tensors(target, weights), Tensors(target, ema), {}, meta,
+    save(target.parent, int(step), StateDict(target, weights), StateDict(target, ema), {}, meta,
          keep=sys.maxsize)
     return []
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from runtime.foreign import Made, Tensors, read_file, write_safetensors
+from runtime.foreign import LazyTensor, StateDict, read_file, write_safetensors
 
 UNET, VAE, CLIP, POSE = ("model.diffusion_model.", "first_stage_model.",
                          "cond_stage_model.model.", "cc_projection.")
@@ -121,7 +121,7 @@ def count(names, before):
 
 
 def made(entry, shape, change):
-    return Made(entry.dtype, tuple(shape), lambda: change(entry.read()).contiguous())
+    return LazyTensor(entry.dtype, tuple(shape), lambda: change(entry.read()).contiguous())
 
 
 # ------------------------------------------------------------------------------ reading
@@ -131,7 +131,7 @@ def is_diffusers(folder):
 
 
 def read_diffusers(folder):
-    """The Tensors of a diffusers folder under checkpoint names; of the parts that are there."""
+    """The StateDict of a diffusers folder under checkpoint names; of the parts that are there."""
     folder, entries, others = Path(folder), {}, {}
     parts = {"unet": unet_from, "vae": vae_from, "image_encoder": clip_from,
              **{part: pose_from for part in POSE_FOLDERS}}
@@ -142,7 +142,7 @@ def read_diffusers(folder):
             # a table of numbers 0, 1, 2, ... in files of old versions
             others.update((f"{part}.{name}", entry) for name, entry in found.items()
                           if name.endswith("position_ids"))
-    return Tensors(folder, entries, {}, others)
+    return StateDict(folder, entries, {}, others)
 
 
 def weights_file(folder):
@@ -187,7 +187,7 @@ def clip_from(found):
             if None not in parts:
                 name = f"visual.transformer.resblocks.{i}.attn.in_proj_{kind}"
                 shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-                found[name] = Made(parts[0].dtype, shape, lambda parts=parts: torch.cat(
+                found[name] = LazyTensor(parts[0].dtype, shape, lambda parts=parts: torch.cat(
                     [part.read() for part in parts]))
     if "visual_projection.weight" in found:
         entry = found.pop("visual_projection.weight")
@@ -204,7 +204,7 @@ def pose_from(found):
 def write_diffusers(folder, tensors):
     """Writes the parts that there are into an existing folder. Returns the names left out.
 
-    tensors: Tensors under checkpoint names; what weights do not tell is taken from the run's
+    tensors: StateDict under checkpoint names; what weights do not tell is taken from the run's
     configuration, if they are of one, else Stable Diffusion's.
     """
     told = tensors.meta.get("config", {})
@@ -225,7 +225,7 @@ def write_diffusers(folder, tensors):
                 config.update(attention_head_dim=told.get("num_heads", HEADS),
                               norm_num_groups=told.get("norm_groups", NORM_GROUPS))
             (folder / part).mkdir()
-            write_safetensors(folder / part / file, Tensors(folder, entries))
+            write_safetensors(folder / part / file, StateDict(folder, entries))
             write_json(folder / part / "config.json", {"_class_name": kind, **config})
             index[part] = [library, kind]
     for part, file, config, library in (

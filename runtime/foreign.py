@@ -89,15 +89,15 @@ class Stored:
 
 
 @dataclass
-class Made:
+class LazyTensor:
     """A tensor that is computed from others when it is read."""
     dtype: torch.dtype
     shape: tuple[int, ...]
     read: Callable[[], torch.Tensor]
 
 
-class Tensors(Mapping):
-    """Tensors by name, each read when it is asked for; `entries[name]` has its shape and dtype.
+class StateDict(Mapping):
+    """StateDict by name, each read when it is asked for; `entries[name]` has its shape and dtype.
 
     `meta` holds the plain numbers and strings of a file (epoch, global_step, ...), `others` the
     entries that are not weights (the optimizer's).
@@ -132,7 +132,7 @@ def stamp(file):
 
 
 def nbytes(entry):
-    """Bytes that a tensor, or an entry of Tensors, has when it is packed densely."""
+    """Bytes that a tensor, or an entry of StateDict, has when it is packed densely."""
     return math.prod(entry.shape) * entry.dtype.itemsize
 
 
@@ -429,7 +429,7 @@ DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, Valu
 
 
 def read_file(path):
-    """The Tensors of a file. Raises FileNotFoundError, or ValueError with one line about it."""
+    """The StateDict of a file. Raises FileNotFoundError, or ValueError with one line about it."""
     with open(path, "rb") as file:
         size, _ = mark = stamp(file)
         try:
@@ -443,7 +443,7 @@ def read_file(path):
         except DAMAGED as err:
             why = " ".join(str(err).split())[:100] or type(err).__name__
             raise ValueError(f"{path} is truncated or damaged ({size:,} bytes: {why})") from err
-    return Tensors(path, entries, meta, others)
+    return StateDict(path, entries, meta, others)
 
 
 def parse(file, size):
@@ -496,7 +496,7 @@ def unfinished(path):
 
 
 def pack(tensors, metadata=None):
-    """Yields the bytes of a safetensors file: its header, then tensors (a dict or Tensors), one at
+    """Yields the bytes of a safetensors file: its header, then tensors (a dict or StateDict), one at
     a time. The same for the same input, which the safetensors package does not promise."""
     entries = dict(getattr(tensors, "entries", tensors))
     kinds = {dtype: name for name, dtype in SAFETENSORS.items()}
@@ -517,7 +517,7 @@ def pack(tensors, metadata=None):
 
 
 def write_safetensors(path, tensors, metadata=None):
-    """Writes tensors by name (a dict or Tensors), one at a time. Returns its (bytes, CRC-32).
+    """Writes tensors by name (a dict or StateDict), one at a time. Returns its (bytes, CRC-32).
 
     A file of that name is replaced when the new one is whole, so tensors mapped from it live on.
     """

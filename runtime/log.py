@@ -63,7 +63,7 @@ class Meter:
         bad = (~losses.isfinite()).sum().to(losses.dtype)
         counts = losses.new_tensor(counts)
         told = torch.cat([losses.mean()[None], bad[None], bands.flatten(), counts])
-        told = ranks.sum(told).tolist()
+        told = ranks.all_reduce(told).tolist()
         seconds = time.perf_counter() - self.since
         sums, pairs = np.reshape(told[2:2 + 2 * BANDS], (2, BANDS))
         numbers = {"loss": told[0] / ranks.world,

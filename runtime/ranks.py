@@ -38,15 +38,15 @@ class Alone:
     """A run of one process: what Ranks offers, without any communication."""
     rank, world = 0, 1
 
-    def sum(self, values):
+    def all_reduce(self, values):
         """The sum over the ranks of a tensor, in place."""
         return values
 
-    def any(self, flag):
+    def any_rank(self, flag):
         """Whether the flag of any rank is true. All ranks meet here."""
         return bool(flag)
 
-    def told(self, value):
+    def broadcast_object(self, value):
         """Rank 0's value, on every rank: anything that can be pickled."""
         return value
 
@@ -80,16 +80,16 @@ class Ranks(Alone):
             dist.init_process_group("gloo", timeout=SOLO, **place)
             self.hosts = dist.group.WORLD
 
-    def sum(self, values):
+    def all_reduce(self, values):
         dist.all_reduce(values)
         return values
 
-    def any(self, flag):
+    def any_rank(self, flag):
         count = torch.tensor(float(bool(flag)))
         dist.all_reduce(count, group=self.hosts)
         return count.item() > 0
 
-    def told(self, value):
+    def broadcast_object(self, value):
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.hosts)
         return box[0]

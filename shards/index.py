@@ -1,4 +1,4 @@
-"""The index of a shard: where its members lie, and all its cameras. Made once, then mapped.
+"""The index of a shard: where its members lie, and all its cameras. LazyTensor once, then mapped.
 
 Raw shards are ZeroNVS's (arXiv:2310.17994): tars of `category/scene/frame000001.png`, `_depth.png`
 and `_metadata.json`. Encoded shards are ours: a member `category/scene.safetensors` for every

@@ -20,7 +20,7 @@ LABEL, GAP = 16, 4              # pixels: height of a label, space between pictu
 FRAMES_PER_SECOND = 12
 
 
-def spread(things, count):
+def evenly_spaced(things, count):
     """At most `count` of a sequence, evenly apart, the first and the last among them."""
     places = np.linspace(0, len(things) - 1, min(count, len(things))).round().astype(int)
     return [things[i] for i in places]

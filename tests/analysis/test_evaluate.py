@@ -253,7 +253,7 @@ def test_one_scene_has_no_error_and_no_verdict():
     rows = [{"uid": str(i), "scene": "a", "source": "s", "distance": 1.0,
              "scores": {method: {"psnr": base + i} for method, base in
                         (("this model", 10.0), ("repeat the view", 12.0))}} for i in range(2)]
-    found = tables.summary(rows)
+    found = tables.summarize(rows)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert found["methods"]["this model"]["psnr"] == {"mean": 10.5, "se": None, "n": 2}
     lines = "\n".join(tables.screen(found, rows))

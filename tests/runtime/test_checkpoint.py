@@ -182,12 +182,12 @@ def test_parts_that_the_model_lacks_are_unused(tmp_path, parts, unused):
 def test_every_key_of_zero123_xl_finds_its_place_in_zeronvs(tmp_path, monkeypatch):
     # names and shapes at full size; the tensors themselves are left on the meta device
     keys = json.loads((FOLDER / "zero123_keys.json").read_text())
-    entries = {name: tensorfile.Made(getattr(torch, dtype), tuple(shape), lambda s=shape, d=dtype:
+    entries = {name: tensorfile.LazyTensor(getattr(torch, dtype), tuple(shape), lambda s=shape, d=dtype:
                                      torch.empty(s, dtype=getattr(torch, d), device="meta"))
                for name, (shape, dtype) in keys["keys"].items()}
     entries[EMA + "num_updates"].read = lambda: torch.tensor(5)
     entries[POSE].read = lambda: torch.zeros(768, 772)
-    monkeypatch.setattr(checkpoint, "read", lambda path: tensorfile.Tensors(path, entries))
+    monkeypatch.setattr(checkpoint, "read", lambda path: tensorfile.StateDict(path, entries))
     monkeypatch.setattr(checkpoint, "assign", lambda module, name, value: None)
     for mode, options in (("3dof", {}), ("7dof", {"finetune": True})):
         with torch.device("meta"):

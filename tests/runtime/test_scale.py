@@ -96,7 +96,7 @@ def compiled_rank(rank, port, recompute, box):
         events.append("sent")
         # waited for: a callback of Python may meet the group's end on gloo's thread, and hang
         done = torch.futures.Future()
-        done.set_result(ranks.sum(bucket.buffer().div_(2)))
+        done.set_result(ranks.all_reduce(bucket.buffer().div_(2)))
         return done
     wrapped.register_comm_hook(None, averages)
     order = []

@@ -493,8 +493,8 @@ def test_checkpoints_of_other_models_are_named(run, tmp_path, capsys):
 
 def test_published_checkpoints_are_told_apart_by_their_pose_width():
     def of_width(width):
-        entry = checkpoint.Made(torch.float32, (768, 768 + width), lambda: None)
-        return checkpoint.Tensors("file", {checkpoint.POSE: entry})
+        entry = checkpoint.LazyTensor(torch.float32, (768, 768 + width), lambda: None)
+        return checkpoint.StateDict("file", {checkpoint.POSE: entry})
 
     assert render.config_of(of_width(4)).mode == "3dof"
     assert render.config_of(of_width(19)).mode == "7dof_quantile_scale"
