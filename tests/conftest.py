@@ -11,7 +11,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.backends.cudnn.allow_tf32 = False     # its three digits would hide what is compared
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+TESTS = Path(__file__).parent
+sys.path[:0] = [str(TESTS.parent), str(TESTS), *map(str, TESTS.glob("*/"))]
 
 
 def pytest_addoption(parser):

@@ -14,7 +14,7 @@ import torch.nn as nn
 from test_train import logged, one_thread, run, shards, tiny      # noqa: F401, fixtures
 from torch._dynamo.utils import counters
 
-import bench
+from benchmarks import __main__ as bench
 from runtime import checkpoint
 import clip
 import configs

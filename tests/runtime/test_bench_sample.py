@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-import bench
+from benchmarks import __main__ as bench
 from benchmarks import encode, sample, variants
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-import bench
+from benchmarks import __main__ as bench
 import benchmarks
 from runtime import checkpoint
 import configs
