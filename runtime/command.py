@@ -21,7 +21,7 @@ class Parser(argparse.ArgumentParser):
     in one line with the nearest one, and a value may begin with a minus."""
 
     def __init__(self, prog, **options):
-        super().__init__(prog, allow_abbrev=False, **options)
+        super().__init__(prog, **{**options, "allow_abbrev": False})
         # argparse takes "-30,0,1" for an option otherwise
         self._negative_number_matcher = re.compile(r"-[\d.].*")
 
