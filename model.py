@@ -1,7 +1,7 @@
 """The network that ZeroNVS trains: a UNet that sees noisy latents, the photo and the pose.
 
-    UNet:    noisy latent beside the photo's x (b, 8, h, w), t (b,), context (b, 1, 768) -> (b, 4, h, w)
-    ZeroNVS: posteriors, embedding, pose T (b, d) and Draws -> the loss of each pair (b,)
+    UNet:    x (b, 8, h, w), noisy latent and the photo's; t (b,); context (b, 1, e) -> (b, 4, h, w)
+    ZeroNVS: posteriors, image embedding, pose T (b, d) and Draws -> the loss of each pair (b,)
 
 Read first: ZeroNVS.forward, the loss in twelve lines; then UNet.forward, ResBlock, Attention.
 UNet: Stable Diffusion 1's (arXiv:2112.10752). Conditioning: zero123's (arXiv:2303.11328), a latent
