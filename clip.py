@@ -26,8 +26,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from engine.conv import product
-
 HEAD_WIDTH = 64                                  # of every head in every published CLIP ViT
 MEAN = (0.48145466, 0.4578275, 0.40821073)       # of CLIP's training images, in [0, 1], R G B
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -122,18 +120,11 @@ class VisionTransformer(nn.Module):
         self.ln_post = nn.LayerNorm(c)
 
     def forward(self, x):
-        x = self.patches(x.to(self.conv1.weight.dtype))                       # (b, n - 1, c)
+        x = self.conv1(x.to(self.conv1.weight.dtype)).flatten(2).mT           # (b, n - 1, c)
         first = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)
         x = torch.cat([first, x], dim=1) + self.positional_embedding          # (b, n, c)
         x = self.transformer(self.ln_pre(x), asked=1)
         return self.ln_post(x[:, 0]) @ self.proj                              # (b, d)
-
-    def patches(self, x):
-        """conv1, whose windows do not overlap, as a product. (b, 3, r, r) -> (b, n - 1, c)."""
-        side = self.conv1.kernel_size[0]
-        windows = x.unfold(2, side, side).unfold(3, side, side)               # (b, 3, g, g, s, s)
-        windows = windows.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)  # (b, n - 1, 3 s s)
-        return product(windows, self.conv1.weight)
 
 
 class Transformer(nn.Module):

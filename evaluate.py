@@ -22,6 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import diffusion
+import engine
 import camera
 from runtime import checkpoint
 import clip
@@ -124,7 +125,7 @@ def validation_loss(net, pairs, config, depth_net=None):
         T = model.pose_vector(batch, config.mode, depth_net, config.quantile_blend).to(device)
         mean, logvar = net.encode(data.images(batch["image_target"].to(device)))
         z_cond, embedding = net.encode(image_cond)[0], net.embed(image_cond)
-        draws = diffusion.draw(config.seed, batch["number"].to(device), shape)
+        draws = engine.draw(config.seed, batch["number"].to(device), shape)
         for band in range(BANDS):
             inside = replace(draws, t=band * width + draws.t // BANDS)
             losses[band].append(net(mean, logvar, z_cond, embedding, T, inside, (0, 0, 0)).cpu())

@@ -25,7 +25,7 @@ from views import paths
 from views import photos
 from views import pictures
 from runtime.ranks import device_of
-from engine.kernels import check_compiler
+import engine
 from runtime.command import Parser, is_number, numbers_of
 from views.render import Render, config_of, load
 from diffusion import EVERYWHERE, SAMPLERS, SPACINGS, TIMESTEPS, plan
@@ -310,7 +310,7 @@ def run(args):
     say_ignored(args, options["sampler"], cameras)
     device = device_of(args.device)
     if args.compile:
-        check_compiler(device, "leaving --compile out")
+        engine.check_compiler(device, "leaving --compile out")
     precision = args.precision
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"

@@ -32,8 +32,7 @@ from runtime import cost
 import data
 from runtime import ranks as distributed
 import evaluate
-from engine import graph
-from engine import kernels
+import engine
 import model
 from runtime import log as report
 from analysis import tables
@@ -75,29 +74,6 @@ def forward_backward(net, autocast, micro_steps, drop, mean, logvar, z_cond, emb
         loss = net(mean, logvar, z_cond, embedding, T, diffusion.Draws(*draws), drop)
         (loss.mean() / micro_steps).backward()
     return loss.detach()
-
-
-# ---- the machine
-
-def channels_last(net):
-    """Lays out the weights of convolutions as GPUs compute with them. Values, and so checkpoints,
-    stay; to come before averages and moments, which are laid out as their parameters are."""
-    for p in net.parameters():
-        # 1x1 kernels lie so anyway, and their gradients come with the strides that they have
-        if p.ndim == 4 and p.shape[2:].numel() > 1:
-            p.data = p.data.contiguous(memory_format=torch.channels_last)
-
-
-def compile_networks(net):
-    """Lets the first step compile the UNet and, where they are asked, the frozen encoders."""
-    import torch._inductor.config as inductor
-    # Else every 4-D tensor is put channels-last, attention's q, k and v too, by copies
-    inductor.layout_optimization = False
-    net.model.diffusion_model.compile()
-    for network, name in ((net.first_stage_model, "encode"),
-                          (net.cond_stage_model.model, "encode_image")):
-        if any(True for _ in network.parameters()):     # else there is no network
-            setattr(network, name, torch.compile(getattr(network, name)))
 
 
 # ---- the run
@@ -167,7 +143,7 @@ def begin(config, net, run, ranks):
         for name, tensor in run.model.items():
             weights[name].copy_(tensor)
     if net.betas.device.type == "cuda":
-        channels_last(net)
+        engine.channels_last(net)
     ema = Ema(net.model.diffusion_model, config.ema_decay, ranks, config.divide_optimizer)
     optimizer = Optimizer(net, config, ranks)
     averages, updates = {}, 0
@@ -313,7 +289,7 @@ def train(config, ranks, device, log, writer, traced, dry_run):
     log.say(report.summary(config, ranks, device, needs, micro_batch, micro_steps))
     cost.check(needs, config, ranks, device, log.say)
     if config.compile:
-        kernels.check_compiler(device, "--compile=false")
+        engine.check_compiler(device, "--compile=false")
     # data before the model: a wrong path is found before anything is built
     readers = [data.open_source(s, config.data, config.image_size) for s in config.sources]
     pairs = data.Pairs(readers, [s.probability for s in config.sources], config.seed,
@@ -342,18 +318,20 @@ def train(config, ranks, device, log, writer, traced, dry_run):
     Path(config.out).mkdir(parents=True, exist_ok=True)
 
     net = model.build(config).to(device).train()
+    forms = engine.convert(net)
+    log.say(f"forms    {', '.join(f'{count} {name}' for name, count in forms.items())}")
     depth_net = evaluate.load_depth(config, device)
     ema, optimizer = begin(config, net, run, ranks)
     del run         # and its mapped files: they may be removed
     # tries out kernels at the first step; a GPU's sums differ from run to run in any case
     torch.backends.cudnn.benchmark = device.type == "cuda"
     if config.compile:
-        compile_networks(net)
+        engine.compiled(net)
         log.say("compile  the first step takes minutes, in later runs seconds")
     wrapped = ranks.wrap(net)
     passes = functools.partial(forward_backward, wrapped, autocast, micro_steps, config.drop)
-    if graph.possible(config, ranks, device):
-        passes = graph.Recorded(passes, net.parameters())
+    if engine.can_capture(config, ranks, device):
+        passes = engine.Recorded(passes, net.parameters())
     peak = cost.ceiling(device, config.precision) if ranks.rank == 0 else 1.0
 
     asked_to_stop = []
@@ -374,7 +352,7 @@ def train(config, ranks, device, log, writer, traced, dry_run):
             if stopped:
                 break
             numbers = batch["number"].to(device, non_blocking=True)
-            draws = diffusion.draw(config.seed, numbers, shape)
+            draws = engine.draw(config.seed, numbers, shape)
             with autocast:
                 given = inputs(net, batch, config, depth_net, device)
             last = micro_step == micro_steps - 1

@@ -33,6 +33,7 @@ from tqdm import tqdm
 from runtime import checkpoint
 import clip
 import depth
+import engine
 from runtime.cost import ceiling, flops_of
 from runtime.ranks import leave, own_device
 from analysis import inspect as inspector
@@ -88,6 +89,7 @@ def load(weights, depth_weights, blend, device):
     checkpoint.load_model(networks, weights)
     networks.depth_net = depth.load(depth_weights) if depth_weights else None
     networks.blend = blend
+    engine.convert(networks)
     return networks.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 

@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from engine import adamw
+import engine
 from runtime import checkpoint
 from runtime.ranks import ALONE, Division
 
@@ -89,7 +89,7 @@ class Optimizer:
         self.adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps,
                                        weight_decay=config.weight_decay,
                                        fused=net.betas.device.type == "cuda")
-        self.one_pass, self.behind = adamw.OnePass(self.adamw), False
+        self.one_pass, self.behind = engine.OnePassAdamW(self.adamw), False
 
     @torch.no_grad()
     def step(self, step, ema=None):
@@ -115,7 +115,7 @@ class Optimizer:
 
     def advance(self, ema):
         """AdamW alone; the names of the averages that took their step with it."""
-        if not self.division.divided and adamw.usable(self.adamw):
+        if not self.division.divided:
             done = self.one_pass.step(self.count + 1, ema)
             if done is not None:
                 self.behind = True

@@ -16,7 +16,7 @@ from runtime import checkpoint
 import configs
 import model
 from views import pictures
-from engine.sampling import Fast
+import engine
 from diffusion import encoded_views
 
 CLIP_WIDTH = 768
@@ -63,6 +63,7 @@ def place(net, device, precision):
 
     Photos are encoded in fp32. No more than what stays there is on the device at any time.
     """
+    engine.convert(net)
     net.eval().requires_grad_(False)
     autoencoder = dict(net.first_stage_model.named_children())      # none, of pixels
     decoding = [autoencoder[name] for name in ("decoder", "post_quant_conv") if name in autoencoder]
@@ -105,11 +106,11 @@ def pose_vectors(mode, cond_c2w, c2w, fov, scale):
 class Render:
     """Views of a Photo by one model, `batch` at a time; `options` are those of `encoded_views`.
 
-    Changes the model: see fast.Fast.
+    Changes the model: see engine.Sampler.
     """
     def __init__(self, net, mode, photo, options, batch, same_noise, compile=False):
         self.net, self.mode, self.photo, self.options = net, mode, photo, options
-        self.batch, self.same_noise, self.fast = batch, same_noise, Fast(net, compile)
+        self.batch, self.same_noise, self.fast = batch, same_noise, engine.Sampler(net, compile)
         self.seconds, self.views, self.evaluations = 0.0, 0, 0
         self.encoded = {}           # share of the photo's side: its latent and embedding
         self.encode(1.0)

@@ -1,4 +1,4 @@
-"""adamw.py: steps of the kernel against the two passes of PyTorch in float64. Without a GPU it runs
+"""engine/adamw.py: steps of the kernel against the two passes of PyTorch in float64. Without a GPU it runs
 in Triton's interpreter (conftest.py); without Triton those tests are skipped."""
 
 import copy
@@ -240,10 +240,10 @@ def test_the_kernel_is_for_float32_on_a_gpu_outside_of_graphs(monkeypatch):
         group = {"capturable": capturable, "params": [p]}
         return adamw.usable(types.SimpleNamespace(param_groups=[group]))
 
-    monkeypatch.setattr(kernels, "enabled", True)
+    monkeypatch.setitem(kernels.enabled, "adamw", True)
     assert usable() and not usable(capturable=True)
     assert not usable(is_cuda=False) and not usable(dtype=torch.bfloat16)
-    monkeypatch.setattr(kernels, "enabled", False)
+    monkeypatch.setitem(kernels.enabled, "adamw", False)
     assert not usable()
 
 
