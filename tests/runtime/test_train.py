@@ -29,6 +29,7 @@ import configs
 from runtime import cost
 import data
 from runtime import ranks as distributed
+import depth
 import model
 import prepare
 from runtime import log as report
@@ -77,7 +78,7 @@ def test_three_training_steps_equal_the_reference(name):
                  "fov": torch.deg2rad(first[f"step{k}/in/fov_deg"]),
                  "radius": torch.ones(4), "image_cond": image_cond,
                  "depth_cond": first[f"step{k}/in/depth_cond"][..., 0]}
-        T = model.pose_vector(batch, "7dof_quantile_scale",
+        T = depth.pose_vector(batch, "7dof_quantile_scale",
                               lambda image: first[f"step{k}/in/depth_model_disparity"], blend=True)
         draws = diffusion.Draws(torch.tensor(row["t"]), torch.tensor(row["uniform_draws"]),
                             *(golden.network_input(f"train/step{k}/{n}", (4, 4, 8, 8))
