@@ -271,7 +271,9 @@ def options(argv):
     given, rest = parser.parse_known_args(argv)
     if given.profile < 0:
         raise ValueError(f"--profile {given.profile}: a number of steps is needed")
-    return configs.load(rest), given.profile, given.dry_run
+    config = configs.load(rest)
+    config.check_trainable()
+    return config, given.profile, given.dry_run
 
 
 def main(argv):
@@ -324,9 +326,6 @@ def train(config, ranks, device, log, writer, traced, dry_run):
     held_out = evaluate.held_out_pairs(config, max(config.eval_pairs, GRID_PAIRS), fewer=True)
     if len(held_out) < config.eval_pairs:
         log.say(f"held out are {len(held_out)} pairs, of the {config.eval_pairs} of --eval_pairs")
-    if config.latent == "vae" and not config.init:
-        raise ValueError("latent='vae' needs --init=FILE, a checkpoint that brings the autoencoder "
-                         "and CLIP, such as zero123-xl.ckpt")
     pictures = "image_cond" in held_out[0]
     if not pictures:
         log.say("the held-out shards are encoded, so there are neither pictures nor scores")

@@ -246,7 +246,7 @@ def run(argv):
     modes = args.modes.split(",")
     for mode in modes:
         if mode not in MODES:
-            raise ValueError(configs.unknown("mode", mode, tuple(MODES)))
+            raise ValueError(options.unknown("mode", mode, MODES))
     modes = [mode for mode in MODES if mode in modes]
     if len(modes) < 2:
         raise ValueError("--modes: at least two are needed to compare")
