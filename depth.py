@@ -7,6 +7,7 @@ of a batch of pairs. Read these two first, then `dense_depth`.
 `DPT` is MiDaS 3.1's DPT_SwinV2_T_256 (github.com/isl-org/MiDaS): a Swin Transformer V2 tiny encoder
 (arXiv:2111.09883) under the DPT decoder (arXiv:2103.13413). It answers disparity, that is inverse
 depth up to scale and shift.
+
 b batch, c channels, h w image or feature grid, m windows, n pixels of a window, d head width.
 """
 
@@ -32,7 +33,6 @@ BIAS_MAX = 16  # the sigmoid's multiple in it: the bias is between 0 and 16
 BIAS_EXTENT = 8  # relative positions are scaled to +-8 before their logarithm is taken
 MAX_LOGIT_SCALE = math.log(100)  # Swin V2 section 3.2: the temperature is 0.01 or more
 MASKED = -100.0  # what is added to the score of two pixels that are no neighbours
-CLASSES = 1000  # of the encoder's classifier
 HEAD_WIDTH = 32  # before the decoder's last convolution
 
 # What the file holds and disparity does not depend on. It stays in the state dict, untouched.
@@ -65,7 +65,7 @@ def scale_of(batch, mode, depth_net=None, blend=True):
         raise ValueError(camera.NO_METRIC_DEPTH)
     if unit == "nearplane":
         return camera.stereomag_scale(batch["nearplane"])
-    if unit != "viewer":
+    if unit != "viewer":        # unscaled modes ignore it
         return batch["radius"]
     scale = viewer_scale(batch["depth_cond"], batch["image_cond"], depth_net, blend)
     if scale.isnan().any():
@@ -173,10 +173,15 @@ class SwinV2(nn.Module):
         self.layers = nn.ModuleList()
         for i, (depth, heads) in enumerate(zip(depths, num_heads, strict=True)):
             dim, size = embed_dim * 2**i, image_size // (PATCH * 2**i)
-            self.layers.append(Stage(dim, size, depth, heads, min(window_size, size),
-                                     last=i == len(depths) - 1))
+            window = min(window_size, size)
+            assert size % window == 0, f"windows of {window} do not tile a grid of {size}"
+            shift = window // 2 if window < size else 0  # of every second block
+            self.layers.append(nn.ModuleDict({
+                "blocks": nn.ModuleList(Block(dim, size, heads, window, shift if j % 2 else 0)
+                                        for j in range(depth)),
+                "downsample": PatchMerging(dim) if i < len(depths) - 1 else nn.Identity()}))
         self.norm = nn.LayerNorm(dim)
-        self.head = nn.Linear(dim, CLASSES)
+        self.head = nn.Linear(dim, 1000)  # of ImageNet
 
     def forward(self, x):
         x = self.patch_embed(x)  # (b, s/4, s/4, c)
@@ -198,17 +203,6 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x):
         return self.norm(self.proj(x).permute(0, 2, 3, 1))  # (b, h/4, w/4, c)
-
-
-class Stage(nn.Module):
-    """The blocks of one resolution, every second with shifted windows, and the way to the next."""
-    def __init__(self, dim, size, depth, heads, window, last):
-        super().__init__()
-        assert size % window == 0, f"windows of {window} do not tile a grid of {size}"
-        shift = window // 2 if window < size else 0
-        self.blocks = nn.ModuleList(Block(dim, size, heads, window, shift if i % 2 else 0)
-                                    for i in range(depth))
-        self.downsample = nn.Identity() if last else PatchMerging(dim)
 
 
 class PatchMerging(nn.Module):
@@ -312,11 +306,11 @@ class Decoder(nn.Module):
     """DPT's fusion of `SwinV2`'s four stages, coarse to fine. Returns (b, 1, s, s), 0 or more."""
     def __init__(self, embed_dim, features):
         super().__init__()
-        for i in range(4):
-            self.add_module(f"layer{i + 1}_rn", nn.Conv2d(embed_dim * 2**i, features, 3, padding=1,
-                                                          bias=False))
-        for i in range(4):
-            self.add_module(f"refinenet{i + 1}", Fusion(features))
+        for i, scale in enumerate((1, 2, 4, 8), 1):
+            conv = nn.Conv2d(scale * embed_dim, features, 3, padding=1, bias=False)
+            self.add_module(f"layer{i}_rn", conv)
+        for i in (1, 2, 3, 4):
+            self.add_module(f"refinenet{i}", Fusion(features))
         self.output_conv = nn.Sequential(
             nn.Conv2d(features, features // 2, 3, padding=1),
             nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True),

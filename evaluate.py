@@ -27,7 +27,7 @@ from runtime import checkpoint
 import configs
 import data
 import depth
-from runtime.networks import load_clip, load_depth
+from runtime import networks
 from analysis import metrics
 import model
 from runtime import command as options
@@ -174,7 +174,7 @@ def judges_of(net, config, args):
                      "two files) gives its weights")
     embed = net.embed if config.latent == "vae" else None
     if args.clip:
-        embed = load_clip(args.clip).to(device).eval().encode_image
+        embed = networks.load_clip(args.clip).to(device).eval().encode_image
     if embed:
         judges["clip"] = lambda view, truth: torch.cosine_similarity(embed(view), embed(truth))
     else:
@@ -284,7 +284,7 @@ def load_depth(config, device):
     """The depth network of a Config, or nothing where it names no weights."""
     if not config.depth_weights:
         return None
-    return load_depth(config.depth_weights).to(device).eval()
+    return networks.load_depth(config.depth_weights).to(device).eval()
 
 
 def parser():

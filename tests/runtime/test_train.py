@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import types
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import golden
