@@ -297,9 +297,8 @@ def shift_mask(size, window, shift):
     i = torch.arange(size)
     side = (i >= size - window).int() + (i >= size - shift).int()
     region = 3 * side[:, None] + side  # (size, size), 0 to 8
-    region = region.unfold(0, window, window).unfold(1, window, window)
-    region = region.reshape(-1, window**2)  # (m, n)
-    return torch.where(region[:, :, None] == region[:, None], 0.0, MASKED)
+    region = region.unfold(0, window, window).unfold(1, window, window).flatten(2).flatten(0, 1)
+    return torch.where(region[:, :, None] == region[:, None], 0.0, MASKED)  # (m, n, n)
 
 
 class Decoder(nn.Module):
