@@ -50,12 +50,12 @@ class Pairs(Dataset):
     moments_target             float16 (2c, h, w), mean over logvar; of encoded shards
     mean_cond                  float16 (c, h, w); of encoded shards
     clip_cond                  float16 (d,), the embedding of the cond view; of encoded shards
-    scale                      float64 (), that of the cond view; encoded, in 7dof_quantile_scale
+    scale                      float64 (), that of the cond view; encoded, where it is the viewer's
     cond_c2w, target_c2w       float64 (4, 4), OpenGL
     fov                        float64 (), radians, of the scene's first stored view
     radius                     float64 (), of the scene
     nearplane                  float64 (), the scene's near-plane quantile; raw, nan in other modes
-    depth_cond                 float32 (s, s), 0 unknown; raw, in scenes.DEPTH_MODES
+    depth_cond                 float32 (s, s), 0 unknown; raw, where the mode needs_depth
     number                     int64 (), k
     uid                        "shard.tar:category/scene:i->j", i cond, j target, in frame order
     damage                     "source<tab>reason<tab>where", a line for each draw that failed
@@ -69,8 +69,7 @@ class Pairs(Dataset):
         if len(readers) != len(probabilities) or abs(sum(probabilities) - 1) > 1e-6:
             raise ValueError(f"{len(readers)} sources need as many probabilities of sum 1, "
                              f"not {list(probabilities)}")
-        if mode not in camera.T_WIDTH:
-            raise ValueError(f"mode {mode!r} is not one of {', '.join(camera.T_WIDTH)}")
+        camera.mode_named(mode)
         if any(reader.image_size != image_size for reader in readers):
             raise ValueError(f"image_size {image_size} is not that of the sources")
         kinds = {reader.name: reader.kind for reader in readers}

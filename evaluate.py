@@ -25,10 +25,10 @@ import diffusion
 import engine
 import camera
 from runtime import checkpoint
-import clip
 import configs
 import data
 import depth
+from runtime import networks
 from analysis import metrics
 import model
 from runtime import command as options
@@ -84,7 +84,7 @@ def views_of(net, batch, config, depth_net=None):
     """The model's answer to a batch of pairs, and the two true views: three of (b, 3, h, w)."""
     device = net.betas.device
     batch["image_cond"] = image_cond = data.images(batch["image_cond"].to(device))
-    T = model.pose_vector(batch, config.mode, depth_net, config.quantile_blend).to(device)
+    T = depth.pose_vector(batch, config.mode, depth_net, config.quantile_blend).to(device)
     views = novel_views(net, image_cond, T, batch["number"].tolist(), config.seed, config.sampler,
                         config.sample_steps, config.eta, config.guidance)
     return views, image_cond, data.images(batch["image_target"].to(device))
@@ -122,7 +122,7 @@ def validation_loss(net, pairs, config, depth_net=None):
     for places in batches(pairs, config):
         batch = torch.utils.data.default_collate([pairs[k] for k in places])
         batch["image_cond"] = image_cond = data.images(batch["image_cond"].to(device))
-        T = model.pose_vector(batch, config.mode, depth_net, config.quantile_blend).to(device)
+        T = depth.pose_vector(batch, config.mode, depth_net, config.quantile_blend).to(device)
         mean, logvar = net.encode(data.images(batch["image_target"].to(device)))
         z_cond, embedding = net.encode(image_cond)[0], net.embed(image_cond)
         draws = engine.draw(config.seed, batch["number"].to(device), shape)
@@ -175,7 +175,7 @@ def judges_of(net, config, args):
                      "two files) gives its weights")
     embed = net.embed if config.latent == "vae" else None
     if args.clip:
-        embed = clip.load(args.clip).to(device).eval().encode_image
+        embed = networks.load_clip(args.clip).to(device).eval().encode_image
     if embed:
         judges["clip"] = lambda view, truth: torch.cosine_similarity(embed(view), embed(truth))
     else:
@@ -285,7 +285,7 @@ def load_depth(config, device):
     """The depth network of a Config, or nothing where it names no weights."""
     if not config.depth_weights:
         return None
-    return depth.load(config.depth_weights).to(device).eval()
+    return networks.load_depth(config.depth_weights).to(device).eval()
 
 
 def parser():

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import camera
-import depth
 import vae
 from clip import CLIP
 from diffusion import schedule_buffers
@@ -277,7 +276,7 @@ class ZeroNVS(nn.Module):
         self.first_stage_model = first_stage_model.eval().requires_grad_(False)
         self.cond_stage_model = nn.Module()
         self.cond_stage_model.model = clip.eval().requires_grad_(False)
-        self.cc_projection = pose_projection(embedding_dim, camera.T_WIDTH[mode], context_dim)
+        self.cc_projection = pose_projection(embedding_dim, camera.MODES[mode].width, context_dim)
         for parameter in unet.idle_parameters().values():
             parameter.requires_grad_(False)
 
@@ -377,7 +376,7 @@ def build(config):
     if config.latent == "pixels":
         return ZeroNVS(unet, Pixels(), NoEmbedding(), config.mode, 1.0, 0, config.context_dim,
                        config.prediction)
-    clip = CLIP(transformer_layers=0)
+    clip = CLIP()
     return ZeroNVS(unet, vae.AutoencoderKL(), clip, config.mode, vae.SCALE_FACTOR,
                    clip.text_projection.shape[1], config.context_dim, config.prediction)
 
@@ -386,46 +385,3 @@ def latent_shape(config):
     """(c, h, w) of the latents of a Config."""
     channels, shrink = (3 * FOLD**2, FOLD) if config.latent == "pixels" else (4, 8)
     return channels, config.image_size // shrink, config.image_size // shrink
-
-
-def pose_vector(batch, mode, depth_net=None, blend=True):
-    """The pose vectors T (b, d) float32 of a batch of pairs, as data.py delivers them.
-
-    depth_net: a depth.DPT for views whose depth has holes, on the device of the batch's images.
-    Raises ValueError, naming the pair, where the mode needs depth that nobody knows.
-    """
-    cond_c2w, target_c2w, fov = batch["cond_c2w"], batch["target_c2w"], batch["fov"]
-    if mode == "7dof_metric_scale" and "scale" not in batch:
-        raise ValueError("mode 7dof_metric_scale needs a metric depth network, and there is none "
-                         "here: choose --mode=7dof_quantile_scale or --mode=7dof")
-    scale = batch.get("scale", batch["radius"])
-    if "scale" not in batch and mode == "7dof_stereomag_scale":
-        scale = camera.stereomag_scale(batch["nearplane"])
-    if "scale" not in batch and mode == "7dof_quantile_scale":
-        scale = viewer_scale(batch["depth_cond"], batch["image_cond"], depth_net, blend)
-        if scale.isnan().any():
-            raise ValueError(
-                f"{batch['uid'][scale.isnan().int().argmax()]}: the depth of the conditioning view "
-                "has holes, and mode 7dof_quantile_scale needs all of it: give "
-                "--depth_weights=dpt_swin2_tiny_256.pt, which fills them, or choose --mode=7dof, "
-                "which takes the scale from the cameras")
-        scale = scale.to(cond_c2w.device)
-    return camera.conditioning(mode, cond_c2w, target_c2w, fov, scale).float()
-
-
-def viewer_scale(known, image, depth_net=None, blend=True):
-    """20% quantiles (b,) of the depths of views, in their unit; nan where there are holes.
-
-    known: depth (b, h, w), 0 where unknown; depth_net: a depth.DPT that fills the holes from image
-    (b, 3, h, w) in [-1, 1]; blend: known depths replace the network's.
-    """
-    if depth_net is None and not blend:
-        raise ValueError("quantile_blend=False takes scales from the depth network alone, and there"
-                         " is none: --depth_weights=dpt_swin2_tiny_256.pt brings it")
-    holes = (known <= 0).flatten(1).any(1)
-    if depth_net is not None and (holes.any() or not blend):
-        with torch.autocast(image.device.type, enabled=False):      # bf16 is off by up to 1%
-            disparity = depth_net(image)
-        known = depth.dense_depth(disparity, known.to(disparity.device), blend)
-        return camera.quantile_scale(known)
-    return camera.quantile_scale(known).where(~holes, torch.nan)

@@ -222,7 +222,7 @@ def photo_of(args, config):
         if args.motion and not Path(args.image).exists() and is_number(args.image):
             raise ValueError(f"{args.image} is no image: how far a path goes is told by --by")
         photo = photos.from_file(args.image, config.image_size, args.crop, args.object)
-        if config.mode in camera.UNSCALED:
+        if camera.MODES[config.mode].unscaled:
             photo.scale = 1.0
     else:
         photo = photos.held_out(config, args.scene or 0)
@@ -302,7 +302,7 @@ def run(args):
     config = config_of(tensors)
     photo = photo_of(args, config)
     cameras = cameras_of(args, photo.fov, photo.elevation)
-    if config.mode == "3dof" and not cameras.centred():
+    if camera.MODES[config.mode].pose == "angles" and not cameras.centred():
         raise ValueError("a 3DoF model knows of azimuth, elevation and distance alone: its cameras "
                          "look at the centre with one field of view, as those of --orbit, --swing, "
                          "--spiral, --dolly, --grid and --pose do")

@@ -26,6 +26,8 @@ from pathlib import Path
 import torch
 
 from runtime import checkpoint
+import camera
+import depth
 import diffusion
 import configs
 from runtime import cost
@@ -58,11 +60,11 @@ def inputs(net, batch, config, depth_net, device):
     if "moments_target" in batch:       # of encoded shards: what the frozen networks said once
         moments, z_cond, embedding = (batch[name].to(device, non_blocking=True).float()
                                       for name in ("moments_target", "mean_cond", "clip_cond"))
-        T = model.pose_vector(batch, config.mode, depth_net, config.quantile_blend)
+        T = depth.pose_vector(batch, config.mode, depth_net, config.quantile_blend)
         return *moments.chunk(2, dim=1), z_cond, embedding, T.to(device)
     image_cond, image_target = (data.images(batch[name].to(device, non_blocking=True))
                                 for name in ("image_cond", "image_target"))
-    T = model.pose_vector({**batch, "image_cond": image_cond}, config.mode, depth_net,
+    T = depth.pose_vector({**batch, "image_cond": image_cond}, config.mode, depth_net,
                           config.quantile_blend)
     mean, logvar = net.encode(image_target)
     return mean, logvar, net.encode(image_cond)[0], net.embed(image_cond), T.to(device)
@@ -102,8 +104,8 @@ def check_sources(pairs, config):
         numbers = (k for k in itertools.count() if pairs.draw(k)[0] == source)
         for k in itertools.islice(numbers, CHECKED_PAIRS):
             batch = torch.utils.data.default_collate([pairs[k]])
-            if not config.depth_weights or config.mode != "7dof_quantile_scale":
-                model.pose_vector(batch, config.mode, None, config.quantile_blend)
+            if not config.depth_weights or not camera.MODES[config.mode].needs_depth:
+                depth.pose_vector(batch, config.mode, None, config.quantile_blend)
 
 
 def newest(config, ranks, log):
@@ -245,7 +247,9 @@ def options(argv):
     given, rest = parser.parse_known_args(argv)
     if given.profile < 0:
         raise ValueError(f"--profile {given.profile}: a number of steps is needed")
-    return configs.load(rest), given.profile, given.dry_run
+    config = configs.load(rest)
+    config.check_trainable()
+    return config, given.profile, given.dry_run
 
 
 def main(argv):
@@ -278,7 +282,7 @@ def main(argv):
 def train(config, ranks, device, log, writer, traced, dry_run):
     """The run, from what is in its folder to the last step or a signal to stop."""
     micro_batch, micro_steps = split(config, ranks.world)
-    for name in (config.init, config.depth_weights * (config.mode == "7dof_quantile_scale")):
+    for name in (config.init, config.depth_weights * camera.MODES[config.mode].needs_depth):
         if name and not dry_run and not Path(name).exists():    # found before data are indexed
             raise FileNotFoundError(f"no checkpoint {name}")
     torch.manual_seed(config.seed)      # random initial weights; nothing later draws from it
@@ -298,9 +302,6 @@ def train(config, ranks, device, log, writer, traced, dry_run):
     held_out = evaluate.held_out_pairs(config, max(config.eval_pairs, GRID_PAIRS), fewer=True)
     if len(held_out) < config.eval_pairs:
         log.say(f"held out are {len(held_out)} pairs, of the {config.eval_pairs} of --eval_pairs")
-    if config.latent == "vae" and not config.init:
-        raise ValueError("latent='vae' needs --init=FILE, a checkpoint that brings the autoencoder "
-                         "and CLIP, such as zero123-xl.ckpt")
     pictures = "image_cond" in held_out[0]
     if not pictures:
         log.say("the held-out shards are encoded, so there are neither pictures nor scores")

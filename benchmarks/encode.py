@@ -146,8 +146,7 @@ def our_vae(tiny):
 
 
 def our_clip(tiny):
-    module = clip.CLIP(transformer_layers=0, **(TINY_CLIP if tiny else {}))
-    engine.convert(module)
+    module = clip.CLIP(**(TINY_CLIP if tiny else {}))
     return module, module.encode_image
 
 

@@ -120,7 +120,7 @@ def answer(job):
 
         photo = (torch.randn(1, *size, device=net.betas.device),
                  torch.randn(1, EMBEDDING, device=net.betas.device))
-        T = torch.randn(views, camera.T_WIDTH[MODE])
+        T = torch.randn(views, camera.MODES[MODE].width)
         steps = 4 if tiny else WHERE_STEPS if job["where"] else STEPS
         if job["where"]:
             sampled(steps=steps)

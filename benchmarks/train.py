@@ -254,8 +254,8 @@ def pairs(config, batch, device):
     numbers = torch.arange(batch, device=device)
     return (mean, torch.full_like(mean, vae.LOGVAR_MIN), z_cond,
             torch.randn(batch, EMBEDDING, device=device),
-            torch.randn(batch, camera.T_WIDTH[config.mode], device=device),
-            engine.draw(0, numbers, shape))
+            torch.randn(batch, camera.MODES[config.mode].width, device=device),
+            diffusion.draw(0, numbers, shape))
 
 
 class Halves:

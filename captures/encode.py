@@ -32,13 +32,13 @@ from tqdm import tqdm
 
 from runtime import checkpoint
 import clip
-import depth
 import engine
+from runtime.networks import load_depth
 from runtime.cost import ceiling, flops_of
 from runtime.ranks import leave, own_device
 from analysis import inspect as inspector
 import vae
-from model import viewer_scale
+from depth import viewer_scale
 from shards.scenes import images, nearplane_quantile, of_files
 from captures.writer import check_out, write_shard, write_text
 from shards.files import Damaged
@@ -85,9 +85,9 @@ class Frozen(nn.Module):
 def load(weights, depth_weights, blend, device):
     """The Frozen networks of zero123's file and of the depth network's. Raises ValueError."""
     with torch.device("meta"):
-        networks = Frozen(vae.AutoencoderKL(), clip.CLIP(transformer_layers=0))
+        networks = Frozen(vae.AutoencoderKL(), clip.CLIP())
     checkpoint.load_model(networks, weights)
-    networks.depth_net = depth.load(depth_weights) if depth_weights else None
+    networks.depth_net = load_depth(depth_weights) if depth_weights else None
     networks.blend = blend
     engine.convert(networks)
     return networks.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)

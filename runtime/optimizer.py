@@ -12,16 +12,16 @@ import engine
 from runtime import checkpoint
 from runtime.ranks import ALONE, Division
 
+WARMUP_START = 1e-6                     # share of the rate at step 0, the reference's
+
 
 def learning_rate(step, config):
     """The share of the full rate at `step` (from 0): linear warm-up, then constant or cosine."""
     if step < config.warmup_steps:
-        return config.warmup_start + (1 - config.warmup_start) * step / config.warmup_steps
+        return WARMUP_START + (1 - WARMUP_START) * step / config.warmup_steps
     if config.lr_schedule == "cosine":
         done = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
         return 0.5 * (1 + math.cos(math.pi * min(done, 1)))
-    if config.cooldown_steps:
-        return min(1, (config.steps - step) / config.cooldown_steps)
     return 1.0
 
 

@@ -20,14 +20,13 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+import camera
 from shards.index import DEPTH, IMAGE, EncodedIndex, RawIndex
 from shards.files import Damaged, LocalFile, cache_folder, expand, fetch, find_shards, is_stream
 
 MAX_SIDE = 1 << 14                  # pixels of an image's long side
 INDEX_THREADS = 8
 NEARPLANE_VIEW, NEARPLANE_SCENE = 0.05, 0.10    # quantiles over a view's depths, over the views
-DEPTH_MODES = ("7dof_quantile_scale", "7dof_metric_scale")      # need the depth of the cond view
-NEARPLANE_MODE = "7dof_stereomag_scale"                         # needs the depth of all views
 LATENT_SHRINK = 8                   # pixels a side of an image to one of its latent
 COPIES_KEPT = 2                     # copies of streams on disk, in windows
 
@@ -237,7 +236,7 @@ class RawScenes(Scenes):
         s, batch = self.image_size, super().empty(count, mode)
         for name in ("image_cond", "image_target"):
             batch[name] = np.empty((count, s, s, 3), np.uint8).transpose(0, 3, 1, 2)
-        if mode in DEPTH_MODES:
+        if camera.MODES[mode].needs_depth:
             batch["depth_cond"] = np.empty((count, s, s), np.float32)
         return batch
 
@@ -248,9 +247,9 @@ class RawScenes(Scenes):
             batch[name][i] = self.pixels(scene, view).transpose(2, 0, 1)
         self.fill_cameras(batch, i, shard, inside, start + cond, start + target)
         batch["fov"][i] = shard.fov[inside]
-        if mode in DEPTH_MODES:
+        if camera.MODES[mode].needs_depth:
             batch["depth_cond"][i] = self.depth(scene, cond)
-        if mode == NEARPLANE_MODE:
+        if camera.MODES[mode].needs_nearplane:
             batch["nearplane"][i] = self.nearplane(scene)
         return self.uid(scene, cond, target)
 
@@ -283,7 +282,7 @@ class EncodedScenes(Scenes):
         batch["moments_target"] = np.empty((count, c, h, w), np.float16)
         batch["mean_cond"] = np.empty((count, c // 2, h, w), np.float16)
         batch["clip_cond"] = np.empty((count, d), np.float16)
-        if mode == "7dof_quantile_scale":
+        if camera.MODES[mode].unit == "viewer":
             batch["scale"] = np.empty(count)
         return batch
 

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 import camera
 import depth
-import model
+from runtime import networks
 from views import pictures
 from shards import scenes
 
@@ -155,7 +155,7 @@ def scale_of(picture, weights):
     if not weights:
         raise ValueError("--scale auto needs --depth-weights dpt_swin2_tiny_256.pt")
     with torch.no_grad():
-        disparity = depth.load(weights)(pictures.tensor(picture.resize((DEPTH_SIZE, DEPTH_SIZE))))
+        disparity = networks.load_depth(weights)(pictures.tensor(picture.resize((DEPTH_SIZE, DEPTH_SIZE))))
     far = 1 / disparity.clamp(min=1e-3 * disparity.max().item())
     return (camera.quantile_scale(far)[0] / middle(far[0]).median()).item()
 
@@ -204,18 +204,19 @@ def scale_in_scene(config, reader, number, known, image):
     known (s, s): the view's depth, 0 unknown; image (3, s, s), whose holes the run's depth network
     fills. Without that network the scale is that of the depths that are known.
     """
-    if config.mode == "7dof":
+    unit = camera.MODES[config.mode].unit
+    if unit == "cameras":
         return reader.scene(number).radius
-    if config.mode == "7dof_stereomag_scale":
+    if unit == "nearplane":
         return camera.stereomag_scale(torch.tensor(reader.nearplane(number))).item()
-    if config.mode not in scenes.DEPTH_MODES:
+    if unit == "scene":
         return 1.0
     weights = config.depth_weights
-    filler = depth.load(weights) if weights and Path(weights).is_file() else None
+    filler = networks.load_depth(weights) if weights and Path(weights).is_file() else None
     if filler is None and not (known > 0).any():
         return 1.0
     blend = config.quantile_blend or filler is None
-    scale = model.viewer_scale(known[None], image[None], filler, blend).item()
+    scale = depth.viewer_scale(known[None], image[None], filler, blend).item()
     return known[known > 0].quantile(camera.QUANTILE).item() if math.isnan(scale) else scale
 
 

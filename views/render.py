@@ -20,7 +20,7 @@ import engine
 from diffusion import encoded_views
 
 CLIP_WIDTH = 768
-MODE_OF_WIDTH = {4: "3dof", 19: "7dof_quantile_scale"}      # of the published checkpoints
+MODE_OF_WIDTH = {mode.width: name for name, mode in camera.MODES.items() if mode.weights}
 MEGABYTE = 2**20
 
 
@@ -95,7 +95,7 @@ def config_of(tensors):
 def pose_vectors(mode, cond_c2w, c2w, fov, scale):
     """Pose vectors (n, d) float32 of cameras c2w (n, 4, 4), fov (n,); `scale` counts as one."""
     cond_c2w, c2w = cond_c2w.repeat(len(c2w), 1, 1), c2w.clone()
-    if mode in camera.UNSCALED:     # so that --scale, where it is given, means the same everywhere
+    if camera.MODES[mode].unscaled:     # so that --scale, where it is given, means the same everywhere
         cond_c2w[:, :3, 3] /= scale
         c2w[:, :3, 3] /= scale
     return camera.conditioning(mode, cond_c2w, c2w, fov, torch.full_like(fov, scale)).float()

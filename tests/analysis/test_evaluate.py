@@ -17,11 +17,12 @@ from test_metrics import weight_files
 from torch.testing import assert_close
 
 from runtime import checkpoint
-import clip
+from analysis import captions
 import configs
 import data
 import evaluate
 from analysis import metrics
+import depth
 import model
 import prepare
 from analysis import tables
@@ -140,7 +141,7 @@ def test_a_seed_gives_its_pairs_and_another_seed_others(a_run, evaluated, tmp_pa
 
 def test_lpips_and_clip_are_there_when_their_weights_are_given(a_run, tmp_path):
     torch.manual_seed(0)
-    tower = clip.CLIP(embed_dim=16, image_resolution=32, vision_layers=1, vision_width=64,
+    tower = captions.CLIP(embed_dim=16, image_resolution=32, vision_layers=1, vision_width=64,
                       vision_patch_size=16, context_length=8, vocab_size=32, transformer_width=64,
                       transformer_heads=1, transformer_layers=1)
     torch.save(tower.state_dict(), tmp_path / "clip.pt")
@@ -268,7 +269,7 @@ def test_one_scene_has_no_error_and_no_verdict():
 def oracle(broken):
     """Views of a perfect model that believes what `broken` makes of its pose vectors, mode 7dof."""
     def views_of(net, batch, config, depth_net=None):
-        T = broken(model.pose_vector(batch, config.mode), batch["radius"])
+        T = broken(depth.pose_vector(batch, config.mode), batch["radius"])
         pose = T[:, :16].view(-1, 4, 4).double()
         views = []
         for i, uid in enumerate(batch["uid"]):

@@ -18,6 +18,7 @@ from runtime import checkpoint
 import clip
 import configs
 import golden
+import depth
 import model
 from views import paths
 from views import photos
@@ -42,7 +43,8 @@ def golden_model(about):
                       u["num_res_blocks"], u["attention_resolutions"], u["num_heads"],
                       u["context_dim"])
     autoencoder = vae.AutoencoderKL(v["ch"], v["ch_mult"], v["num_res_blocks"])
-    tower = clip.CLIP(**{**about["clip_config"], "transformer_layers": 0})
+    tower = clip.CLIP(**{name: size for name, size in about["clip_config"].items()
+                         if name not in ("transformer_heads", "transformer_layers")})
     net = model.ZeroNVS(unet, autoencoder, tower, "7dof_quantile_scale", vae.SCALE_FACTOR, 768, 768)
     golden.fill(net.eval())
     return golden.fill(net.model, "model.", golden.SALT + "ema/") and net
@@ -465,9 +467,9 @@ def test_the_scale_of_a_held_out_view_is_that_of_training(monkeypatch):
     far[12:20, 12:20] = torch.linspace(2, 3, 8)[:, None]
     far[::4, ::4] += 1
     known, image = far.where(far < 5, torch.tensor(0.0)), torch.zeros(3, 32, 32)
-    monkeypatch.setattr(photos.depth, "load", lambda path: lambda x: (100 / far)[None])
+    monkeypatch.setattr(photos.networks, "load_depth", lambda path: lambda x: (100 / far)[None])
     for seen in (known, far, torch.zeros(32, 32)):
-        wanted = model.viewer_scale(seen[None], image[None], lambda x: (100 / far)[None]).item()
+        wanted = depth.viewer_scale(seen[None], image[None], lambda x: (100 / far)[None]).item()
         assert photos.scale_in_scene(config, None, 0, seen, image) == pytest.approx(wanted)
     without = replace(config, depth_weights="")
     assert photos.scale_in_scene(without, None, 0, known, image) == pytest.approx(
@@ -535,7 +537,7 @@ def test_bf16_is_of_the_network_alone(run):
     assert 0 < (views - exact).abs().mean() < 0.05
 
 
-@pytest.mark.parametrize("mode", configs.MODES)
+@pytest.mark.parametrize("mode", camera.MODES)
 def test_scale_divides_lengths_in_every_mode(mode):
     cameras = paths.motion("orbit", 5, 90, 1.0, 20.0)
     found = render.pose_vectors(mode, cameras.cond_c2w, cameras.c2w, cameras.fov, 0.5)
@@ -561,15 +563,15 @@ def test_a_held_out_view_has_the_pose_vectors_of_training(run, mode):
     batch = photo.reader.empty(1, mode)
     photo.reader.fill(batch, 0, mode, photo.number, photo.view, 4)
     batch = {name: torch.from_numpy(values) for name, values in batch.items()}
-    trained = model.pose_vector(batch, mode)
+    trained = depth.pose_vector(batch, mode)
     c2w = photo.reader.scene(photo.number).c2w
     fov = torch.tensor([photo.fov], dtype=torch.float64)
     found = render.pose_vectors(mode, c2w[photo.view], c2w[4:5], fov, photo.scene_scale)
     torch.testing.assert_close(found, trained, rtol=1e-5, atol=1e-6)
     # in the unit of the paths, where what is in the middle of the photo is one away
-    depth = photos.middle(torch.from_numpy(photo.reader.depth(photo.number, photo.view))).median()
+    far = photos.middle(torch.from_numpy(photo.reader.depth(photo.number, photo.view))).median()
     c2w = c2w.clone()
-    c2w[:, :3, 3] /= depth
+    c2w[:, :3, 3] /= far
     found = render.pose_vectors(mode, c2w[photo.view], c2w[4:5], fov, photo.scale)
     torch.testing.assert_close(found, trained, rtol=1e-5, atol=1e-6)
     upright = paths.motion("orbit", 1, 0, photo.fov, photo.elevation).cond_c2w
@@ -708,7 +710,7 @@ def test_the_elevation_of_a_level_scene_is_read_from_its_cameras():
 def test_depth_network_gives_the_scale_by_the_middle_of_the_picture(monkeypatch):
     disparity = torch.full((1, 256, 256), 0.25)
     disparity[:, 85:-85, 85:-85] = 0.1      # ten away in the middle, four around it
-    monkeypatch.setattr(photos.depth, "load", lambda weights: lambda image: disparity)
+    monkeypatch.setattr(photos.networks, "load_depth", lambda weights: lambda image: disparity)
     assert photos.scale_of(gradient(64, 64), "weights.pt") == pytest.approx(0.4)
 
 
