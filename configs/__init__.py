@@ -116,6 +116,7 @@ class Config:
     divide_optimizer: bool = False          # ranks share moments and average (ZeRO-1): less memory
     workers: int = 4                        # loader processes a rank
     max_damaged: float = 0.05               # share of damaged pairs at which a run stops
+    web_patience: float = 300.0             # seconds without an answer after which web shards stop it
 
     # what is written
     log_every: int = 10                     # steps between log lines
@@ -150,7 +151,7 @@ class Config:
                 raise ValueError(f"{name} is {getattr(self, name)}, it must be at least 1")
         for name in ("warmup_steps", "cooldown_steps", "workers", "eval_pairs", "validate_every",
                      "lr", "lr_projection", "weight_decay", "grad_clip", "guidance", "eta", "seed",
-                     "eps"):
+                     "eps", "web_patience"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"{name} is {getattr(self, name)}, it must be 0 or more")
         for name in ("ema_decay", "drop_clip", "drop_both", "drop_latent", "warmup_start",
