@@ -213,7 +213,7 @@ class Index:
             # a name of its own: all ranks may be at it
             unfinished = place.with_name(f"{place.name}.{uuid.uuid4().hex[:8]}")
             try:
-                write_bytes(unfinished, zlib.crc32(body).to_bytes(8, "little") + body)
+                unfinished.write_bytes(zlib.crc32(body).to_bytes(8, "little") + body)
                 os.replace(unfinished, place)
                 return
             except OSError:         # a read-only folder, a full disk: the next place, or none
@@ -231,11 +231,6 @@ class Index:
         if len(data) != size:
             raise Damaged(where, "the shard is shorter than its index")
         return data
-
-
-def write_bytes(path, content):
-    """Writes a file."""
-    Path(path).write_bytes(content)
 
 
 class RawIndex(Index):
@@ -298,18 +293,11 @@ class RawIndex(Index):
         return {"c2w": c2w[:, :3].numpy(), "fov": fov, "depth_scale": depth_scale,
                 "radius": camera.scene_geometry(c2w).radius}
 
-    def scene_of(self, row):
-        """The name of the scene that a view belongs to."""
-        return self.scenes[int(np.searchsorted(self.starts, row, side="right")) - 1]
-
-    def where(self, row, kind):
-        """`shard.tar: category/scene/frame000001_depth.png`, of a row of the arrays."""
-        suffix = ("", "_depth.png")[kind]
-        return f"{self.name}: {self.scene_of(row)}/frame{self.frames[row]:06}{suffix}"
-
     def member(self, row, kind):
-        """(bytes, where) of the image or depth of a view. Raises Damaged."""
-        where = self.where(row, kind)
+        """(bytes, `shard.tar: category/scene/frame000001`) of the image or depth of a view, a row
+        of the arrays. Raises Damaged."""
+        scene = self.scenes[int(np.searchsorted(self.starts, row, side="right")) - 1]
+        where = f"{self.name}: {scene}/frame{self.frames[row]:06}{('', '_depth.png')[kind]}"
         offset, size = int(self.blocks[row, kind]) * BLOCK, int(self.sizes[row, kind])
         return self.read(offset, size, where), where
 

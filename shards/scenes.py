@@ -346,7 +346,7 @@ class StreamedScenes:
                 self.order(visit + self.window, seed), *words[1:3])
 
     def fetch(self, number):
-        """The path of the copy of a shard. Raises OSError."""
+        """The path of the copy of a shard. Raises OSError, ValueError."""
         return fetch(self.commands[number], self.folder, COPIES_KEPT * self.window + 1)
 
     def shard(self, number):
@@ -368,7 +368,7 @@ class StreamedScenes:
         def work():
             try:
                 self.fetch(number)
-            except OSError:
+            except (OSError, ValueError):
                 pass
         if number != self.ahead:
             self.ahead = number

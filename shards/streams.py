@@ -16,6 +16,7 @@ import uuid
 from contextlib import suppress
 from pathlib import Path
 
+from runtime.files import unfinished
 from shards.files import PATIENCE, WEB_WINDOW, LocalFile, WebFile, cache_folder
 
 try:
@@ -24,7 +25,6 @@ except ImportError:             # Windows
     fcntl = None
 
 MAX_SHARDS = 1_000_000              # that one {000..126} pattern may name
-COPY_BEAT, COPY_STALE = 2, 30       # seconds: between signs of life of a copy, until it is dead
 LITTER_AGE = 5                      # seconds after which an index that is half written is litter
 INDEX_SUFFIX = ".index"             # of the files that index.py keeps beside a shard
 INDEX_FILE = re.compile(r".+\.index(\.[0-9a-f]{8})?")   # the second kind is still being written
@@ -128,11 +128,11 @@ def standard_input():
     return path
 
 
-def lock(file):
+def lock(file, wait=False):
     """Locks an open file; False where another process has it. The system unlocks it at its end."""
     try:
         if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB * (not wait))
     except OSError:
         return False
     return True
@@ -142,63 +142,33 @@ def fetch(command, folder, keep):
     """The path of a copy, in `folder`, of what a shell command prints.
 
     The first process that asks makes it, the others wait; the copies used longest ago are deleted,
-    but for `keep`. Raises OSError when the command fails.
+    but for `keep`. Raises ValueError when the command fails, OSError when the disk does.
     """
     path = folder / (hashlib.sha256(command.encode()).hexdigest()[:32] + ".tar")
-    unfinished = path.with_suffix(".part")
     folder.mkdir(parents=True, exist_ok=True)
-    while True:
-        try:
-            os.utime(path)                  # used now: not the next to be deleted
-            return path
-        except FileNotFoundError:
-            pass
-        try:
-            with open(unfinished, "xb") as file:
-                if path.exists():           # another process has finished it just now
-                    unfinished.unlink()
-                    continue
-                copy(command, file, unfinished)
-            os.replace(unfinished, path)
-            delete_oldest(folder, keep)
-        except FileExistsError:             # another process is at it, or was when it was killed
-            if stale(unfinished):
-                unfinished.unlink(missing_ok=True)
-            else:
-                time.sleep(COPY_BEAT / 10)
-        except BaseException:
-            unfinished.unlink(missing_ok=True)
-            raise
-
-
-def copy(command, file, path):
-    """Runs a command into a file, and touches the file while the command lives."""
-    with subprocess.Popen(command, shell=True, stdin=subprocess.DEVNULL, stdout=file) as process:
-        while True:
-            try:
-                status = process.wait(COPY_BEAT)
-                break
-            except subprocess.TimeoutExpired:
-                os.utime(path)
-            except BaseException:
-                process.kill()
-                raise
-    if status:
-        raise OSError(f"`{command}` failed with status {status}")
-
-
-def stale(path):
-    """Whether nobody has touched a copy for long; a file that is gone is not."""
     try:
-        return time.time() - path.stat().st_mtime > COPY_STALE
+        os.utime(path)                  # used now: not the next to be deleted
+        return path
     except FileNotFoundError:
-        return False
+        pass
+    with open(folder / f"{path.name}.lock", "wb") as file:
+        lock(file, wait=True)
+        if not path.exists():           # another process may have finished it meanwhile
+            with unfinished(path) as partial:
+                partial.unlink(missing_ok=True)     # a killed process' command may still write it
+                with open(partial, "xb") as output:
+                    status = subprocess.run(command, shell=True, stdin=subprocess.DEVNULL,
+                                            stdout=output).returncode
+                if status:
+                    raise ValueError(f"`{command}` failed with status {status}")
+    delete_oldest(folder, keep)
+    return path
 
 
 def delete_oldest(folder, keep):
-    """Deletes all but the `keep` newest copies, and their indexes."""
+    """Deletes all but the `keep` newest copies."""
     copies = []
-    for path in folder.glob("*.tar"):
+    for path in folder.glob("[!.]*.tar"):       # but for unfinished ones
         try:
             copies.append((path.stat().st_mtime, path))
         except FileNotFoundError:           # another process deletes too
@@ -208,6 +178,6 @@ def delete_oldest(folder, keep):
 
 
 def delete_copy(path):
-    """Deletes a copy and its indexes."""
-    for file in (path, *path.parent.glob(f"{path.name}.*{INDEX_SUFFIX}*")):
+    """Deletes a copy, its indexes and its lock."""
+    for file in (path, *path.parent.glob(f"{path.name}.*")):
         file.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ import sys
 import tarfile
 import threading
 import time
+import types
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ from hypothesis import strategies as st
 from made import SIDE, all_pairs, read_source, scene_members, write_source, write_tar
 
 import configs
+import fuzz_tars
 from configs import Source
 from shards import files, scenes, streams, tar
 
@@ -491,11 +493,11 @@ def test_streams_are_copied_once_for_all_and_few_are_kept(stream, tmp_path):
     for k in range(0, 400, 10):
         narrow[k]
     for _ in range(100):            # a copy may be under way, for pairs to come
-        if not list(tmp_path.rglob("*.part")):
+        if not list(tmp_path.rglob(".unf*")):
             break
         time.sleep(0.1)
     assert len(list(narrow.readers[0].folder.glob("*.tar"))) == scenes.COPIES_KEPT + 1
-    assert not list(tmp_path.rglob("*.part"))
+    assert not list(tmp_path.rglob(".unf*"))
 
 
 def test_a_copy_that_was_deleted_is_made_again(stream, tmp_path):
@@ -518,13 +520,13 @@ def test_a_stream_that_fails_is_replaced_and_named(stream, tmp_path):
         open_stream("pipe:exit 3")
 
 
-def test_a_copy_whose_maker_was_killed_is_made_by_another(stream, tmp_path, monkeypatch):
-    monkeypatch.setattr(streams, "COPY_STALE", 0.5)
+def test_a_copy_whose_maker_was_killed_is_made_by_another(tmp_path):
     folder = tmp_path / "copies"
     folder.mkdir()
     command = "echo whole"
     name = hashlib.sha256(command.encode()).hexdigest()[:32]
-    (folder / f"{name}.part").write_bytes(b"half")
+    (folder / f".unfinished_{name}.tar").write_bytes(b"half")
+    (folder / f"{name}.tar.lock").write_bytes(b"")
     assert streams.fetch(command, folder, 4).read_bytes() == b"whole\n"
 
 
@@ -541,7 +543,7 @@ def test_a_copy_that_another_finishes_meanwhile_is_not_made_again(tmp_path, monk
     monkeypatch.setattr(streams.os, "utime", utime)
     assert streams.fetch(command, tmp_path / "copies", 4).read_bytes() == b"whole\n"
     assert (tmp_path / "log").read_text() == "x\n"
-    assert list((tmp_path / "copies").iterdir()) == [path]
+    assert list((tmp_path / "copies").glob("*.tar")) == [path]
 
 
 def test_a_stream_has_no_fixed_pass(stream):
@@ -561,16 +563,25 @@ def test_standard_input_is_read_as_one_tar(tmp_path):
         done = subprocess.run(command, stdin=file, env=environment, capture_output=True, text=True)
     assert done.stdout == "['a/b']\n", done.stderr
     assert not list((tmp_path / "cache").rglob("stdin*"))       # nor an index of it
-    # what a killed process left behind goes, what another one uses stays
-    streams_folder = tmp_path / "cache" / "zeronvs" / "streams"
-    used, old = streams_folder / "stdin-used.tar", streams_folder / "stdin-old.tar"
-    for copy in (used, old):
-        copy.write_bytes(b"")
-    (streams_folder / "stdin-old.tar.co3d.index").write_bytes(b"")
-    with open(path, "rb") as file, open(used, "rb") as user:
+
+
+def test_copies_of_standard_input_that_killed_processes_left_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(streams.sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(b"text")))
+    folder = tmp_path / "zeronvs" / "streams"
+    folder.mkdir(parents=True)
+    for name in ("stdin-used.tar", "stdin-old.tar", "stdin-old.tar.co3d.index"):
+        (folder / name).write_bytes(b"")
+    with open(folder / "stdin-used.tar", "rb") as user:
         assert streams.lock(user)
-        subprocess.run(command, stdin=file, env=environment, check=True)
-    assert list(streams_folder.iterdir()) == [used]
-    done = subprocess.run(command, env={**environment, "WORLD_SIZE": "2"}, capture_output=True,
-                          text=True, stdin=subprocess.DEVNULL)
-    assert "standard input reaches one process only" in done.stderr
+        path = streams.standard_input()
+    assert path.read_bytes() == b"text"
+    assert {*folder.iterdir()} == {folder / "stdin-used.tar", path}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="standard input reaches one process only"):
+        streams.standard_input()
+
+
+def test_mutated_shards_are_read_or_refused_in_one_line(tmp_path):
+    read_well, refused = fuzz_tars.fuzz(150, 1, tmp_path)
+    assert read_well > 20 and refused > 20
