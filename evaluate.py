@@ -60,7 +60,8 @@ def held_out_pairs(config, count, fewer=False):
     """`count` fixed pairs of held-out views, spread evenly over the scenes: a Dataset. Raises
     ValueError where there are not so many; with `fewer` it takes what there is."""
     sources = held_out_sources(config)
-    readers = [data.open_source(s, config.data, config.image_size, held_out=True) for s in sources]
+    readers = [data.open_source(s, config.data, config.image_size, held_out=True,
+                                patience=config.web_patience) for s in sources]
     total = sum(s.probability for s in sources)
     pairs = data.Pairs(readers, [s.probability / total for s in sources], config.seed,
                        config.image_size, config.mode, ordered=True)

@@ -100,7 +100,9 @@ def split(config, world):
 
 def check_sources(pairs, config):
     """Reads pairs of every source, so that what cannot be trained on is refused at start."""
-    for source in range(len(pairs.readers)):
+    for source, reader in enumerate(pairs.readers):
+        if config.mode == "7dof_quantile_scale" and hasattr(reader, "check_blend"):
+            reader.check_blend(config.quantile_blend)
         numbers = (k for k in itertools.count() if pairs.draw(k)[0] == source)
         for k in itertools.islice(numbers, CHECKED_PAIRS):
             batch = torch.utils.data.default_collate([pairs[k]])
@@ -295,7 +297,7 @@ def train(config, ranks, device, log, writer, traced, dry_run):
     if config.compile:
         engine.check_compiler(device, "--compile=false")
     # data before the model: a wrong path is found before anything is built
-    readers = [data.open_source(s, config.data, config.image_size) for s in config.sources]
+    readers = [data.open_source(s, config.data, config.image_size, patience=config.web_patience) for s in config.sources]
     pairs = data.Pairs(readers, [s.probability for s in config.sources], config.seed,
                        config.image_size, config.mode)
     check_sources(pairs, config)

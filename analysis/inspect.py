@@ -22,9 +22,10 @@ import camera
 from analysis import metrics
 from views import paths
 from views import pictures
-from shards.index import ENCODED_MEMBER, MEMBER
-from shards.scenes import LATENT_SHRINK, images, of_files
-from shards.files import Damaged, TarError, Window, find_shards
+from shards.index import ENCODED_MEMBER, LATENT_SHRINK, MEMBER
+from shards.scenes import images, of_files
+from shards.files import Damaged, TarError, Window
+from shards.streams import find_shards
 from shards.tar import tar_members
 
 FORMATS = ("co3d", "re10k", "acid", "encoded")
@@ -235,16 +236,15 @@ def encoded_problems(source):
     """What is not a finite number among the latents and embeddings."""
     problems = []
     for scene, count in enumerate(source.counts):
-        batch = source.empty(1, "7dof")
         for view in range(int(count)):
             try:
-                uid = source.fill(batch, 0, "7dof", scene, view, view)
+                pair = source.pair("7dof", scene, view, view)
             except Damaged as err:
                 problems.append(str(err))
                 continue
-            problems += [f"{uid.rpartition('->')[0]}: {name} is not finite"
+            problems += [f"{pair['uid'].rpartition('->')[0]}: {name} is not finite"
                          for name in ("moments_target", "clip_cond")
-                         if not np.isfinite(batch[name]).all()]
+                         if not np.isfinite(pair[name]).all()]
     return problems
 
 

@@ -11,7 +11,7 @@ A member `category/scene.safetensors` a scene, with arrays over its n views:
     fov       float64 (n,)           radians
     scale     float64 (n,)           20% quantile of the view's dense depth; nan where not known
 
-and the scene's `radius` and `nearplane` as metadata. index.py reads them.
+and the scene's `radius`, `nearplane` and `quantile_blend` as metadata. shards/index.py reads them.
 """
 
 import argparse
@@ -52,14 +52,16 @@ START = 2**16                   # bytes
 PATIENCE = timedelta(days=30)   # of a rank that is done, with the others
 
 
-def member(moments, clip, c2w, fov, scale, radius, nearplane):
-    """The bytes of one scene's member, from tensors as listed above and two numbers."""
+def member(moments, clip, c2w, fov, scale, radius, nearplane, blend=True):
+    """The bytes of one scene's member, from tensors as listed above, two numbers and whether the
+    scales were blended."""
     n = len(moments)
     arrays = {"moments": moments.half(), "clip": clip.half(), "c2w": c2w.double(),
               "fov": fov.double(), "scale": scale.double()}
     for name, array in arrays.items():
         assert len(array) == n, f"{name} is not of {n} views"
-    told = {"radius": repr(float(radius)), "nearplane": repr(float(nearplane))}
+    told = {"radius": repr(float(radius)), "nearplane": repr(float(nearplane)),
+            "quantile_blend": str(bool(blend)).lower()}
     return b"".join(bytes(part) for part in pack(arrays, told))
 
 
@@ -203,7 +205,7 @@ def encoded_scenes(source, networks, args, device, total, report):
         yield [(f"{known.name}.safetensors", member(
             moments, embeddings, known.c2w[kept],
             torch.full((len(kept),), known.fov, dtype=torch.float64), scales, known.radius,
-            nearplane_quantile(depths)))]
+            nearplane_quantile(depths), networks.blend))]
     if not whole:
         raise Damaged(source.name, f"none of its {len(source)} scenes has {FEWEST_VIEWS} views "
                       "that can be encoded, so there is no shard of it")

@@ -43,7 +43,7 @@ BOUNDS = {name: (low, high) for low, high, names in (
     (1, 1024, "window"),
     (0, 1024, "workers threads"),
     (0, 1, "betas ema_decay drop_clip drop_both drop_latent max_damaged probability"),
-    (0, 1e6, "lr lr_projection eps weight_decay grad_clip guidance eta"),
+    (0, 1e6, "lr lr_projection eps weight_decay grad_clip guidance eta web_patience"),
 ) for name in names.split()}
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 # Fields of a checkpoint's configuration that name files: never opened, see `stored`
@@ -130,6 +130,7 @@ class Config:
     workers: int = 4                        # loader processes a rank
     threads: int = 0                        # of a process on processors; 0: chosen, see threads.py
     max_damaged: float = 0.05               # share of damaged pairs at which a run stops
+    web_patience: float = 300.0             # seconds without an answer after which web shards stop it
 
     # what is written
     log_every: int = 10                     # steps between log lines

@@ -206,15 +206,15 @@ def test_a_missing_checkpoint_and_shards_of_another_size_are_one_line(shards, tm
 def test_what_is_known_of_a_pair_that_replaces_a_damaged_one_is_its_own(shards, monkeypatch):
     config = small(shards, mode="7dof_quantile_scale")      # its pairs bring their depth
     pairs = evaluate.held_out_pairs(config, 8)
-    right, fails = scenes.RawScenes.fill, set()
+    right, fails = scenes.RawScenes.pair, set()
 
-    def fill(reader, batch, i, mode, *place):
+    def pair(reader, mode, *place):
         if len(fails) < 8 and place not in fails:
             fails.add(place)
             raise shards_file.Damaged("here", "damaged")
-        return right(reader, batch, i, mode, *place)
+        return right(reader, mode, *place)
 
-    monkeypatch.setattr(scenes.RawScenes, "fill", fill)
+    monkeypatch.setattr(scenes.RawScenes, "pair", pair)
     replaced = 0
     for place in range(8):
         item, known = evaluate.case(pairs, place)
