@@ -21,9 +21,10 @@ from views import FOV, MOTIONS, SCALE, STEEPEST
 
 RUN, CONFIG = "out/synth", "configs/synth.py"       # where the command line names neither
 DEFAULT_MOTION, VIEWS, MOST_VIEWS = "swing", 16, 10_000
-FAR, MOST_BATCH, TIMESTEPS = 1e6, 1024, 1000
+FAR, MOST_BATCH, TIMESTEPS = 1_000_000, 1024, 1000
 # patterns of shards that cannot lead out of a folder
 INSIDE = re.compile(r"(?![-/])(?!.*\.\.)[\w./*?{}\[\]-]+")
+BY = "how far a path goes is told by --by"
 UNITS = """One unit of length is the distance from the photo's camera to what it looks at, the
 centre of every orbit. --scale says how many units the model takes as one; a smaller one makes every
 movement larger. In a --path FILE lengths are in the file's unit, and its first camera is the
@@ -47,7 +48,7 @@ def scale_or_auto(text):
 
 def parser():
     """The command line; every option has a line that a newcomer understands."""
-    p = Parser("sample.py", description=__doc__.splitlines()[0], epilog=UNITS)
+    p = Parser("sample.py", BY, description=__doc__.splitlines()[0], epilog=UNITS)
     add = p.add_argument
     add("image", nargs="?", metavar="IMAGE", default="",
         help="the photo; without one, a held-out view of --config's scenes")
@@ -181,7 +182,7 @@ def photo_of(args, config, path):
     """The Photo that the command line asks for. Raises ValueError, FileNotFoundError."""
     if args.image:
         if args.motion and not Path(args.image).exists() and is_number(args.image):
-            raise ValueError(f"{args.image} is no image: how far a path goes is told by --by")
+            raise ValueError(f"{args.image} is no image: {BY}")
         photo = photos.from_file(args.image, config.image_size, args.crop, args.object)
         if config.mode in camera.UNSCALED:
             photo.scale = 1.0

@@ -23,10 +23,12 @@ STOPPED = 130                   # exit status after Ctrl-C, as shells have it
 
 class Parser(argparse.ArgumentParser):
     """`--name value` and `--name=value`, dashes and underscores both; a wrong option is answered
-    in one line with the nearest one, and a value may begin with a minus."""
+    in one line with the nearest one, and a value may begin with a minus. of_numbers: what a number
+    too many is told."""
 
-    def __init__(self, prog, **options):
+    def __init__(self, prog, of_numbers="", **options):
         super().__init__(prog, **{"allow_abbrev": False, **options})
+        self.of_numbers = of_numbers
         # argparse takes "-30,0,1" for an option otherwise
         self._negative_number_matcher = re.compile(r"-[\d.].*")
 
@@ -49,7 +51,8 @@ class Parser(argparse.ArgumentParser):
         found, rest = self.parse_known_args(args, namespace)
         for text in rest:
             self.error(unknown("option", text.partition("=")[0], self.names())
-                       if text.startswith("-") else f"{text!r} is one argument too many")
+                       if text.startswith("--") else f"{text!r} is one argument too many"
+                       + f"; {self.of_numbers}" * bool(self.of_numbers and is_number(text)))
         return found
 
     def error(self, message):

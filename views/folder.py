@@ -59,7 +59,7 @@ class Folder:
             views.append(view)
         photo, columns = render.photo.picture, SHEET_COLUMNS
         labels = [f"view {i}" for i in range(len(views))]
-        title = f"the photo, and views along --{name}, in their order"
+        title = f"the photo, and views along {name}, in their order"
         if name == "grid":
             columns, title = len(paths.GRID_AZIMUTHS), "degrees to the right, degrees above"
             labels = [f"{azimuth:+g}, {rise:+g}" for rise in paths.GRID_ELEVATIONS
