@@ -120,15 +120,13 @@ def square(image, crop, isolate, name):
     if times > 1 and not crop:      # JPEG is decoded at a half, a quarter or an eighth for it
         image.draft(None, (image.width // times, image.height // times))
     ImageOps.exif_transpose(image, in_place=True)
-    if crop or not isolate:
-        image = image.crop(crop_box(image.size, crop))
+    box = crop_box(image.size, crop) if crop or not isolate else (0, 0, *image.size)
     if image.mode.startswith("I;"):
         image = eight_bits(image, name)
-    times = math.ceil(math.sqrt(image.width * image.height) / MOST_SIDE)
-    if times > 1:
-        if image.mode in ("1", "P", "PA"):      # whose numbers have no mean
-            image = image.convert("RGBA" if "transparency" in image.info else "RGB")
-        image = image.reduce(times)
+    times = math.ceil(math.sqrt((box[2] - box[0]) * (box[3] - box[1])) / MOST_SIDE)
+    if times > 1 and image.mode in ("1", "P", "PA"):        # whose numbers have no mean
+        image = image.convert("RGBA" if "transparency" in image.info else "RGB")
+    image = image.reduce(times, box) if times > 1 else image.crop(box)
     if image.mode in ("I", "F"):
         image = eight_bits(image, name)
     image = scenes.over_white(image)

@@ -4,9 +4,12 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 import warnings
 import zlib
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -622,6 +625,15 @@ def test_what_is_loaded_on_meta_is_what_a_built_model_is_filled_with(run, precis
                                           strict=True):
         assert name == other and w.dtype == wanted.dtype and torch.equal(w, wanted)
         assert w.stride() == wanted.stride()
+
+
+def test_loading_a_model_does_not_import_the_compiler(run):
+    """It takes four seconds; arithmetic on "meta" tensors would import it."""
+    code = ("import sys; from views import render; render.load(sys.argv[1], 'cpu', 'fp32'); "
+            "sys.exit('torch._dynamo' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code, run], cwd=Path(sample.__file__).parent,
+                          timeout=120, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def held(run, size=32):
