@@ -111,7 +111,8 @@ def parser():
     add("--guidance", type=numbers_of(float, 0, TIMESTEPS), metavar="G",
         help="how hard the photo and the camera are followed: 1 plain, 3 usual")
     add("--guidance-interval", dest="interval", type=interval, default=(0, TIMESTEPS),
-        metavar="LOW,HIGH", help="guide only at these timesteps, 0 is clean and 1000 noise (0,1000)")
+        metavar="LOW,HIGH",
+        help="guide only at these timesteps, 0 is clean and 1000 noise (0,1000)")
     add("--eta", type=numbers_of(float, 0, 1), metavar="E",
         help="noise that ddim adds at every step: 0 none, 1 as much as was taken away")
     add("--spacing", choices=("auto", "leading", "trailing", "logsnr"), default="auto",

@@ -24,10 +24,11 @@ class Folder:
     """
     def __init__(self, path, given=(), sweep=False):
         self.path, self.written = Path(path), []
+        views = (self.path / "views").resolve()
         for name in filter(None, given):
             file = Path(name).resolve()
             if (file.parent == self.path.resolve() and file.name in WRITTEN
-                    or file.parent == (self.path / "views").resolve() and VIEW.fullmatch(file.name)):
+                    or file.parent == views and VIEW.fullmatch(file.name)):
                 raise ValueError(f"{name} would be written over: --out names another folder")
         try:
             (self.path if sweep else self.path / "views").mkdir(parents=True, exist_ok=True)
@@ -43,7 +44,7 @@ class Folder:
         self.written.append(name)
 
     def follow(self, render, cameras, name, progress):
-        """Writes the views of a path called `name`, each as it is drawn, and all that shows them."""
+        """Writes the views of a path called `name`, as they are drawn, and all that shows them."""
         # what an earlier run left would look like a part of this one
         for old in [*(self.path / file for file in OPTIONAL), *(self.path / "views").iterdir()]:
             if old.parent == self.path or VIEW.fullmatch(old.name):
@@ -66,7 +67,8 @@ class Folder:
                       for azimuth in paths.GRID_AZIMUTHS]
         labelled = list(zip(labels, views))
         self.save(pictures.sheet([[("photo", photo)], *(
-            labelled[i:i + columns] for i in range(0, len(labelled), columns))], title), "sheet.png")
+            labelled[i:i + columns] for i in range(0, len(labelled), columns))], title),
+                  "sheet.png")
         self.written += pictures.film(views, cameras.closed, self.path / name)
         self.written.append("views/")
         self.save(pictures.path_picture(cameras), "path.png")

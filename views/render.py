@@ -53,7 +53,7 @@ def load(path, device, precision, init=""):
     config = config_of(tensors)
     if (config.latent == "vae" and "config" in tensors.meta
             and not any(name.startswith(checkpoint.FROZEN) for name in tensors)):
-        raise ValueError(f"{tensors.path} holds what a run trained, without the autoencoder and the "
+        raise ValueError(f"{tensors.path} holds what a run trained, without autoencoder and the "
                          "image encoder: --init FILE names the file that it started from"
                          + f" ({config.init}, it says)" * bool(config.init))
     with torch.device("meta"):

@@ -114,7 +114,8 @@ try:
 except SystemExit:
     pass
 import time
-sys.exit(10 if {{"torch", "numpy", "PIL"}} & set(sys.modules) else 0 if time.process_time() < 0.5 else 11)
+heavy = {{"torch", "numpy", "PIL"}} & set(sys.modules)
+sys.exit(10 if heavy else 0 if time.process_time() < 0.5 else 11)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, capture_output=True,
                           check=False)

@@ -569,8 +569,8 @@ def test_a_held_out_view_has_the_pose_vectors_of_training(run, mode):
 
 # ---- nothing that a checkpoint names is opened
 
-@pytest.mark.parametrize("pattern", ["pipe:touch {}", "pipe:touch {} #.tar", "http://127.0.0.1:9/{}.tar",
-                                     "{}", "../{}", "co3d/../../{}", "-"])
+@pytest.mark.parametrize("pattern", ["pipe:touch {}", "pipe:touch {} #.tar", "{}",
+                                     "http://127.0.0.1:9/{}.tar", "../{}", "co3d/../../{}", "-"])
 def test_shards_that_a_checkpoint_names_are_neither_run_nor_fetched(tmp_path, capsys, monkeypatch,
                                                                     run, pattern):
     mark = tmp_path / "mark"
