@@ -81,9 +81,11 @@ def normal(seed, stream, numbers, shape, uniform=uniform):
 
 def schedule_buffers():
     """The twelve float32 tables (1000,) of DDPM (arXiv:2006.11239), by their checkpoint names."""
-    betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, TIMESTEPS, dtype=torch.float64)**2
+    # the CPU's under torch.device("meta") too: arithmetic there imports PyTorch's compiler, 4 s
+    betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, TIMESTEPS, dtype=torch.float64,
+                           device="cpu")**2
     abar = (1 - betas).cumprod(0)
-    abar_prev = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
+    abar_prev = torch.cat([betas.new_ones(1), abar[:-1]])
     variance = betas * (1 - abar_prev) / (1 - abar)                 # eq. 7
     smallest = 1e-20                                                # the variance of step 0 is 0
     tables = {

@@ -359,7 +359,8 @@ def pose_projection(embedding_dim, pose_dim, context_dim):
     """cc_projection: identity on the embedding, default initialisation on the pose, no bias yet."""
     projection = nn.Linear(embedding_dim + pose_dim, context_dim)
     with torch.no_grad():
-        projection.weight[:, :embedding_dim] = torch.eye(context_dim, embedding_dim)
+        # the CPU's, as in schedule_buffers
+        projection.weight[:, :embedding_dim] = torch.eye(context_dim, embedding_dim, device="cpu")
         projection.bias.zero_()
     return projection
 

@@ -76,12 +76,15 @@ def decode_image(data, side, where="image"):
     # departs: the reference keeps the alpha channel and cannot read grey images
     if image.mode.startswith("I"):      # 16-bit grey
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if "A" in image.mode or "transparency" in image.info:
+    return centre(np.asarray(over_white(image)), side)
+
+
+def over_white(image):
+    """The RGB version of a Pillow image of 8 bits, transparency laid over white."""
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    if image.mode != "RGB":
-        image = image.convert("RGB")
-    return centre(np.asarray(image), side)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def decode_depth(data, side, scale, where="depth"):
