@@ -26,7 +26,7 @@ BATCH, TINY_BATCH, SIDE, TINY_SIDE = 64, 2, 256, 32
 RUNS, SECONDS = 5, 3.0
 CEILING = "encode: bf16 product, sustained"
 TINY_CLIP = {"embed_dim": 32, "image_resolution": 32, "vision_layers": 1, "vision_width": 64,
-             "vision_patch_size": 16, "transformer_width": 64, "transformer_heads": 1}
+             "vision_patch_size": 16, "transformer_width": 64}
 # name: (what it says, seconds that it may take on an H200)
 VARIANTS = {
     "ceiling": ("bf16 products", 60),
