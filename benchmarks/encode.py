@@ -167,7 +167,7 @@ def transformers_clip(tiny):
             dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
                  num_attention_heads=16, image_size=224, patch_size=14, projection_dim=768))
     module = CLIPVisionModelWithProjection(CLIPVisionConfig(hidden_act="quick_gelu", **size))
-    before = clip.CLIP(transformer_layers=0, **{**(TINY_CLIP if tiny else {}), "vision_layers": 0})
+    before = clip.CLIP(**{**(TINY_CLIP if tiny else {}), "vision_layers": 0})
     module.add_module("before", before)         # so that it goes where the module goes
     return module, lambda x: module(before.preprocess(x)).image_embeds
 
