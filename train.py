@@ -50,7 +50,7 @@ FREE = {"data", "out", "steps", "device", "compile", "graph", "checkpoint_activa
         "micro_batch", "divide_optimizer", "workers", "max_damaged", "log_every", "save_every",
         "keep", "keep_every", "sample_every", "eval_pairs", "validate_every", "validate_pairs",
         "validate_steps", "sampler", "sample_steps", "guidance", "eta", "init", "depth_weights",
-        "precision"}
+        "precision", "web_patience"}
 
 
 # ---- a batch
