@@ -21,6 +21,7 @@ HALF_TYPES = TYPES[1:]              # whose products tensor cores take as they a
 MOST_WARPS = 16                     # groups of 32 threads, of one program
 
 enabled = triton is not None
+disabled = set()            # parts of the engine that a benchmark leaves out, by name
 
 
 def usable(x, types=TYPES):
