@@ -31,12 +31,11 @@ import configs
 from runtime import cost
 import data
 from runtime import ranks as distributed
-import evaluate
 from engine import graph
 from engine import kernels
 import model
 from runtime import log as report
-from analysis import tables
+from analysis import score as scoring
 from runtime.optimizer import Ema, Optimizer, learning_rate
 
 GRID_PAIRS = 8
@@ -238,19 +237,19 @@ def show(config, step, net, held_out, depth_net, log):
     """Writes a grid of held-out pairs, a row each: conditioning view | truth | sample."""
     shown = range(min(GRID_PAIRS, len(held_out)))
     batch = torch.utils.data.default_collate([held_out[k] for k in shown])
-    views, image_cond, truth = evaluate.views_of(net, batch, config, depth_net)
-    path = log.picture(step, "grids", evaluate.grid([image_cond, truth, views]))
+    views, image_cond, truth = scoring.views_of(net, batch, config, depth_net)
+    path = log.picture(step, "grids", scoring.grid([image_cond, truth, views]))
     log.say(f"{path}: conditioning view | truth | sample, of held-out scenes")
 
 
 def score(config, net, held_out, depth_net):
     """Scores the model on the held-out pairs: metrics.json, and the last lines on the screen."""
     pairs = torch.utils.data.Subset(held_out, range(min(config.eval_pairs, len(held_out))))
-    scores = evaluate.evaluate(net, pairs, config, depth_net)
-    means = {name: row.mean().item() for name, row in scores.items()}
+    rows = scoring.score(net, pairs, config, scoring.FAST, depth_net)
+    means = {name: found["psnr"] for name, found in scoring.means_of(rows).items()}
     metrics = {"psnr": means, "pairs": len(pairs)}
     (Path(config.out) / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    print("\n".join(tables.report(scores)))
+    print("\n".join(scoring.report(rows)))
 
 
 def options(argv):
@@ -319,7 +318,7 @@ def train(config, ranks, device, log, writer, traced, dry_run):
     pairs = data.Pairs(readers, [s.probability for s in config.sources], config.seed,
                        config.image_size, config.mode)
     check_sources(pairs, config)
-    held_out = evaluate.held_out_pairs(config, max(config.eval_pairs, GRID_PAIRS), fewer=True)
+    held_out = scoring.held_out_pairs(config, max(config.eval_pairs, GRID_PAIRS), fewer=True)
     if len(held_out) < config.eval_pairs:
         log.say(f"held out are {len(held_out)} pairs, of the {config.eval_pairs} of --eval_pairs")
     if config.latent == "vae" and not config.init:
@@ -342,7 +341,7 @@ def train(config, ranks, device, log, writer, traced, dry_run):
     Path(config.out).mkdir(parents=True, exist_ok=True)
 
     net = model.build(config).to(device).train()
-    depth_net = evaluate.load_depth(config, device)
+    depth_net = scoring.load_depth(config, device)
     ema, optimizer = begin(config, net, run, ranks)
     del run         # and its mapped files: they may be removed
     # tries out kernels at the first step; a GPU's sums differ from run to run in any case
@@ -406,7 +405,7 @@ def train(config, ranks, device, log, writer, traced, dry_run):
             if validates:
                 with averaged(net, ema, config, ranks):
                     if ranks.rank == 0:
-                        numbers |= evaluate.validate(net, held_out, config, depth_net)
+                        numbers |= scoring.validate(net, held_out, config, depth_net)
             log(done, **numbers, lr=learning_rate(done - 1, config) * config.lr,
                 **report.state(config, done, numbers, needs, peak, ranks, device, readers))
             logged = done

@@ -9,7 +9,6 @@ is unknown. Letters: `b` batch, `c` channels, `h w` pixels, `n` points.
 import math
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 from runtime.foreign import read_file
@@ -22,19 +21,8 @@ LANDS = 0.999                   # pixels to the sides of where it lands that a p
 IMPROVEMENTS = 2                # of the depth that a warp finds
 LEAST_SEEN = 0.05               # share of a view that must be seen by both for a figure
 
-# LPIPS: convolutions (c_out, kernel, stride, padding), "tap" where features are compared, pools
-# (kernel, stride); one after the other these are torchvision's `features`, counted with their ReLUs
-BACKBONES = {
-    "alex": [(64, 11, 4, 2), "tap", (3, 2), (192, 5, 1, 2), "tap", (3, 2), (384, 3, 1, 1), "tap",
-             (256, 3, 1, 1), "tap", (256, 3, 1, 1), "tap"],
-    "vgg": [(64, 3, 1, 1), (64, 3, 1, 1), "tap", (2, 2), (128, 3, 1, 1), (128, 3, 1, 1), "tap",
-            (2, 2), (256, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1), "tap", (2, 2), (512, 3, 1, 1),
-            (512, 3, 1, 1), (512, 3, 1, 1), "tap", (2, 2), (512, 3, 1, 1), (512, 3, 1, 1),
-            (512, 3, 1, 1), "tap"],
-}
-SMALLEST = {"alex": 31, "vgg": 16}              # pixels a side, or a pool has nothing left
-SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)     # of LPIPS' input, R G B
-TINY = 1e-10                                    # LPIPS': added to the norm of features
+BACKBONES = {"alex": ("alexnet", 31), "vgg": ("vgg16", 16)}     # of LPIPS: torchvision's name, and
+                                # pixels a side that its pools leave something of
 
 
 # ---- of two images
@@ -45,10 +33,9 @@ def decibels(mse):
 
 
 def psnr(image, truth):
-    """Peak signal-to-noise ratio in dB of (b, c, h, w) images in [-1, 1], each on its own: (b,).
-
-    # departs: the reference takes the error of a whole batch at once, which depends on the batch.
-    """
+    """Peak signal-to-noise ratio in dB of (b, c, h, w) images in [-1, 1], each on its own: (b,)."""
+    # departs: PSNR is of each view on its own; the reference takes the error of a whole batch at
+    # once, which depends on the batch.
     return decibels((image - truth).square().mean(dim=(1, 2, 3)))
 
 
@@ -79,74 +66,40 @@ def ssim(image, truth):
     return index.mean(dim=(1, 2, 3)).float()
 
 
-class LPIPS(nn.Module):
-    """Learned perceptual distance, version 0.1, of images (b, 3, h, w) in [-1, 1]: (b,).
+def load_lpips(net, backbone, device="cpu"):
+    """Learned perceptual distance (arXiv:1801.03924), version 0.1, by the lpips package: a function
+    of images (b, 3, h, w) in [-1, 1] -> (b,).
 
-    net: alex or vgg. `features` has torchvision's names, `lin0`..`lin4` those of the lpips package.
+    net: alex or vgg; backbone: torchvision's file of its weights, as nothing is downloaded. Raises
+    ValueError, FileNotFoundError.
     """
-    def __init__(self, net):
-        super().__init__()
-        self.net, layers, widths = net, [], []
-        self.taps, c = [], 3
-        for layer in BACKBONES[net]:
-            if layer == "tap":
-                self.taps.append(len(layers) - 1)
-                widths.append(c)
-            elif len(layer) == 2:
-                layers.append(nn.MaxPool2d(*layer))
-            else:
-                layers += [nn.Conv2d(c, *layer), nn.ReLU()]
-                c = layer[0]
-        self.features = nn.Sequential(*layers)
-        for i, width in enumerate(widths):
-            lin = nn.Module()       # Identity stands where the package has dropout
-            lin.model = nn.Sequential(nn.Identity(), nn.Conv2d(width, 1, 1, bias=False))
-            setattr(self, f"lin{i}", lin)
-        self.register_buffer("shift", torch.tensor(SHIFT)[:, None, None], persistent=False)
-        self.register_buffer("scale", torch.tensor(SCALE)[:, None, None], persistent=False)
+    try:
+        import lpips
+    except (ImportError, RuntimeError, OSError) as err:     # a torchvision of another torch
+        reason = next(iter(str(err).splitlines()), type(err).__name__)
+        raise ValueError(f"LPIPS needs the lpips package ({reason}): pip install lpips") from err
+    if net not in BACKBONES:
+        raise ValueError(f"--lpips {net}: it is one of {', '.join(BACKBONES)}")
+    name, smallest = BACKBONES[net]
+    module = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+    state = read_file(backbone)
+    features = {key: state[key] for key in state if key.startswith("features.")}
+    # the package's slices keep torchvision's numbers of the layers
+    mine = {key: f"features.{key.partition('.')[2].partition('.')[2]}"
+            for key in module.net.state_dict()}
+    for key, tensor in module.net.state_dict().items():
+        if mine[key] not in features or features[mine[key]].shape != tensor.shape:
+            raise ValueError(f"{backbone}: not torchvision's {name}: {mine[key]} of shape "
+                             f"{list(tensor.shape)} is not in it")
+    module.net.load_state_dict({key: features[mine[key]] for key in mine})
+    module.to(device).eval().requires_grad_(False)
 
-    def forward(self, image, truth):
-        if min(image.shape[2:]) < SMALLEST[self.net]:
-            raise ValueError(f"LPIPS by {self.net} needs images of at least {SMALLEST[self.net]} "
-                             f"pixels a side, not {min(image.shape[2:])}")
-        x, distance, tap = (torch.cat([image, truth]) - self.shift) / self.scale, 0, 0
-        for i, layer in enumerate(self.features):
-            x = layer(x)
-            if i in self.taps:
-                unit = x / (x.square().sum(1, keepdim=True).sqrt() + TINY)
-                a, b = unit.chunk(2)
-                lin = getattr(self, f"lin{tap}").model
-                distance = distance + lin((a - b).square()).mean(dim=(1, 2, 3))
-                tap += 1
-        return distance
-
-
-def load_lpips(backbone, linear):
-    """An LPIPS of two files: torchvision's AlexNet or VGG-16, and lpips' weights/v0.1/NAME.pth.
-
-    Which of the two it is follows from the first file. Raises ValueError, FileNotFoundError.
-    """
-    found = {}
-    for path in (backbone, linear):
-        found[path] = read_file(path)
-    first = "features.0.weight"
-    kernel = found[backbone].entries[first].shape[-1] if first in found[backbone] else 0
-    names = {net: layers[0][1] for net, layers in BACKBONES.items()}
-    net = next((net for net, side in names.items() if side == kernel), "")
-    if not net:
-        raise ValueError(f"{backbone}: not torchvision's AlexNet or VGG-16, whose {first} is of "
-                         "11x11 or 3x3")
-    module, state = LPIPS(net), {}
-    for name, tensor in module.state_dict().items():
-        path = backbone if name.startswith("features.") else linear
-        if name not in found[path]:
-            raise ValueError(f"{path}: {name} is missing, which LPIPS by {net} needs")
-        if found[path].entries[name].shape != tensor.shape:
-            raise ValueError(f"{path}: {name} is {list(found[path].entries[name].shape)}, LPIPS by "
-                             f"{net} has {list(tensor.shape)}")
-        state[name] = found[path][name]
-    module.load_state_dict(state)
-    return module.eval().requires_grad_(False)
+    def distance(image, truth):
+        if min(image.shape[2:]) < smallest:
+            raise ValueError(f"LPIPS by {net} needs images of at least {smallest} pixels a side, "
+                             f"not {min(image.shape[2:])}")
+        return module(image, truth).flatten()
+    return distance
 
 
 # ---- warping
