@@ -85,7 +85,7 @@ def load_lpips(net, backbone, device="cpu"):
     state = read_file(backbone)
     features = {key: state[key] for key in state if key.startswith("features.")}
     # the package's slices keep torchvision's numbers of the layers
-    mine = {key: f"features.{key.partition('.')[2].partition('.')[2]}"
+    mine = {key: f"features.{key.partition('.')[2]}"
             for key in module.net.state_dict()}
     for key, tensor in module.net.state_dict().items():
         if mine[key] not in features or features[mine[key]].shape != tensor.shape:

@@ -191,7 +191,6 @@ def test_data_of_another_configuration_serve_a_checkpoint_without_its_own(shards
     assert metrics_of(tmp_path)["pairs"] == 4
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is full")
 def test_a_full_disk_is_named_and_leaves_no_half_of_a_file(a_run, shards, tmp_path, capsys,
                                                            monkeypatch):
     import runtime.files
