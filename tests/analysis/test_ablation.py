@@ -23,7 +23,7 @@ TINY = ["--scenes", "4", "--held-out", "4", "--pairs", "8", "--modes", "3dof,7do
 def run(folder, *more):
     command = [sys.executable, "-m", "analysis.compare", str(ROOT / "configs" / "ablation.py"),
                f"--data={folder / 'data'}", f"--out={folder / 'out'}", *TINY, *more]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="module")
