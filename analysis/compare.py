@@ -1,6 +1,6 @@
 """The paper's table 4 in miniature: five conditioning modes, the same data, seed and budget.
 
-    python -m analysis.compare configs/ablation.py --minutes 9      # again, until it prints the table
+    python -m analysis.compare configs/ablation.py --minutes 9   # again, until its table
 
 Renders the scenes, trains every mode from scratch in its own folder, scores all on the same
 held-out pairs, and writes ablation.json, table.txt and curves.svg. Every part that is done is
@@ -190,7 +190,7 @@ def main(args, overrides):
     try:
         curves.draw({MODES[mode]: curves.read(out / mode, "val_psnr") for mode in modes},
                     "val_psnr", out / "curves.svg")
-    except ValueError as err:       # runs without validation have no curve; matplotlib may be absent
+    except ValueError as err:       # runs without validation, or no matplotlib
         print(f"no curves.svg: {err}")
     print(f"in {out}: ablation.json, table.txt, and {modes[0]}/eval/ and the others")
 

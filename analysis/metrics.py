@@ -234,3 +234,63 @@ class Followed:
         margin = torch.where(margin.isinf(), torch.nan, margin)     # no other camera sees enough
         found = torch.where(margin.isnan(), torch.nan, (margin > 0).to(margin.dtype))
         return {"reprojection": right, "camera_margin": margin, "camera_found": found}
+
+
+# ---- do pictures agree with cameras whose depth is unknown?
+
+MATCH_SIDE, PATCH, SPACING, DEPTHS = 64, 7, 6, 96   # pixels; pixels; pixels; along a line
+TEXTURED = 0.03                                     # least standard deviation of a patch
+
+
+def conventions(c2w):
+    """{name: cameras (n, 4, 4)} that c2w would be if its convention were that one."""
+    def turned(*signs):
+        return c2w @ torch.diag(c2w.new_tensor([*signs, 1.0]))
+
+    inverse = torch.linalg.inv(c2w)
+    return {"as they are": c2w, "OpenCV": turned(1.0, -1.0, -1.0), "world-to-camera": inverse,
+            "world-to-camera, OpenCV": inverse @ torch.diag(c2w.new_tensor([1.0, -1.0, -1.0, 1.0])),
+            "mirrored": turned(-1.0, 1.0, 1.0), "upside down": turned(1.0, -1.0, 1.0)}
+
+
+def match(image_cond, image, pose, fov, depth_cond):
+    """How well patches of a view are found in another where the cameras say: the mean of their
+    normalized correlation, 0..1; nan where a view has no texture.
+
+    image_cond, image (3, s, s); pose (4, 4) = inv(cond_c2w) @ c2w; fov radians. A patch is looked
+    for at the depth of its middle in depth_cond (s, s), or along its epipolar line if depth_cond is
+    0 everywhere: at all inverse depths from 0 to that of the cameras' distance.
+    """
+    s, reach = MATCH_SIDE, PATCH // 2
+    depth = F.interpolate(depth_cond[None, None].double(), (s, s), mode="nearest")[0, 0]
+    grey_cond, grey = (F.interpolate(x.mean(0)[None, None].double(), (s, s), mode="area")
+                       for x in (image_cond, image))
+    patches = F.unfold(grey_cond, PATCH, stride=1)[0].T                     # (n, PATCH^2)
+    row, column = torch.meshgrid(*[torch.arange(reach, s - reach)] * 2, indexing="ij")
+    asked = depth[row, column] > 0 if depth.any() else (row % SPACING == 0) & (column % SPACING == 0)
+    asked = asked.flatten() & (patches.std(1) > TEXTURED)
+    if not asked.any():
+        return math.nan
+    patches, row, column = patches[asked], row.flatten()[asked], column.flatten()[asked]
+    offset = torch.arange(-reach, reach + 1)
+    y = (row[:, None, None] + offset[:, None]).expand(-1, PATCH, PATCH).flatten(1)
+    x = (column[:, None, None] + offset).expand(-1, PATCH, PATCH).flatten(1)
+    slope = math.tan(fov / 2)
+    ray = torch.stack([((x + 0.5) * 2 / s - 1) * slope, -((y + 0.5) * 2 / s - 1) * slope,
+                       -torch.ones_like(x, dtype=torch.float64)])            # (3, n, PATCH^2)
+    if depth.any():
+        inverse = 1 / depth[row, column][None]                              # (1, n)
+    else:
+        inverse = torch.linspace(0, 1, DEPTHS, dtype=torch.float64)[:, None] / pose[:3, 3].norm()
+    there = torch.linalg.inv(pose.double())
+    # in homogeneous coordinates, so that an infinite depth is no exception
+    points = (torch.einsum("ij,jnp->inp", there[:3, :3], ray)[:, None]
+              + there[:3, 3, None, None, None] * inverse[None, :, :, None])  # (3, depths, n, p)
+    front = points[2] < -1e-9
+    place = torch.stack([points[0], -points[1]], -1) / (-points[2] * slope).clamp(min=1e-9)[..., None]
+    inside = (front & (place.abs() < 1).all(-1)).all(-1)                    # (depths, n)
+    found = F.grid_sample(grey, place.clamp(-2, 2).flatten(0, 1)[None], align_corners=False)
+    found = found[0, 0].unflatten(0, inside.shape)                          # (depths, n, p)
+    a, b = (values - values.mean(-1, keepdim=True) for values in (patches, found))
+    same = (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1)).clamp(min=1e-6)
+    return torch.where(inside, same, 0).amax(0).clamp(min=0).mean().item()

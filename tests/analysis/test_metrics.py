@@ -93,7 +93,8 @@ def package(monkeypatch):
 def by_hand(net, package, x, y):
     """LPIPS as its paper has it (eq. 1), by torchvision's layers and the package's linear weights."""
     taps = {"alex": (1, 4, 7, 9, 11), "vgg": (3, 8, 15, 22, 29)}[net]
-    linear = torch.load(package.__path__[0] + f"/weights/v0.1/{net}.pth", weights_only=True)
+    linear = torch.load(package.__path__[0] + f"/weights/v0.1/{net}.pth", weights_only=True,
+                        map_location="cpu")
     shift, scale = (torch.tensor(v)[:, None, None] for v in ((-.030, -.088, -.188),
                                                              (.458, .448, .450)))
     x, y, total = (x - shift) / scale, (y - shift) / scale, 0
