@@ -25,7 +25,8 @@ import torch
 from torch import nn
 
 from runtime.export import is_diffusers, read_diffusers, write_diffusers
-from runtime.foreign import LazyTensor, StateDict, nbytes, read_file, unfinished, write_safetensors
+from runtime.files import unfinished
+from runtime.foreign import LazyTensor, StateDict, nbytes, read_file, write_safetensors
 
 UNET = "model.diffusion_model."
 EMA = "model_ema."

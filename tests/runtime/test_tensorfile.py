@@ -275,10 +275,10 @@ def test_zip_that_is_no_checkpoint_is_refused_with_the_reason(tmp_path):
 
 
 @pytest.mark.parametrize("item, message", [
-    ({"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}, "another size"),
-    ({"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}, "cut off"),
-    ({"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}, "impossible"),
-    ({"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}, "impossible"),
+    ({"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}, "invalid shape"),
+    ({"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}, "invalid offset"),
+    ({"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}, "`-2`"),
+    ({"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}, "`-8`"),
     ({"dtype": "F99", "shape": [2], "data_offsets": [0, 8]}, "F99"),
     ({"shape": [2]}, "damaged"),
     (3, "damaged"),
