@@ -15,9 +15,9 @@ from golden import FOLDER, SALT, case, weight
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from runtime import checkpoint
 import configs
 import model
+from runtime import checkpoint, convert, runs
 from runtime import foreign as tensorfile
 from runtime.checkpoint import EMA, INPUT_CONV, POSE, UNET, ema_name
 
@@ -339,23 +339,24 @@ def test_a_saved_step_reads_back(tmp_path):
     assert set(load_file(folder / "model.safetensors")) == set(states(0)[0])
 
 
-def test_a_run_has_the_frozen_networks_of_its_start(tmp_path):
+def test_a_runs_frozen_networks_come_from_the_file_that_the_user_names(tmp_path):
     state = checkpoint_of(small())
     start = saved(tmp_path / "start.ckpt", state)
     trained = {name: value + 1 for name, value in state.items()
                if name.startswith((UNET, "cc_projection."))}
     meta = {"config": {"init": str(start)}}
     folder = checkpoint.save(tmp_path / "out", 3, trained, {}, {}, meta)
+    # what a checkpoint names is shown and never opened
+    assert_same(checkpoint.read(tmp_path / "out"), trained)
+    assert f"--init={start}" in refusal(small(), folder)
     expected = trained | {name: value for name, value in state.items() if "_stage_model." in name}
-    assert_same(checkpoint.read(tmp_path / "out"), expected)
     module = small()
-    checkpoint.load_model(module, folder)
+    checkpoint.load_model(module, checkpoint.read(folder, init=start))
     assert_same(module.state_dict(), expected)
-    checkpoint.convert(folder, tmp_path / "whole.safetensors")
+    convert.convert(folder, tmp_path / "whole.safetensors", init=start)
     assert_same(load_file(tmp_path / "whole.safetensors"), expected)
-    start.unlink()
-    assert_same(checkpoint.read(folder), trained)
-    assert "frozen networks from the file that its init names" in refusal(small(), folder)
+    with pytest.raises(ValueError, match="no autoencoder and no CLIP"):
+        checkpoint.read(folder, init=folder)
 
 
 def test_newest_steps_and_every_nth_are_kept(tmp_path):
@@ -464,8 +465,8 @@ def test_a_run_killed_at_any_moment_resumes_from_a_whole_step(tmp_path):
 
 
 def test_a_writer_saves_what_was_at_the_time_and_lets_the_caller_go_on(tmp_path, monkeypatch):
-    release, genuine = threading.Event(), checkpoint.save
-    monkeypatch.setattr(checkpoint, "save",
+    release, genuine = threading.Event(), runs.save
+    monkeypatch.setattr(runs, "save",
                         lambda *rest: (release.wait(30), genuine(*rest)))
     writer, parts = checkpoint.Writer(), states(10)
     writer.save(tmp_path, 10, *(part.items() for part in parts), {"ema_updates": 10})
@@ -480,7 +481,7 @@ def test_a_writer_saves_what_was_at_the_time_and_lets_the_caller_go_on(tmp_path,
 
 
 def test_a_writer_writes_one_step_at_a_time_into_memory_that_it_keeps(tmp_path, monkeypatch):
-    running, most, genuine = [], [], checkpoint.save
+    running, most, genuine = [], [], runs.save
 
     def save(*rest):
         running.append(0)
@@ -488,7 +489,7 @@ def test_a_writer_writes_one_step_at_a_time_into_memory_that_it_keeps(tmp_path, 
         time.sleep(0.02)
         genuine(*rest)
         running.pop()
-    monkeypatch.setattr(checkpoint, "save", save)
+    monkeypatch.setattr(runs, "save", save)
     writer, places = checkpoint.Writer(), set()
     for step in (10, 20, 30):
         writer.save(tmp_path, step, *(part.items() for part in states(step)), {"ema_updates": step})
@@ -543,7 +544,7 @@ def test_forms_follow_each_other_without_loss(tmp_path):
     saved(tmp_path / "a.ckpt", state)
     forms = ["a.ckpt", "b.safetensors", "out/step_00000012", "c.pt", "d.ckpt"]
     for source_form, target_form in zip(forms, forms[1:]):
-        assert checkpoint.convert(tmp_path / source_form, tmp_path / target_form) == []
+        assert convert.convert(tmp_path / source_form, tmp_path / target_form) == []
     found = checkpoint.read(tmp_path / "d.ckpt")
     assert_same(found, state)
     assert found.step == 12
@@ -554,7 +555,7 @@ def test_written_ckpt_has_the_references_structure(tmp_path):
     # ZeroNVS and threestudio call torch.load and take ["state_dict"]
     state = checkpoint_of(small())
     save_file(state, tmp_path / "a.safetensors", {"global_step": "12"})
-    checkpoint.convert(tmp_path / "a.safetensors", tmp_path / "b.ckpt")
+    convert.convert(tmp_path / "a.safetensors", tmp_path / "b.ckpt")
     found = torch.load(tmp_path / "b.ckpt", weights_only=True)
     assert found["global_step"] == 12
     assert_same(found["state_dict"], state)
@@ -563,7 +564,7 @@ def test_written_ckpt_has_the_references_structure(tmp_path):
 def test_ema_is_folded_in_and_precision_lowered_but_not_of_the_schedule(tmp_path):
     state = checkpoint_of(small()) | {"betas": torch.rand(1000)}
     saved(tmp_path / "a.ckpt", state)
-    checkpoint.convert(tmp_path / "a.ckpt", tmp_path / "b.safetensors", True, torch.bfloat16)
+    convert.convert(tmp_path / "a.ckpt", tmp_path / "b.safetensors", True, torch.bfloat16)
     found = load_file(tmp_path / "b.safetensors")
     assert torch.equal(found["betas"], state["betas"])
     assert torch.equal(found[INPUT_CONV], state[ema_name(INPUT_CONV)].bfloat16())
@@ -575,7 +576,7 @@ def test_a_file_that_was_made_of_a_run_tells_its_configuration(tmp_path):
     config = {"mode": "7dof", "num_heads": 4, "sources": [{"name": "here"}]}
     folder = checkpoint.save(tmp_path / "out", 3, *states(3), {"ema_updates": 3, "config": config})
     for name in ("a.safetensors", "a.ckpt"):
-        checkpoint.convert(folder, tmp_path / name)
+        convert.convert(folder, tmp_path / name)
         assert checkpoint.read(tmp_path / name).meta["config"] == config
 
 
@@ -585,7 +586,7 @@ def test_converting_refuses_what_it_cannot_do(tmp_path):
             ("a.ckpt", {}, "exists already"), ("b.onnx", {}, "no form of checkpoint"),
             ("b.safetensors", {"ema": True}, "no averaged weights")):
         with pytest.raises(ValueError, match=message):
-            checkpoint.convert(tmp_path / "a.ckpt", tmp_path / target, **options)
+            convert.convert(tmp_path / "a.ckpt", tmp_path / target, **options)
     assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
 
 
@@ -597,7 +598,7 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(tensorfile.Stored, "read", fails)
     for target in ("b.ckpt", "b.safetensors", "step_00000005"):
         with pytest.raises(ValueError):
-            checkpoint.convert(tmp_path / "a.ckpt", tmp_path / target)
+            convert.convert(tmp_path / "a.ckpt", tmp_path / target)
     monkeypatch.undo()
 
     def stops(value, path):
@@ -605,19 +606,19 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(torch, "save", stops)
     with pytest.raises(OSError):
-        checkpoint.convert(tmp_path / "a.ckpt", tmp_path / "b.ckpt")
+        convert.convert(tmp_path / "a.ckpt", tmp_path / "b.ckpt")
     assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
 
 
 def test_command_line_tells_what_is_in_a_file_and_converts_it(tmp_path, capsys):
     saved(tmp_path / "a.ckpt", checkpoint_of(small()), optimizer={"m": torch.zeros(5)})
-    checkpoint.main(["info", str(tmp_path / "a.ckpt")])
+    convert.main(["info", str(tmp_path / "a.ckpt")])
     told = capsys.readouterr().out
     assert "step 12, average of 7 updates, 8 input channels, pose projection 6 -> 4" in told
     rows = {line[:20].strip(): line[20:].split() for line in told.splitlines()[2:]}
     assert rows["UNet"][:4] == ["2", "292", "1,168", "float32;"]
     assert rows["optimizer, trainer"] == ["1", "5", "20", "float32;", "unused"]
-    checkpoint.main(["convert", str(tmp_path / "a.ckpt"), str(tmp_path / "b.safetensors"), "--ema",
+    convert.main(["convert", str(tmp_path / "a.ckpt"), str(tmp_path / "b.safetensors"), "--ema",
                      "--dtype", "fp16"])
     assert load_file(tmp_path / "b.safetensors")[POSE].dtype == torch.float16
     assert "1 tensors have no place in it: optimizer.m" in capsys.readouterr().out

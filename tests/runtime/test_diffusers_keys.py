@@ -1,13 +1,14 @@
 """diffusers_keys.py: diffusers computes the same from our folders, and we from theirs."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from golden import fill
 from torch import nn
 
-from runtime import checkpoint
+from runtime import checkpoint, convert
 from runtime import export as diffusers_keys
 import model
 from runtime import foreign as tensorfile
@@ -78,9 +79,9 @@ def test_a_folder_fills_a_module_on_meta(tmp_path):
 def test_convert_goes_to_a_diffusers_folder_and_back(tmp_path):
     module = network()
     torch.save({"state_dict": module.state_dict(), "global_step": 3}, tmp_path / "a.ckpt")
-    assert set(checkpoint.convert(tmp_path / "a.ckpt", tmp_path / "b")) == set(checkpoint.LEFTOVERS)
+    assert set(convert.convert(tmp_path / "a.ckpt", tmp_path / "b")) == set(checkpoint.LEFTOVERS)
     assert (tmp_path / "b/model_index.json").exists()
-    assert checkpoint.convert(tmp_path / "b", tmp_path / "c.safetensors") == []
+    assert convert.convert(tmp_path / "b", tmp_path / "c.safetensors") == []
     found = checkpoint.read(tmp_path / "c.safetensors")
     for name, value in module.state_dict().items():
         assert name in checkpoint.LEFTOVERS or torch.equal(found[name], value)
@@ -134,7 +135,7 @@ def test_a_network_that_diffusers_lacks_is_refused_in_one_line(tmp_path):
     state = network().state_dict() | {"model.diffusion_model.surprise.weight": torch.zeros(1)}
     torch.save(state, tmp_path / "a.ckpt")
     with pytest.raises(ValueError, match="surprise.weight"):
-        checkpoint.convert(tmp_path / "a.ckpt", tmp_path / "b")
+        convert.convert(tmp_path / "a.ckpt", tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
 
@@ -144,7 +145,7 @@ def test_a_first_level_wider_than_the_input_convolution_is_refused(tmp_path):
     module.model.diffusion_model = model.UNet(8, 4, 32, (2,), 1, (1,), 2, 16)
     torch.save(module.state_dict(), tmp_path / "a.ckpt")
     with pytest.raises(ValueError, match="first level is 64 wide"):
-        checkpoint.convert(tmp_path / "a.ckpt", tmp_path / "b")
+        convert.convert(tmp_path / "a.ckpt", tmp_path / "b")
 
 
 # ---- oracles
@@ -232,7 +233,7 @@ def test_folders_of_diffusers_give_the_same_results_here(tmp_path, diffusers, tr
 
 def test_written_names_and_shapes_are_those_of_zero123_xl_in_diffusers(tmp_path, diffusers):
     # at full size, on the meta device: names, shapes and configuration alone
-    keys = json.loads((checkpoint.Path(__file__).parents[1] / "golden/zero123_keys.json").read_text())
+    keys = json.loads((Path(__file__).parents[1] / "golden/zero123_keys.json").read_text())
     prefix = diffusers_keys.UNET
     found = {name[len(prefix):]: torch.empty(shape, device="meta")
              for name, (shape, _) in keys["keys"].items() if name.startswith(prefix)}
