@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from runtime.export import is_diffusers, read_diffusers
-from runtime.foreign import LazyTensor, StateDict, read_file
-from runtime.runs import FILES, Run, Writer, damage, latest, load_run, misfit, save, step_of, steps
+from runtime.foreign import LazyTensor, StateDict, nbytes, read_file
+from runtime.runs import (ALIGNED, FILES, Run, Writer, damage, latest, load_run, misfit, save, step_of,
+                          steps)
 
 UNET = "model.diffusion_model."
 EMA = "model_ema."
@@ -124,6 +125,12 @@ def updates_of(tensors):
         return 0
     value = float(entry.read())
     return int(value) if 0 <= value < 2**53 else 0
+
+
+def step_bytes(net):
+    """Bytes that the saved steps of a model have: its weights, their average and two moments."""
+    return sum(nbytes(value) * (4 if name.startswith((UNET, PROJECTION)) else 1) + 4 * ALIGNED
+               for name, value in net.state_dict().items() if not name.startswith(FROZEN))
 
 
 # ------------------------------------------------------------------------------ into a model

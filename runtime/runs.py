@@ -23,6 +23,7 @@ from runtime.files import unfinished
 from runtime.foreign import StateDict, nbytes, read_file, write_safetensors
 
 FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
+ALIGNED = 64            # bytes, of the copies in page-locked memory: enough for every dtype
 LEFTOVER = re.compile(r"\.(unfinished|removed)_step_\d{8,}")      # of saves that were killed
 
 
@@ -207,7 +208,7 @@ class Writer:
         start, size = self.taken, nbytes(tensor)
         if not tensor.is_cuda or self.room is None or start + size > len(self.room):
             return torch.empty(tensor.shape, dtype=tensor.dtype)
-        self.taken = start + -(-size // 64) * 64        # aligned for every dtype
+        self.taken = start + -(-size // ALIGNED) * ALIGNED
         return self.room[start:start + size].view(tensor.dtype).view(tensor.shape)
 
     def write(self, out, step, *rest):
@@ -302,10 +303,10 @@ def read_meta(folder):
     # a run's earlier versions wrote none
     if meta.setdefault("crc32", checksum(meta)) != checksum(meta):
         raise ValueError("meta.json is not what was written, by its own checksum")
-    for name, kind, least in (("step", int, 0), ("files", dict, None), ("config", dict, None),
-                              ("ema_updates", int, 0)):
-        value = meta.get(name, {} if name == "config" else 0)
-        if type(value) is not kind or kind is int and not least <= value < 2**31:
+    for name, kind, without in (("step", int, None), ("files", dict, None), ("config", dict, {}),
+                                ("ema_updates", int, 0)):
+        value = meta.get(name, without)
+        if type(value) is not kind or kind is int and not 0 <= value < 2**31:
             raise ValueError(f"meta.json: {name} is {str(value)[:50]!r}")
     if re.fullmatch(r"step_\d{8,18}", folder.name) and step_of(folder) != meta["step"]:
         raise ValueError(f"meta.json is of step {meta['step']}")

@@ -263,6 +263,8 @@ def pipelines(diffusers):
             self.proj = nn.Linear(embedding_dim + additional_embeddings, embedding_dim)
 
     class Zero1to3StableDiffusionPipeline(diffusers.DiffusionPipeline):
+        _optional_components = ["safety_checker", "feature_extractor"]
+
         def __init__(self, vae, image_encoder, unet, scheduler, safety_checker, feature_extractor,
                      cc_projection, requires_safety_checker: bool = True):
             super().__init__()
@@ -272,6 +274,8 @@ def pipelines(diffusers):
             self.pose = cc_projection.projection
 
     class Zero123Pipeline(diffusers.DiffusionPipeline):
+        _optional_components = ["safety_checker", "feature_extractor"]
+
         def __init__(self, vae, image_encoder, unet, scheduler, safety_checker, feature_extractor,
                      clip_camera_projection, requires_safety_checker: bool = True):
             super().__init__()
