@@ -44,7 +44,7 @@ STORAGES = {
 }
 DTYPES = {str(dtype): dtype for dtype in SAFETENSORS.values()}
 LARGEST = 2**62                 # numbers in a file that are larger are no sizes
-LARGEST_INDEX = 4 << 20         # bytes of a pickle, a header or a directory; zero123-xl's have 0.6 MB
+LARGEST_INDEX = 5 << 19         # bytes of a pickle, a header or a directory; zero123-xl has 0.4 MB
 MOST_TENSORS = 100_000          # in a file; zero123-xl has 3,800
 MOST_DIMENSIONS = 16            # of a tensor
 LONGEST_NAME = 1000             # characters

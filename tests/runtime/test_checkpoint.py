@@ -530,6 +530,97 @@ def test_remains_of_a_killed_save_are_cleared_away(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000020"]
 
 
+def test_nothing_but_ones_own_leftovers_is_removed(tmp_path):
+    elsewhere = save_step(tmp_path / "elsewhere", 10)
+    out = tmp_path / "out"
+    for name in (".unfinished_step_00000011", ".removed_step_00000012"):      # of killed saves
+        (out / name).mkdir(parents=True)
+    for name in ("step_5", "step_00000020", ".unfinished_other", "step_00000004x"):
+        (out / name).mkdir()
+        (out / name / "notes.txt").write_text("mine")
+    (out / "step_5/meta.json").write_text("{}")
+    (out / ".unfinished_model.ckpt").write_text("another command is at it")
+    (out / "step_00000001").symlink_to(elsewhere)
+    mine = {path.name for path in out.iterdir()} - {
+        ".unfinished_step_00000011", ".removed_step_00000012"}
+    for step in (30, 40, 50):
+        save_step(out, step, keep=1)
+    assert {path.name for path in out.iterdir()} == mine | {"step_00000050"}
+    assert (elsewhere / "meta.json").exists()
+    with pytest.raises(OSError, match="in the way"):
+        save_step(out, 20)
+    assert (out / "step_00000020/notes.txt").exists()
+
+
+def test_an_old_step_that_cannot_be_removed_does_not_unmake_the_new_one(tmp_path, monkeypatch):
+    said = []
+    save_step(tmp_path, 10)
+
+    def refused(self, target):
+        raise PermissionError(1, "Operation not permitted")
+    with monkeypatch.context() as broken:
+        broken.setattr(type(tmp_path), "rename", refused)
+        save_step(tmp_path, 20, keep=1, say=said.append)
+    assert said == [f"{tmp_path / 'step_00000010'} cannot be removed: Operation not permitted"]
+    with monkeypatch.context() as broken:       # killed, or refused, in the middle
+        broken.setattr(runs.shutil, "rmtree", lambda path: refused(path, path))
+        save_step(tmp_path, 30, keep=1, say=said.append)
+    assert checkpoint.steps(tmp_path) == [tmp_path / "step_00000030"]
+    save_step(tmp_path, 40, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000040"]
+
+
+def test_a_full_disk_makes_room_of_what_would_go_but_never_of_the_only_good_step(
+        tmp_path, monkeypatch):
+    said, genuine = [], runs.write_safetensors
+
+    def write(path, *rest):
+        if len(checkpoint.steps(tmp_path)) > 1 or full:
+            raise OSError(28, "No space left on device", str(path))
+        return genuine(path, *rest)
+    full = False
+    monkeypatch.setattr(runs, "write_safetensors", write)
+    save_step(tmp_path, 10)
+    save_step(tmp_path, 20)
+    save_step(tmp_path, 30, say=said.append)
+    assert [checkpoint.step_of(path) for path in checkpoint.steps(tmp_path)] == [30, 20]
+    assert len(said) == 1 and "no room for step 30: step_00000010 would be removed" in said[0]
+    (tmp_path / "step_00000030/model.safetensors").write_bytes(b"")        # now 20 alone is good
+    with pytest.raises(OSError, match="No space"):
+        save_step(tmp_path, 40, say=said.append)
+    assert len(said) == 1 and len(checkpoint.steps(tmp_path)) == 2
+    full = True
+    monkeypatch.setattr(runs, "damage", lambda folder: "")
+    with pytest.raises(OSError, match="No space"):
+        save_step(tmp_path, 40, keep=1, say=said.append)       # both would go: none may
+    assert len(checkpoint.steps(tmp_path)) == 2
+
+
+def test_meta_json_has_a_checksum_of_its_own(tmp_path):
+    path = save_step(tmp_path, 20) / "meta.json"
+    path.write_text(json.dumps(json.loads(path.read_text())))       # other spaces say the same
+    assert not checkpoint.damage(path.parent)
+    path.write_text(path.read_text().replace('"ema_updates": 20', '"ema_updates": 21'))
+    assert "its own checksum" in checkpoint.damage(path.parent)
+
+
+def test_a_configuration_that_is_none_is_refused_in_one_line(tmp_path):
+    for value in ("3", "null", "[" * 100_000, '"text"', "{", "[1]"):
+        save_file({"w": torch.ones(1)}, tmp_path / "x.safetensors", {checkpoint.CONFIG: value})
+        with pytest.raises(ValueError, match="x.safetensors: its zeronvs_config"):
+            checkpoint.read(tmp_path / "x.safetensors")
+    saved(tmp_path / "x.ckpt", {"w": torch.ones(1)}, **{checkpoint.CONFIG: 5})
+    with pytest.raises(ValueError, match="its zeronvs_config"):
+        checkpoint.read(tmp_path / "x.ckpt")
+
+
+@pytest.mark.parametrize("updates", [torch.tensor(float("inf")), torch.tensor(float("nan")),
+                                     torch.ones(3), torch.tensor(-5), torch.tensor([])])
+def test_info_of_odd_tensors_is_no_traceback(tmp_path, updates):
+    state = {EMA + "num_updates": updates, INPUT_CONV: torch.ones(3), POSE: torch.tensor(1.0)}
+    assert "average of 0 updates" in convert.info(saved(tmp_path / "x.ckpt", state))
+
+
 # ---- other forms
 
 def assert_same(found, expected):
@@ -578,6 +669,50 @@ def test_a_file_that_was_made_of_a_run_tells_its_configuration(tmp_path):
     for name in ("a.safetensors", "a.ckpt"):
         convert.convert(folder, tmp_path / name)
         assert checkpoint.read(tmp_path / name).meta["config"] == config
+
+
+def test_averages_alone_are_no_unet_but_load_as_the_average(tmp_path):
+    state = {name: value for name, value in checkpoint_of(small()).items()
+             if not name.startswith(UNET)}
+    path = saved(tmp_path / "a.ckpt", state)
+    with pytest.raises(ValueError, match="averaged weights .EMA. alone"):
+        convert.convert(path, tmp_path / "b.safetensors", ema=True)
+    assert not (tmp_path / "b.safetensors").exists()
+    assert "ema=True" in refusal(small(), path)
+    module = small()
+    checkpoint.load_model(module, path, ema=True)
+    assert torch.equal(module.state_dict()[INPUT_CONV], state[ema_name(INPUT_CONV)])
+
+
+def test_what_convert_wrote_is_whole_before_it_gets_its_name(tmp_path, monkeypatch):
+    saved(tmp_path / "a.ckpt", checkpoint_of(small()))
+    genuine = tensorfile.write_safetensors
+
+    def forgetful(path, tensors, metadata):
+        entries = dict(tensors.entries)
+        entries.pop(INPUT_CONV)
+        return genuine(path, tensorfile.StateDict(path, entries), metadata)
+    monkeypatch.setattr(convert, "write_safetensors", forgetful)
+    with pytest.raises(ValueError, match="1 tensors were not written whole"):
+        convert.convert(tmp_path / "a.ckpt", tmp_path / "b.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
+
+
+def test_converting_to_a_full_disk_is_one_line(tmp_path):
+    resource = pytest.importorskip("resource", reason="no file size limit on this system")
+    saved(tmp_path / "a.ckpt", checkpoint_of(small()))
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+        for target in ("b.ckpt", "b.safetensors", "step_00000005"):
+            with pytest.raises(OSError) as error:
+                convert.convert(tmp_path / "a.ckpt", tmp_path / target)
+            assert target in str(error.value) and "\n" not in str(error.value)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
 
 
 def test_converting_refuses_what_it_cannot_do(tmp_path):
