@@ -16,8 +16,8 @@ from torch import nn
 
 from runtime.export import is_diffusers, read_diffusers
 from runtime.foreign import LazyTensor, StateDict, nbytes, read_file
-from runtime.runs import (ALIGNED, FILES, Run, Writer, damage, latest, load_run, misfit, save, step_of,
-                          steps)
+from runtime.runs import (ALIGNED, FILES, Run, Writer, damage, latest, load_run, misfit, save,
+                          step_of, steps)
 
 UNET = "model.diffusion_model."
 EMA = "model_ema."
@@ -57,7 +57,7 @@ def ema_name(name):
 
 
 def read(path, init=""):
-    """StateDict by name, a lazy Mapping: of a file, a run, one `step_...` of it, a diffusers folder.
+    """A StateDict, lazy: of a file, a run, one `step_...` of it, a diffusers folder.
 
     Averaged weights have the reference's names, `model_ema.*`. A run saves what it trains; its
     frozen networks are those of `init`, the file that it started from, which the caller names:
@@ -212,7 +212,8 @@ def port(name, entry, current):
             weight = torch.zeros(new, dtype=entry.dtype)
             weight[:, :channels] = entry.read()
             return weight
-        return LazyTensor(entry.dtype, new, widened), f"{channels} -> {new[1]} input channels, new ones 0"
+        return (LazyTensor(entry.dtype, new, widened),
+                f"{channels} -> {new[1]} input channels, new ones 0")
     if name == POSE and len(old) == 2 and old[0] == new[0] <= min(old[1], new[1]):
         if current.is_meta:
             raise ValueError(f"{POSE} has no values for its new columns: build the model on a "

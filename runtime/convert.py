@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from runtime import checkpoint, command, runs
-from runtime.checkpoint import CONFIG, EMA, FROZEN, INPUT_CONV, LEFTOVERS, POSE, SCHEDULE, UNET, UNUSED
+from runtime.checkpoint import (CONFIG, EMA, FROZEN, INPUT_CONV, LEFTOVERS, POSE, SCHEDULE, UNET,
+                                UNUSED)
 from runtime.export import write_diffusers
 from runtime.files import unfinished
 from runtime.foreign import SPARE, LazyTensor, StateDict, nbytes, write_safetensors
@@ -165,8 +166,8 @@ def main(argv=None):
                       "NAME.safetensors; step_00005000, of a run; NAME, a diffusers folder")
     made.add_argument("--ema", action="store_true", help="write the UNet's average as the UNet")
     made.add_argument("--dtype", choices=PRECISIONS, help="of the weights; default: as they are")
-    made.add_argument("--init", default="", metavar="FILE", help="the file that a run started from: "
-                      "its frozen networks are written too")
+    made.add_argument("--init", default="", metavar="FILE",
+                      help="the file that a run started from: its frozen networks are written too")
     args = parser.parse_args(argv)
     if args.command == "info":
         print(info(args.file))

@@ -17,7 +17,7 @@ from runtime.foreign import LazyTensor, StateDict, read_file, write_safetensors
 UNET, VAE, CLIP, POSE = ("model.diffusion_model.", "first_stage_model.",
                          "cond_stage_model.model.", "cc_projection.")
 POSE_FOLDERS = ("clip_camera_projection", "cc_projection")
-CONFIG_FILE = "zeronvs_config.json"     # what diffusers' own files do not tell: a run's configuration
+CONFIG_FILE = "zeronvs_config.json"     # a run's configuration, which diffusers' files do not tell
 WEIGHTS = [stem + ending for ending in (".safetensors", ".bin", ".fp16.safetensors", ".fp16.bin")
            for stem in ("diffusion_pytorch_model", "model", "pytorch_model")]
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}

@@ -228,7 +228,7 @@ class Unpickler(pickle._Unpickler):
         items = arguments[0] if arguments and isinstance(arguments[0], (list, tuple)) else ()
         if name in DICTS:
             filled, self.copied = Names(), self.copied + len(items)
-            if self.copied > LARGEST_INDEX:
+            if self.copied > LARGEST_INDEX // 8:        # a pair takes more bytes than that
                 raise Malformed("a list that it repeats without end")
             for key, value in items:
                 filled[key] = value

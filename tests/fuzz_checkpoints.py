@@ -20,8 +20,8 @@ sys.path.insert(0, str(ROOT))
 from runtime import convert, foreign        # noqa: E402
 
 FILES = sorted((ROOT / "tests/golden/checkpoints").iterdir())
-EXTREME = [b"\xff" * 8, b"\0" * 8, b"\x7f" + b"\xff" * 7, b"\xff\xff\xff\x7f", b"99999999999999999999",
-           b"1e999", b"-1", b"[[[[[[[[", b"((((((((", b"}]})h\0R\x81b.", b"h\0h\1\x86", b"\x8a\xff",
+EXTREME = [b"\xff" * 8, b"\0" * 8, b"\x7f" + b"\xff" * 7, b"\xff\xff\xff\x7f", b"9" * 20, b"1e999",
+           b"-1", b"[[[[[[[[", b"((((((((", b"}]})h\0R\x81b.", b"h\0h\1\x86", b"\x8a\xff",
            b"I9999999999\n", b"ccollections\nOrderedDict\n", b"cos\nsystem\n", b"\x94\x93\x8c\x90"]
 
 

@@ -761,8 +761,8 @@ def test_command_line_tells_what_is_in_a_file_and_converts_it(tmp_path, capsys):
 
 def test_command_line_refuses_bad_input_in_one_line(tmp_path):
     (tmp_path / "x.ckpt").write_text("<html></html>")
-    told = subprocess.run([sys.executable, "-m", "runtime.checkpoint", "info", tmp_path / "x.ckpt"], cwd=ROOT,
-                          capture_output=True, text=True)
+    told = subprocess.run([sys.executable, "-m", "runtime.checkpoint", "info", tmp_path / "x.ckpt"],
+                          cwd=ROOT, capture_output=True, text=True)
     assert told.returncode == 2 and not told.stdout
     assert told.stderr.startswith("checkpoint.py: ") and told.stderr.count("\n") == 1
 

@@ -1,4 +1,4 @@
-"""What earlier versions saved opens: a run of three steps of a small model, without own checksum."""
+"""What earlier versions saved opens: three steps of a small model, no checksum of meta.json."""
 
 import json
 import shutil
