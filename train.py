@@ -162,7 +162,15 @@ def begin(config, net, run, ranks):
     # filled before anything refers to the parameters: loading may put others in their place
     loaded = checkpoint.load_model(net, config.init, finetune=True) if config.init else None
     if run is not None:
-        weights = net.state_dict()
+        weights = {name: tensor for name, tensor in net.state_dict().items()
+                   if name in run.model or not name.startswith(checkpoint.FROZEN)}
+        unet = {name: p for name, p in weights.items() if name.startswith(checkpoint.UNET)}
+        moments = {f"{name}.{kind}": () if kind == "step" else p.shape
+                   for name, p in net.named_parameters() if p.requires_grad
+                   for kind in ("exp_avg", "exp_avg_sq", "step")}
+        # a step that was converted has no moments, and no average where its source had none
+        run.require(weights, unet if run.ema or run.meta.get("ema_updates", 0) else {},
+                    moments if run.optimizer else {})
         for name, tensor in run.model.items():
             weights[name].copy_(tensor)
     if net.betas.device.type == "cuda":
@@ -172,7 +180,7 @@ def begin(config, net, run, ranks):
     averages, updates = {}, 0
     if run is not None:
         optimizer.restore(run.optimizer)
-        averages, updates = run.ema, run.meta["ema_updates"]
+        averages, updates = run.ema, run.meta.get("ema_updates", 0)
     elif loaded is not None:
         averages, updates = loaded.ema, loaded.num_updates
     ema.restore(averages, updates)
@@ -344,6 +352,8 @@ def train(config, ranks, device, log, writer, traced, dry_run):
     depth_net = scoring.load_depth(config, device)
     ema, optimizer = begin(config, net, run, ranks)
     del run         # and its mapped files: they may be removed
+    if device.type == "cuda" and ranks.rank == 0:
+        writer.reserve(checkpoint.step_bytes(net))
     # tries out kernels at the first step; a GPU's sums differ from run to run in any case
     torch.backends.cudnn.benchmark = device.type == "cuda"
     if config.compile:
