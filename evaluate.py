@@ -59,7 +59,7 @@ def main(args, overrides):
         if name in {field.name for field in fields(configs.Config)} - set(FIELDS):
             raise ValueError(f"--{name} belongs to the training of the run and cannot be changed "
                              f"here; what can is {', '.join(FIELDS)}")
-    tensors, config = score.open_run(args.checkpoint, args.data, args.config, args.init)
+    tensors, config = render.open_run(args.checkpoint, args.data, args.config, args.init)
     config = configs.override(config, overrides)
     config = replace(config, eval_pairs=args.pairs or config.eval_pairs,
                      seed=config.seed if args.seed is None else args.seed)

@@ -40,6 +40,8 @@ ARGS = parser().parse_args() if __name__ == "__main__" else None
 
 import torch
 
+import camera
+
 from analysis import score
 from analysis.metrics import psnr
 from captures import synth
@@ -93,7 +95,7 @@ def seed_of(note):
 
 def main(args):
     """The command, options parsed. Raises ValueError or OSError with one line."""
-    tensors, config = score.open_run(args.run, args.data, args.config, args.init)
+    tensors, config = render.open_run(args.run, args.data, args.config, args.init)
     seed = seed_of(Path(config.data) / "synth.json")
     photo = photos.held_out(config, args.scenes - 1)        # before anything is spent on the others
     net = render.load(tensors, device_of(args.device), "fp32")[0]

@@ -8,7 +8,6 @@ are left out. Figures are explained in metrics.py. Letters: `b` batch, `c` chann
 
 import math
 from dataclasses import replace
-from pathlib import Path, PurePath
 
 import torch
 from PIL import Image
@@ -16,15 +15,14 @@ from torch.utils.data import Subset, default_collate
 
 import camera
 
-import configs
 import data
 import depth
 import diffusion
 import model
 from analysis import metrics
-from runtime import checkpoint, networks
+from runtime import networks
 from runtime.command import progress
-from views import pictures, render
+from views import pictures
 
 MODEL, WARP = "this model", "warp by depth"
 TITLES = {"psnr": ("PSNR dB", 2), "ssim": ("SSIM", 3), "lpips_alex": ("LPIPS alex", 3),
@@ -63,40 +61,6 @@ def held_out_pairs(config, count, fewer=False):
     if count > len(pairs):
         raise ValueError(f"{count} held-out pairs are asked for, but there are {len(pairs)}")
     return Subset(pairs, range(count))
-
-
-def with_data(config, folder="", file="", init=""):
-    """A stored Config with the data that the user named: those of a configuration `file`, or shards
-    in `folder`; and with `init`. Nothing that a checkpoint's file names is opened on its word.
-
-    Raises ValueError where the user named none, or where a stored pattern leaves the folder.
-    """
-    if file:
-        named = configs.load([file])
-        return replace(config, sources=named.sources, data=folder or named.data,
-                       depth_weights=named.depth_weights, init=init)
-    if not folder:
-        raise ValueError(f"the checkpoint names its data, in {config.data!r}, but what a file names "
-                         "is not opened: --config FILE or --data FOLDER says where data are")
-    for source in held_out_sources(config):
-        plain = PurePath(source.held_out)
-        if ":" in source.held_out or plain.is_absolute() or ".." in plain.parts or plain == "-":
-            raise ValueError(f"the checkpoint's source {source.name!r} has held-out shards "
-                             f"{source.held_out!r}, which is no place inside --data: --config FILE "
-                             "names data of your own")
-    return replace(config, data=folder, depth_weights="", init=init)
-
-
-def open_run(path, folder="", file="", init=""):
-    """(tensors, Config) of a checkpoint, see with_data. Raises ValueError, FileNotFoundError."""
-    if not Path(path).exists():
-        raise FileNotFoundError(f"no checkpoint {path}; `python train.py configs/synth.py` makes "
-                                "out/synth")
-    tensors = checkpoint.read(path)
-    config = with_data(render.config_of(tensors), folder, file, init)
-    if "config" in tensors.meta:            # what render.load reads
-        tensors.meta["config"] = {**tensors.meta["config"], "init": init}
-    return tensors, config
 
 
 def load_depth(config, device):
