@@ -382,13 +382,13 @@ def parser():
                               help="ray-cast synthetic scenes, with exact cameras and depth")
     add = sub.add_argument
     add("--out", default="data/synth", help="folder: shards go into OUT/co3d and OUT/re10k")
-    add("--scenes", type=int, default=2000, help="training scenes, half in each layout")
+    add("--scenes", type=int, default=500, help="training scenes, half in each layout")
     add("--held-out", type=int, default=100, help="further scenes, kept from training")
-    add("--views", type=int, default=8, help="views a scene")
-    add("--size", type=int, default=32, help="pixels a side")
+    add("--views", type=int, default=6, help="views a scene")
+    add("--size", type=int, default=64, help="pixels a side")
     add("--motion", type=float, default=0.4,
         help="share of its path that a camera goes, up to 1: arcs are of 60 to 120 degrees")
-    add("--turn", type=float, default=0.0, help="degrees that every camera looks aside at most, to "
+    add("--turn", type=float, default=8.0, help="degrees that every camera looks aside at most, to "
         "the left or right and up or down: else they follow their gaze, and none turns on the spot")
     add("--seed", type=int, default=0, help="scenes are a function of it and of their number")
     add("--device", choices=("auto", *DEVICES), default="auto", help="where to render")
