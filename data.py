@@ -19,8 +19,6 @@ import os
 import signal
 import struct
 import sys
-import threading
-import time
 from bisect import bisect_right
 from collections import Counter
 
@@ -30,13 +28,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 import camera
 from shards.scenes import distinct, images, open_source, some     # noqa: F401, data.images
+from runtime.ranks import end_with_parent
 from shards.files import Damaged
 
 log = logging.getLogger(__name__)
 
 DEAD_WORKER = "a loader process was killed, for want of memory or by somebody"
 MAX_DRAWS = 100                     # draws for one pair before giving up
-ORPHANED = 2.0                      # seconds after which a worker looks whether its parent is there
 SMALL = 1 << 17                     # bytes up to which a tensor is sent between processes as bytes
 MIN_DRAWS = 200                     # draws before the share of damaged ones counts
 
@@ -188,17 +186,11 @@ class Batches(Sampler):
 def start_worker(ending, worker):
     """In a new loader process: a signal to stop is for the parent, which saves first and then ends
     its workers. `ending` is set when the parent itself ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: ending.is_set() and os._exit(0))
-    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
-
-
-def end_with(parent):
-    """Ends this process when its parent is gone: batches that nobody takes would keep it for ever,
-    and with it the parent's memory on a GPU."""
-    while os.getppid() == parent:
-        time.sleep(ORPHANED)
-    os._exit(1)
+    end_with_parent()
 
 
 def packed(batch):

@@ -25,6 +25,7 @@ import torch.nn as nn
 from runtime import ranks as distributed
 import diffusion
 import model
+import engine
 import train
 from benchmarks import GB, row, variants
 from benchmarks.train import WARMED_UP, made_config, network, pairs
@@ -127,11 +128,11 @@ class Training:
             if not parameter.any():
                 nn.init.normal_(parameter, std=0.01)
         if device.type == "cuda":
-            train.channels_last(self.net)
+            engine.channels_last(self.net)
         self.ema = Ema(unet, self.config.ema_decay, ranks, job["divided"])
         self.optimizer = Optimizer(self.net, self.config, ranks)
         if job["compile"]:
-            train.compile_networks(self.net)
+            engine.compiled(self.net)
         self.wrapped = ranks.wrap(self.net)
 
     def micro_step(self, given, micro_steps=1, last=True):

@@ -94,8 +94,6 @@ class Config:
     lr_projection: float = 1e-3             # of cc_projection
     lr_schedule: str = "constant"           # after the warm-up: constant | cosine (to 0 at `steps`)
     warmup_steps: int = 100                 # steps over which the rate rises
-    warmup_start: float = 1e-6              # share of the rate at step 0
-    cooldown_steps: int = 0                 # last steps over which a constant rate falls to 0
     betas: tuple[float, ...] = (0.9, 0.999)     # AdamW
     eps: float = 1e-8                       # AdamW
     weight_decay: float = 0.01              # AdamW
@@ -115,6 +113,7 @@ class Config:
     checkpoint_activations: bool = False    # recompute in the backward pass: less memory, slower
     divide_optimizer: bool = False          # ranks share moments and average (ZeRO-1): less memory
     workers: int = 4                        # loader processes a rank
+    threads: int = 0                        # of a process on processors; 0: chosen, see threads.py
     max_damaged: float = 0.05               # share of damaged pairs at which a run stops
 
     # what is written
@@ -148,12 +147,12 @@ class Config:
                      "validate_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, it must be at least 1")
-        for name in ("warmup_steps", "cooldown_steps", "workers", "eval_pairs", "validate_every",
+        for name in ("warmup_steps", "workers", "threads", "eval_pairs", "validate_every",
                      "lr", "lr_projection", "weight_decay", "grad_clip", "guidance", "eta", "seed",
                      "eps"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"{name} is {getattr(self, name)}, it must be 0 or more")
-        for name in ("ema_decay", "drop_clip", "drop_both", "drop_latent", "warmup_start",
+        for name in ("ema_decay", "drop_clip", "drop_both", "drop_latent",
                      "max_damaged"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, it must lie in [0, 1]")

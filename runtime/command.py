@@ -9,7 +9,9 @@ A script parses first and imports the rest then:
 import argparse
 import difflib
 import math
+import os
 import re
+import signal
 import sys
 import time
 
@@ -72,24 +74,53 @@ def numbers_of(kind, low, high=math.inf, above=False):
     return parse
 
 
-def run(name, main, *arguments):
-    """Ends this process with main's exit status; what is wrong with the user's input, files or
-    disk is one line on standard error."""
+def begin(name, parse):
+    """What `parse` makes of the command line. From here on Ctrl-C is one line too, also while torch
+    is imported, until somebody takes the signal over."""
+    def stop(signum, frame):
+        say(f"{name}: stopped", sys.stderr)
+        os._exit(130)
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, stop)
+    return answer(name, parse, sys.argv[1:])
+
+
+def answer(name, function, *arguments):
+    """What a function gives; what is wrong with the user's input, files or disk ends this process
+    with one line on standard error."""
     try:
-        sys.exit(main(*arguments))
+        return function(*arguments)
     except (ValueError, OSError) as err:
         # an OSError whose text names no file is about the last one that was written
-        sys.stderr.write(f"{name}: {' '.join(str(err).split())}\n")
-        sys.exit(2)
+        say(f"{name}: {' '.join(str(err).split())}", sys.stderr)
+        finish(2)
     except KeyboardInterrupt:
-        sys.stderr.write(f"{name}: stopped\n")
-        sys.exit(130)
+        say(f"{name}: stopped", sys.stderr)
+        finish(130)
 
 
-def say(line):
-    """Prints a line; a screen, pipe or file that takes no more ends nothing."""
+def run(name, main, *arguments):
+    """Ends this process with main's exit status, or as `answer` does."""
+    finish(answer(name, main, *arguments))
+
+
+def finish(status):
+    """Ends this process. What a closed pipe or a full disk did not take is no failure of it."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        except (ValueError, AttributeError):        # closed before, or by who started us
+            pass
+    sys.exit(status)
+
+
+def say(line, file=None):
+    """Prints a line in one piece; a screen, pipe or file that takes no more ends nothing."""
     try:
-        print(line, flush=True)
+        print(f"{line}\n", end="", file=file or sys.stdout, flush=True)
     except (OSError, ValueError):
         pass
 

@@ -61,6 +61,24 @@ class Cost:
         return f"~ {self.total / GB:.3g} GB ({', '.join(parts)})"
 
 
+def split(config, world):
+    """(pairs a rank holds at once, micro-steps) of a step. ValueError where it does not divide."""
+    if config.batch_size % world:
+        low = config.batch_size // world * world
+        near = " or ".join(str(n) for n in (low, low + world) if n)
+        raise ValueError(f"batch_size {config.batch_size} is not divisible by {world} ranks of "
+                         f"micro_batch {config.micro_batch}; the nearest that is: "
+                         f"--batch_size={near}")
+    share = config.batch_size // world
+    micro_steps = -(-share // config.micro_batch)
+    if share % micro_steps:
+        fits = max(m for m in range(1, config.micro_batch + 1) if share % m == 0)
+        raise ValueError(f"batch_size {config.batch_size} on {world} ranks is {share} pairs each, "
+                         f"which do not come in equal micro-batches of {config.micro_batch} or "
+                         f"fewer; --micro_batch={fits} does")
+    return share // micro_steps, micro_steps
+
+
 def of(config, ranks, micro_batch):
     """The Cost of a Config, for the rank that keeps the largest share."""
     kept = {}           # storage -> (storage, its bytes): alive, so that no two have the same key

@@ -18,7 +18,7 @@ from runtime.optimizer import Ema, Optimizer
 needs_triton = pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CONFIG = replace(configs.Config((configs.Source("co3d", "co3d", "train.tar", 1.0),)), lr=1e-2,
-                 lr_projection=3e-2, warmup_steps=2, warmup_start=0.5, weight_decay=0.1)
+                 lr_projection=3e-2, warmup_steps=2, weight_decay=0.1)
 # float32 keeps values below 8 to 2.4e-7 a rounding: some in each of a few steps
 BOUND = 2e-6
 

@@ -219,7 +219,8 @@ ORPHAN = """
 import functools, multiprocessing, os, signal, sys
 import numpy as np, torch
 import data
-data.ORPHANED = 0.2
+from runtime import ranks
+ranks.ORPHANED = 0.2
 class Items(torch.utils.data.Dataset):
     def __len__(self): return 50
     def __getitem__(self, k): return np.zeros(200_000, np.uint8)

@@ -34,6 +34,8 @@ import prepare
 from runtime import log as report
 import train
 from runtime.ranks import ALONE, Alone, Division
+from runtime import optimizer as rates
+from runtime import resume
 from runtime.optimizer import Ema, Optimizer, learning_rate
 
 ROOT = Path(__file__).parents[2]
@@ -51,12 +53,13 @@ def sliced(tensor, key):
 
 
 @pytest.mark.parametrize("name", ["training_step", "training_step_short_warmup"])
-def test_three_training_steps_equal_the_reference(name):
+def test_three_training_steps_equal_the_reference(name, monkeypatch):
     case, expected = golden.case(name)
     net = small_model().train()
     config = replace(configs.Config(SOURCES), weight_decay=case["optimizer"]["weight_decay"])
     if name == "training_step_short_warmup":
-        config = replace(config, warmup_steps=2, warmup_start=0.1)
+        monkeypatch.setattr(rates, "WARMUP_START", 0.1)
+        config = replace(config, warmup_steps=2)
     optimizer = Optimizer(net, config)
     ema = Ema(net.model.diffusion_model, config.ema_decay)
     before = {n: p.detach().clone() for n, p in net.named_parameters()}
@@ -97,9 +100,9 @@ def test_three_training_steps_equal_the_reference(name):
         assert zero == set(row["grad_exactly_zero"])
         optimizer.step(k)
         ema.update()
-        rates = [group["lr"] for group in optimizer.adamw.param_groups]
+        found = [group["lr"] for group in optimizer.adamw.param_groups]
         wanted = [row["lr_group0_unet"], row["lr_group1_cc_projection"]]
-        np.testing.assert_allclose(rates, wanted, rtol=1e-12)
+        np.testing.assert_allclose(found, wanted, rtol=1e-12)
         assert ema.updates == row["ema_num_updates"]
     for key in expected:
         if key.startswith("after3/delta:"):
@@ -231,16 +234,15 @@ def test_what_a_killed_run_logged_beyond_its_checkpoint_is_logged_once(shards, w
 @pytest.mark.skipif(os.name != "posix", reason="process groups are POSIX's")
 def test_a_signal_to_the_whole_group_saves_at_once_and_the_run_goes_on(shards, tmp_path):
     out = tmp_path / "stopped"
-    # no line is logged and no step saved of itself for a long time
-    arguments = tiny(shards, out, steps=100_000, workers=1, save_every=100_000, log_every=100_000,
+    # no step is saved of itself for a long time
+    arguments = tiny(shards, out, steps=100_000, workers=1, save_every=100_000, log_every=5,
                      sample_every=100_000)
     process = subprocess.Popen([sys.executable, "train.py", *arguments], cwd=ROOT,
                                start_new_session=True, env=ONE_THREAD, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True)
     try:
-        while "start" not in process.stdout.readline():
+        while "step 5/" not in process.stdout.readline():
             assert process.poll() is None
-        time.sleep(3)
         began = time.monotonic()
         os.killpg(process.pid, signal.SIGTERM)
         said, errors = process.communicate(timeout=60)
@@ -252,9 +254,9 @@ def test_a_signal_to_the_whole_group_saves_at_once_and_the_run_goes_on(shards, t
     assert time.monotonic() - began < 20        # on a machine that does other things too
     (folder,) = out.glob("step_*")
     done = int(folder.name.removeprefix("step_"))
-    assert logged(out, "step") == [done] and 0 < done < 100_000
+    assert logged(out, "step")[-1] == done and 0 < done < 100_000
     run(tiny(shards, out, steps=done + 1))
-    assert logged(out, "step") == [done, done + 1]
+    assert logged(out, "step")[-2:] == [done, done + 1]
 
 
 @pytest.mark.parametrize("ema_per, updates", [("step", 2), ("micro_step", 4)])
@@ -282,15 +284,13 @@ def test_training_lowers_the_loss(shards, tmp_path):
     assert np.mean(curve[-10:]) < 0.7 * np.mean(curve[:5])
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"lr_schedule": "cosine"}, [1, 1, 0.853553, 0.5, 0.146447]),
-    ({"cooldown_steps": 2}, [1, 1, 1, 1, 0.5]),
-    ({"warmup_steps": 2, "warmup_start": 0.5}, [0.5, 0.75, 1, 1, 1])])
-def test_the_rate_follows_its_schedule(change, message):
-    config = replace(configs.Config(SOURCES), **{"steps": 5, "warmup_steps": 1, "warmup_start": 1.0,
-                                                 **change})
-    rates = [learning_rate(step, config) for step in range(5)]
-    np.testing.assert_allclose(rates, message, atol=1e-6)
+@pytest.mark.parametrize("change, wanted", [
+    ({"lr_schedule": "cosine"}, [0, 1, 0.853553, 0.5, 0.146447]),
+    ({"warmup_steps": 2}, [0, 0.5, 1, 1, 1])])
+def test_the_rate_follows_its_schedule(change, wanted):
+    config = replace(configs.Config(SOURCES), **{"steps": 5, "warmup_steps": 1, **change})
+    found = [learning_rate(step, config) for step in range(5)]
+    np.testing.assert_allclose(found, wanted, atol=2e-6)
 
 
 def test_gradients_are_clipped_where_asked_for(shards, tmp_path):
@@ -420,9 +420,9 @@ def test_any_number_of_ranks_and_micro_steps_train_as_one_process_does(ranked, w
     for name in ("two", "four"):
         # the same sums in another order: float32 rounding
         np.testing.assert_allclose(logged(out / name), logged(whole_run[0]), rtol=1e-5)
-        for key in ("loss_by_timestep", "scenes_seen", "pairs_seen"):
-            for found, expected in zip(logged(out / name, key), logged(whole_run[0], key)):
-                assert found == pytest.approx(expected, rel=1e-4)
+        for found, expected in zip(logged(out / name, "loss_by_timestep"),
+                                   logged(whole_run[0], "loss_by_timestep")):
+            assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_divided_optimizer_trains_bit_for_bit_as_a_whole_one_and_turns_into_it(ranked):
@@ -496,7 +496,7 @@ def test_the_state_of_a_run_has_exactly_the_bytes_that_were_promised(shards, tmp
     config = configs.load(tiny(shards, tmp_path / "bytes"))
     needs = cost.of(config, ALONE, 8)
     net = model.build(config).train()
-    ema, optimizer = train.begin(config, net, None, ALONE)
+    ema, optimizer = resume.restore_or_init(config, net, None, ALONE, torch.device("cpu"))
     parameters = [p for p in net.parameters() if p.requires_grad]
     for p in parameters:
         p.grad = torch.zeros_like(p)
@@ -612,28 +612,6 @@ def test_the_loss_by_timestep_is_that_of_the_samples_in_the_band():
     assert numbers["loss"] == pytest.approx(29 / 6) and losses.shape == (3, 2) and not bad
     numbers, losses, *_ = meter.read(ALONE, 2, 1)        # the last micro-step is of a step not done
     assert numbers["loss"] == 2.75 and "500-749" not in numbers["loss_by_timestep"]
-
-
-def test_scenes_and_pairs_seen_are_those_of_the_draws(shards):
-    config = configs.Config(SOURCES)
-    readers = [data.open_source(source, str(shards), 16) for source in SOURCES]
-    pairs = data.Pairs(readers, [0.5, 0.5], 1, 16, config.mode)
-    drawn = [pairs.draw(k) for k in range(100)]
-    scenes, all_scenes, views, all_views = report.seen(
-        [0.5, 0.5], [reader.counts for reader in readers], 100)
-    # 8 scenes, 96 ordered pairs: the standard deviation of the second is about 4
-    assert scenes == all_scenes == 8 == len({draw[:2] for draw in drawn})
-    assert all_views == 96 and abs(views - len(set(drawn))) <= 8
-    assert report.seen([1.0], [np.array([2])], 1) == (1, 1, 1, 2)
-    # scenes of different lengths, against draws: a scene by its views, then two of them
-    views, random = np.repeat([2, 2, 5, 40], 100), np.random.default_rng(0)
-    orders = views * (views - 1)
-    scene = random.choice(400, (50, 1200), p=views / views.sum())
-    pair = np.floor(random.random(scene.shape) * orders[scene]) + 10_000 * scene
-    found = report.seen([1.0], [views], 1200)
-    assert found[1::2] == (400, orders.sum())
-    for expected, drawn in ((found[0], scene), (found[2], pair)):
-        assert expected == pytest.approx(np.mean([len(set(row)) for row in drawn]), rel=0.01)
 
 
 def test_tensorboard_gets_numbers_and_pictures_where_it_is_installed(
@@ -765,7 +743,7 @@ def test_a_rank_makes_its_own_gpu_the_current_one(monkeypatch):
 def test_every_config_file_loads_and_survives_being_stored(path):
     config = configs.load([str(path)])
     assert configs.from_dict(json.loads(json.dumps(asdict(config)))) == config
-    assert train.split(config, 1)[0] * train.split(config, 1)[1] == config.batch_size
+    assert cost.split(config, 1)[0] * cost.split(config, 1)[1] == config.batch_size
 
 
 def test_sources_whose_probabilities_do_not_sum_to_one_are_refused():
