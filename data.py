@@ -15,8 +15,6 @@ import itertools
 import logging
 import math
 import multiprocessing
-import os
-import signal
 import struct
 import sys
 from bisect import bisect_right
@@ -27,15 +25,16 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 import camera
-from shards.scenes import distinct, images, open_source, some     # noqa: F401, data.images
-from runtime.ranks import end_with_parent
+from shards.scenes import distinct, images, open_source, some
+from runtime.workers import DEAD_WORKER, is_dead_worker, packed, start_worker, unpacked
 from shards.files import Damaged
+
+__all__ = ["DEAD_WORKER", "Batches", "Pairs", "check_damage", "images", "is_dead_worker", "loader",
+           "open_source"]
 
 log = logging.getLogger(__name__)
 
-DEAD_WORKER = "a loader process was killed, for want of memory or by somebody"
 MAX_DRAWS = 100                     # draws for one pair before giving up
-SMALL = 1 << 17                     # bytes up to which a tensor is sent between processes as bytes
 MIN_DRAWS = 200                     # draws before the share of damaged ones counts
 
 
@@ -183,36 +182,6 @@ class Batches(Sampler):
                 yield list(range(at, min(at + self.micro_batch, first + self.share)))
 
 
-def start_worker(ending, worker):
-    """In a new loader process: a signal to stop is for the parent, which saves first and then ends
-    its workers. `ending` is set when the parent itself ends."""
-    for name in ("SIGINT", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: ending.is_set() and os._exit(0))
-    end_with_parent()
-
-
-def packed(batch):
-    """A batch for its way out of a worker: small tensors as arrays, which are sent as bytes. Every
-    tensor would be a piece of shared memory of its own, which costs more than a copy."""
-    def small(value):       # arrays that are not contiguous would come out in another layout
-        return (isinstance(value, torch.Tensor) and value.nbytes < SMALL and value.is_contiguous())
-
-    return {name: value.numpy() if small(value) else value for name, value in batch.items()}
-
-
-def unpacked(batch):
-    """The inverse of `packed`."""
-    return {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-            for name, value in batch.items()}
-
-
-def is_dead_worker(err):
-    """Whether a RuntimeError is torch's, of a loader process that has died."""
-    return "DataLoader worker" in str(err)
-
-
 class Loader(DataLoader):
     """A DataLoader that takes `damage` out of the batches: counts, logs and limits it.
 
@@ -230,7 +199,7 @@ class Loader(DataLoader):
         self.max_damaged, self.say, self.draws, self.logged = max_damaged, say, 0, {}
 
     def __iter__(self):
-        batches = super().__iter__()
+        batches, say_once = super().__iter__(), functools.cache(self.say)
         while True:
             try:
                 batch = next(batches)
@@ -242,7 +211,7 @@ class Loader(DataLoader):
             except (EOFError, ConnectionError) as err:      # it died while it sent a batch
                 raise ChildProcessError(DEAD_WORKER) from err
             self.count(batch.pop("damage"))
-            yield unpacked(batch)
+            yield unpacked(batch, say_once)
 
     def count(self, damage):
         """Books the damage of one batch. Raises ValueError when the run has seen too much."""
@@ -273,7 +242,10 @@ def loader(pairs, batches, workers=0, device="cpu", max_damaged=0.05, say=log.wa
     the loop, once more than `max_damaged` of the draws were damaged. When a worker dies,
     ChildProcessError in the loop, or a RuntimeError wherever the main thread is: is_dead_worker.
     """
-    return Loader(pairs, batches, workers, device, max_damaged, say)
+    try:
+        return Loader(pairs, batches, workers, device, max_damaged, say)
+    except OSError as err:          # of a semaphore, which lies there
+        raise OSError(err.errno, err.strerror, "/dev/shm") from err
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ what comes before the first.
 """
 
 import argparse
-import sys
 
 import configs
 from runtime import command, threads
@@ -38,13 +37,12 @@ def options(argv):
 
 
 # answered before torch, which takes seconds, is imported
-OPTIONS = command.begin("train.py", options) if __name__ == "__main__" else None
 threads.wait_passively()
+OPTIONS = command.begin("train.py", options) if __name__ == "__main__" else None
 
 import functools
 import itertools
 import json
-import os
 import signal
 import zlib
 from contextlib import ExitStack, nullcontext
@@ -83,11 +81,11 @@ def train(run):
         for micro_step in range(run.micro_steps):
             with meter.waiting():
                 batch = next(batches)
-            stopped = ranks.any_rank(run.signals)       # all ranks meet here, and stop here together
+            stopped = ranks.any_rank(run.signals)       # all ranks meet here, and stop together
             if stopped:
                 break
             numbers = batch["number"].to(run.device, non_blocking=True)
-            draws = diffusion.draw(config.seed, numbers, shape)
+            draws = engine.draw(config.seed, numbers, shape)
             with run.autocast:
                 given = inputs(net, batch, config, run.depth_net, run.device)
             last = micro_step == run.micro_steps - 1
@@ -240,8 +238,8 @@ def open_data(config, log):
         if not config.depth_weights or config.mode != "7dof_quantile_scale":
             model.pose_vector(batch, config.mode, None, config.quantile_blend)
         cameras = torch.cat([batch["cond_c2w"].flatten(), batch["radius"], batch["fov"]])
-        names = zlib.crc32(" ".join(batch["uid"]).encode(), zlib.crc32(cameras.numpy().tobytes()))
-        contents[reader.name] = f"{reader.summary().partition(': ')[2]}, {names:08x}"
+        crc = zlib.crc32(repr((batch["uid"], cameras.tolist())).encode())
+        contents[reader.name] = f"{reader.summary().partition(': ')[2]} (checksum {crc:08x})"
         log.say(f"data     {reader.summary()}")
     held_out = evaluate.held_out_pairs(config, max(config.eval_pairs, GRID_PAIRS), fewer=True)
     if len(held_out) < config.eval_pairs:
@@ -289,6 +287,9 @@ def start(config, ranks, device, log, writer, stack, dry_run):
         return None
 
     net = resume.build(config, device)
+    forms = engine.convert(net)
+    if forms:
+        log.say("fast     " + ", ".join(f"{count} {form}" for form, count in forms.items()))
     depth_net = evaluate.load_depth(config, device)
     ema, optimizer = resume.restore_or_init(config, net, saved, ranks, device)
     del saved       # and its mapped files: they may be removed
@@ -301,7 +302,7 @@ def start(config, ranks, device, log, writer, stack, dry_run):
     if config.precision == "bf16":
         autocast = torch.autocast(device.type, torch.bfloat16)
     passes = functools.partial(forward_backward, wrapped, autocast, micro_steps, config.drop)
-    if engine.possible(config, ranks, device):
+    if engine.can_capture(config, ranks, device):
         passes = engine.Recorded(passes, net.parameters())
     signals = []
     for signum in STOP:
@@ -341,6 +342,8 @@ def run(config, traced=0, dry_run=False):
                          f"{cost.advice(config, ranks.world)}") from err
     except RuntimeError as err:
         stuck = group.is_loss_of_a_rank(err)
+        if data.is_dead_worker(err):        # raised wherever this thread happened to be
+            raise ChildProcessError(f"{data.DEAD_WORKER}: {str(err).splitlines()[0]}") from err
         raise
     finally:
         writer.wait()
@@ -353,30 +356,5 @@ def run(config, traced=0, dry_run=False):
         raise OSError(f"the end of the run could not be saved: {writer.problem}")
 
 
-def status_of(config, traced, dry_run):
-    """The exit status of a run; why it ended is one line on standard error, of one rank."""
-    status, at_once = 2, False
-    try:
-        run(config, traced, dry_run)
-        return 0
-    except (ValueError, OSError) as err:
-        reason = " ".join(str(err).split())
-        at_once = isinstance(err.__cause__, torch.OutOfMemoryError)
-    except RuntimeError as err:
-        status, at_once = 1, group.is_loss_of_a_rank(err)
-        if data.is_dead_worker(err):        # raised wherever the training thread happens to be
-            reason = f"{data.DEAD_WORKER}: {str(err).splitlines()[0]}"
-        elif at_once:
-            reason = ("a rank is gone, so the others stop; the same command goes on from the "
-                      "newest checkpoint")
-        else:
-            raise
-    if group.first_to_say(reason):
-        command.say(f"train.py: {reason}", sys.stderr)
-    if at_once:     # the other end of a transfer may never answer, also not while leaving
-        os._exit(status)
-    return status
-
-
 if __name__ == "__main__":
-    command.finish(status_of(*OPTIONS))
+    command.finish(group.status_of("train.py", run, *OPTIONS))

@@ -2,17 +2,25 @@
 
 import torch
 
+from diffusion import draw
 from engine import adamw
-from engine.graph import Recorded, possible
+from engine.graph import Recorded
+from engine.graph import possible as can_capture
 from engine.kernels import check_compiler
 
-__all__ = ["OnePassAdamW", "Recorded", "channels_last", "check_compiler", "compiled", "possible"]
+__all__ = ["OnePassAdamW", "Recorded", "can_capture", "channels_last", "check_compiler", "compiled",
+           "convert", "draw"]
 
 
 class OnePassAdamW(adamw.OnePass):
     """Takes steps for a torch.optim.AdamW where the kernel can; `step` gives None where not."""
     def step(self, count, ema=None):
         return super().step(count, ema) if adamw.usable(self.optimizer) else None
+
+
+def convert(net):
+    """Gives modules their fast forms, which they have here of themselves: {form: how many}."""
+    return {}
 
 
 def channels_last(net):

@@ -1,4 +1,4 @@
-"""What all command lines share. It imports no torch, so that `--help` and a typo are answered at once.
+"""What all command lines share. It imports no torch, so that --help and a typo are answered at once.
 
 A script parses first and imports the rest then:
 

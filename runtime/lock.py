@@ -2,7 +2,7 @@
 
 The system lets go of a lock when its process ends, however that came, so a run that was killed
 starts again at once. On shared disks where locks do not work, or only within one host, a sign of
-life tells: the file is touched every few seconds, and who watches it long enough in vain takes over.
+life tells: the file is touched every few seconds, and who waits for that in vain takes over.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ DEAD = 600.0                # seconds since the last one that no clocks of two h
 
 @contextlib.contextmanager
 def held(folder, say):
-    """Keeps a run's folder, which is made, to this process. ValueError names another that has it."""
+    """Makes a run's folder and keeps it to this process. ValueError names another that has it."""
     path, host = Path(folder) / NAME, f"host {socket.gethostname()}"
     path.parent.mkdir(parents=True, exist_ok=True)
     other = path.read_text(errors="replace").strip() if path.exists() else ""
@@ -58,7 +58,7 @@ def held(folder, say):
 def lock(file):
     """True: this process has the file's lock now, False: another one has it, None: nobody can say.
 
-    A POSIX lock is its process's alone: the loader's workers, which live a little longer, have none.
+    A POSIX lock is its process's alone: the loader's workers, which outlive it a little, have none.
     """
     if fcntl is None:
         return None

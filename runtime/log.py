@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import engine
 from diffusion import TIMESTEPS
 from runtime import command, cost, files, threads
 
@@ -143,7 +144,7 @@ def summary(config, ranks, device, needs, micro_batch, micro_steps):
     count, why = threads.choose(config)
     machine = [f"{ranks.world} x {device.type}", chip or platform.machine(), config.precision]
     machine += ["compiled"] * config.compile
-    machine += ["as a CUDA graph"] * (config.graph and device.type == "cuda" and ranks.world == 1)
+    machine += ["as a CUDA graph"] * engine.can_capture(config, ranks, device)
     machine += ["moments and average divided"] * (config.divide_optimizer and ranks.world > 1)
     machine += [f"{count} thread{'s' * (count > 1)} a rank ({why})"]
     there, gb = cost.available(device), cost.GB

@@ -14,7 +14,7 @@ bit for bit.
 import inspect
 import os
 import socket
-import threading
+import sys
 import time
 from datetime import timedelta
 
@@ -22,12 +22,13 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from runtime import command, workers
+
 SOLO = timedelta(minutes=60)        # the longest that one rank may work alone, scoring included
 STUCK = timedelta(minutes=1)        # of a transfer between GPUs: all ranks enter it together
 COMPILING = timedelta(minutes=15)   # the same where ranks may still be compiling their first step
 ASKING = timedelta(seconds=5)       # of torchrun, which may be gone
 LEAVING = 0.1                       # seconds that threads get to end what they do, see leave
-ORPHANED = 2.0                      # seconds after which a process looks whether its parent is there
 # MiB of gradients that are sent together. A compiled network is cut into a graph for every bucket
 # (torch._dynamo.backends.distributed), so that one is sent while the next graph's backward pass
 # runs: 13 graphs for the full-size UNet, of about a stage of the widest level each.
@@ -169,6 +170,29 @@ def is_loss_of_a_rank(err):
     return isinstance(err, dist.DistError) or "gloo/" in str(err)
 
 
+def status_of(name, function, *arguments):
+    """The exit status of what a rank does; why it ended is one line on standard error, of one rank.
+    Errors that are no user's, and nobody's loss, are raised."""
+    status = 2
+    try:
+        function(*arguments)
+        return 0
+    except (ValueError, OSError) as err:
+        reason, at_once = err, isinstance(err.__cause__, torch.OutOfMemoryError)
+    except RuntimeError as err:
+        if not is_loss_of_a_rank(err):
+            raise
+        status, at_once = 1, True
+        reason = ("a rank is gone, so the others stop; the same command goes on from the newest "
+                  "checkpoint")
+    reason = f"{name}: {' '.join(str(reason).split())}"
+    if first_to_say(reason):
+        command.say(reason, sys.stderr)
+    if at_once:     # the other end of a transfer may never answer, also not while leaving
+        os._exit(status)
+    return status
+
+
 def device_of(name, among=("cuda", "mps", "cpu")):
     """The torch.device of a name, or of "auto", the first of `among` that is there. ValueError
     where this machine has none of that name."""
@@ -197,20 +221,10 @@ def join(device, compiles=False):
     """(the ranks of this run, this rank's own device), see own_device."""
     device = own_device(device)
     if "TORCHELASTIC_RUN_ID" in os.environ:     # nobody would stop what torchrun has started
-        end_with_parent()
+        workers.end_with_parent()
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return ALONE, device
     return Ranks(device, compiles), device
-
-
-def end_with_parent():
-    """Ends this process, from a thread, when the one that started it is gone: a rank would train on
-    beside the next run, and a loader's worker would keep the memory of a batch that nobody takes."""
-    def watch(parent):
-        while os.getppid() == parent:
-            time.sleep(ORPHANED)
-        os._exit(1)
-    threading.Thread(target=watch, args=(os.getppid(),), daemon=True).start()
 
 
 def check_same(ranks, seen):

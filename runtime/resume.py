@@ -1,7 +1,7 @@
-"""What a run starts from: the newest checkpoint in its own folder, else `init`, else random weights.
+"""What a run starts from: the newest checkpoint in its folder, else `init`, else random weights.
 
-Rank 0 alone reads the run's folder, and the others have from it what is in there: with several hosts
-only rank 0's disk needs it. What all must have alike is compared before anything is trained.
+Rank 0 alone reads the run's folder and sends the others what they need: with several hosts only
+rank 0's disk needs it. What all must have alike is compared before anything is trained.
 """
 
 import itertools
@@ -47,7 +47,7 @@ def hold(config, ranks, say):
 
 
 def compare_ranks(config, ranks, code, contents):
-    """Refuses, in one line, ranks that would not train as one. contents: {source: what is in it}."""
+    """Refuses ranks that would not train as one, in one line. contents: {source: what it holds}."""
     steps = [checkpoint.step_of(folder) for folder in checkpoint.steps(config.out)[:1]]
     newest = max([0, *steps])       # fewer than rank 0 has are none: its checkpoint is what counts
     seen = {f"the newest step in {config.out}": max(newest, ranks.broadcast_object(newest)),

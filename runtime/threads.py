@@ -1,8 +1,8 @@
-"""How many threads a process computes with. It imports no torch: what they do while they wait has to
-be said before.
+"""How many threads a process computes with. It imports no torch: what they do while they wait has
+to be said before.
 
-Threads that spin for each other are good on an idle machine alone. On a busy one each step waits for
-the thread that the system runs last, and the others burn their processors meanwhile.
+Threads that spin for each other are good on an idle machine alone. On a busy one every piece of
+work waits for the thread that the system runs last, and the others burn processors meanwhile.
 """
 
 import os
@@ -30,13 +30,11 @@ def processors():
 
 
 def choose(config):
-    """(number of threads, why so many) of a rank: the configuration's, the user's environment's, or
-    what the loader's workers, other ranks and other programs leave."""
+    """(number of threads, why so many) of a rank: as the configuration or the environment says, or
+    its share of the processors."""
     if config.threads:
         return config.threads, "--threads"
     if os.environ.get("OMP_NUM_THREADS", "").isdecimal():
         return max(1, int(os.environ["OMP_NUM_THREADS"])), "OMP_NUM_THREADS"
-    share = processors() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    busy = round(os.getloadavg()[0]) if hasattr(os, "getloadavg") else 0
-    return max(1, share - config.workers - busy), (
-        f"of {processors()} processors, {config.workers} workers, {busy} busy already")
+    count, ranks = processors(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, count // ranks), f"of {count} processors"

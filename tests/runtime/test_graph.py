@@ -63,7 +63,7 @@ def test_gradients_are_written_where_there_are_none_and_added_to_where_there_are
 def test_a_run_that_replays_is_the_run_that_does_not(shards, tmp_path, micro_batch,  # noqa: F811
                                                      monkeypatch):
     run(tiny(shards, tmp_path / "plain", micro_batch=micro_batch))
-    monkeypatch.setattr(engine, "possible", lambda config, ranks, device: config.graph)
+    monkeypatch.setattr(engine, "can_capture", lambda config, ranks, device: config.graph)
     # what the loop hands over as parameters is what the stand-in writes to
     monkeypatch.setattr(graph.Recorded, "begin", begin_with_stand_in(graph.Recorded.begin))
     run(tiny(shards, tmp_path / "replayed", micro_batch=micro_batch, graph=True))
