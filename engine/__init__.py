@@ -2,7 +2,6 @@
 
 import torch
 
-from diffusion import draw
 from engine import adamw
 from engine.graph import Recorded
 from engine.graph import possible as can_capture
@@ -16,6 +15,12 @@ class OnePassAdamW(adamw.OnePass):
     """Takes steps for a torch.optim.AdamW where the kernel can; `step` gives None where not."""
     def step(self, count, ema=None):
         return super().step(count, ema) if adamw.usable(self.optimizer) else None
+
+
+def draw(seed, numbers, shape):
+    """diffusion.draw's random numbers, sooner."""
+    import diffusion        # which imports a kernel from here
+    return diffusion.draw(seed, numbers, shape)
 
 
 def convert(net):

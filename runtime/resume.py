@@ -28,7 +28,7 @@ FREE = {"data", "out", "steps", "device", "compile", "graph", "checkpoint_activa
         "validate_pairs", "validate_steps", "sampler", "sample_steps", "guidance", "eta", "init",
         "depth_weights", "precision"}
 # of these that may differ among the ranks
-OWN = {"data", "device", "workers", "threads"}
+OWN = {"data", "out", "device", "workers", "threads"}
 
 
 def hold(config, ranks, say):

@@ -244,6 +244,7 @@ def test_a_signal_to_the_whole_group_saves_at_once_and_the_run_goes_on(shards, t
         while "step 5/" not in process.stdout.readline():
             assert process.poll() is None
         began = time.monotonic()
+        os.killpg(process.pid, signal.SIGHUP)       # the terminal is closed, and more
         os.killpg(process.pid, signal.SIGTERM)
         said, errors = process.communicate(timeout=60)
     finally:
@@ -357,7 +358,9 @@ def ranks_main(rank, jobs, outcomes):
         with (open(errors, "a") as file, contextlib.redirect_stderr(file),
               contextlib.redirect_stdout(file)):
             try:
-                train.main(arguments)
+                # where a run has @RANK for its folder, ranks have disks of their own
+                train.main([a.replace("@RANK", str(rank)) if a.startswith("--out=") else a
+                            for a in arguments])
                 outcomes.put((i, rank, ""))
             except (ValueError, OSError, RuntimeError, SystemExit) as err:
                 outcomes.put((i, rank, f"{type(err).__name__}: {err}"))
@@ -400,7 +403,9 @@ def ranked(shards, tmp_path_factory):
     plain = {"micro_batch": 2, "validate_every": 3, "validate_pairs": 8}
     divided = {**plain, "divide_optimizer": True}
     run(tiny(shards, out / "moved", steps=3))
+    run(tiny(shards, out / "apart0", steps=3))
     jobs = {
+        "apart": (2, tiny(shards, out / "apart@RANK", **divided)),
         "two": (2, tiny(shards, out / "two", **plain)),
         "four": (4, tiny(shards, out / "four", **divided)),
         "half": (2, tiny(shards, out / "half", **divided, steps=3)),
@@ -442,6 +447,13 @@ def test_a_whole_run_goes_on_divided_and_on_another_number_of_ranks(ranked, whol
     out, outcomes, _ = ranked
     assert outcomes["moved"] == {0: "", 1: ""}
     np.testing.assert_allclose(logged(out / "moved"), logged(whole_run[0]), rtol=1e-5)
+
+
+def test_only_rank_0s_disk_needs_the_runs_folder(ranked, whole_run):
+    out, outcomes, said = ranked
+    assert outcomes["apart"] == {0: "", 1: ""} and "start    step 3 of" in said["apart"]
+    np.testing.assert_allclose(logged(out / "apart0"), logged(whole_run[0]), rtol=1e-5)
+    assert not list((out / "apart1").glob("step_*"))
 
 
 def test_the_others_stop_when_a_rank_dies(ranked):
