@@ -41,10 +41,8 @@ threads.wait_passively()
 OPTIONS = command.begin("train.py", options) if __name__ == "__main__" else None
 
 import functools
-import itertools
 import json
 import signal
-import zlib
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +62,6 @@ from runtime.log import Log, Meter, check_finite, revision, state, summary
 from runtime.optimizer import Ema, Optimizer, learning_rate
 
 GRID_PAIRS = 8
-CHECKED_PAIRS = 4       # of each source, at start
 # Save and end; sent again they change nothing.
 STOP = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
@@ -226,53 +223,31 @@ class Run:
 
 
 def open_data(config, log):
-    """(pairs, held-out pairs, {source: what is in it}). Reads pairs of every source, so that what
-    cannot be trained on is refused at start."""
+    """(pairs, held-out pairs) of a run."""
     readers = [data.open_source(s, config.data, config.image_size) for s in config.sources]
     pairs = data.Pairs(readers, [s.probability for s in config.sources], config.seed,
                        config.image_size, config.mode)
-    contents = {}
-    for source, reader in enumerate(readers):
-        numbers = (k for k in itertools.count() if pairs.draw(k)[0] == source)
-        batch = default_collate([pairs[k] for k in itertools.islice(numbers, CHECKED_PAIRS)])
-        if not config.depth_weights or config.mode != "7dof_quantile_scale":
-            model.pose_vector(batch, config.mode, None, config.quantile_blend)
-        cameras = torch.cat([batch["cond_c2w"].flatten(), batch["radius"], batch["fov"]])
-        crc = zlib.crc32(repr((batch["uid"], cameras.tolist())).encode())
-        contents[reader.name] = f"{reader.summary().partition(': ')[2]} (checksum {crc:08x})"
-        log.say(f"data     {reader.summary()}")
+    log.say("\n".join(f"data     {reader.summary()}" for reader in readers))
     held_out = evaluate.held_out_pairs(config, max(config.eval_pairs, GRID_PAIRS), fewer=True)
     if len(held_out) < config.eval_pairs:
         log.say(f"held out are {len(held_out)} pairs, of the {config.eval_pairs} of --eval_pairs")
     if "image_cond" not in held_out[0]:
         log.say("the held-out shards are encoded, so there are neither pictures nor scores")
-    return pairs, held_out, contents
-
-
-def check(config, ranks, device, log):
-    """(Cost, micro-steps) of a run whose machine and files are there, as far as can be known at
-    once."""
-    micro_batch, micro_steps = cost.split(config, ranks.world)
-    if config.latent == "vae" and not config.init:
-        raise ValueError("latent='vae' needs --init=FILE, a checkpoint that brings the autoencoder "
-                         "and CLIP, such as zero123-xl.ckpt")
-    needs = cost.of(config, ranks, micro_batch)
-    log.say(summary(config, ranks, device, needs, micro_batch, micro_steps))
-    cost.check(needs, config, ranks, device, log.say)
-    if config.compile:
-        engine.check_compiler(device, "--compile=false")
-    return needs, micro_steps
+    return pairs, held_out
 
 
 def start(config, ranks, device, log, writer, stack, dry_run):
     """The Run, from the cheapest check to the most expensive one; None of a dry one. `stack` has
     what the run keeps to itself."""
-    for name in (config.init, config.depth_weights * (config.mode == "7dof_quantile_scale")):
-        if name and not dry_run and not Path(name).exists():    # found before data are indexed
-            raise FileNotFoundError(f"no checkpoint {name}")
-    needs, micro_steps = check(config, ranks, device, log)
-    pairs, held_out, contents = open_data(config, log)
-    resume.compare_ranks(config, ranks, revision(), contents)
+    micro_batch, micro_steps = cost.split(config, ranks.world)
+    resume.check_files(config, dry_run)
+    needs = cost.of(config, ranks, micro_batch)
+    log.say(summary(config, ranks, device, needs, micro_batch, micro_steps))
+    cost.check(needs, config, ranks, device, log.say)
+    if config.compile:
+        engine.check_compiler(device, "--compile=false")
+    pairs, held_out = open_data(config, log)
+    resume.compare_ranks(config, ranks, revision(), resume.contents_of(pairs, config))
     if not dry_run:
         stack.enter_context(resume.hold(config, ranks, log.say))
     saved = resume.newest(config, ranks, log.say)

@@ -1,4 +1,4 @@
-"""What all command lines share. It imports no torch, so that --help and a typo are answered at once.
+"""What all command lines share. It imports no torch: --help and a typo are answered at once.
 
 A script parses first and imports the rest then:
 
@@ -126,7 +126,7 @@ def say(line, file=None):
 
 
 def progress(iterable, label, unit, total=None, quiet=False):
-    """The items of `iterable` under a bar on a terminal, with a line every ten seconds elsewhere."""
+    """The items of `iterable` under a bar on a terminal, a line every ten seconds elsewhere."""
     if quiet or sys.stderr.isatty():
         from tqdm import tqdm           # a third of a second that --help does not pay
 

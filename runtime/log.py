@@ -234,14 +234,11 @@ class Log:
         self.append({"step": self.step, "note": line})
 
     def say(self, line):
-        if self.main:
-            if self.bar:
-                with self.screen():
-                    self.bar.clear()
+        if self.main and self.bar:
+            with self.screen():
+                self.bar.write(line)        # above the bar
+        elif self.main:
             command.say(line)
-            if self.bar:
-                with self.screen():
-                    self.bar.refresh()
 
     @contextmanager
     def screen(self):
@@ -263,29 +260,29 @@ class Log:
                 self.say(trouble)
 
     def open_board(self, step):
-        """TensorBoard's writer, or None and a line where it is not installed or broken."""
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-
+        """TensorBoard's writer; None where it is not installed, and a line where it is broken."""
+        with self.foreign():
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ModuleNotFoundError:
+                return None
             return SummaryWriter(str(self.out / "tensorboard"), purge_step=step + 1)
-        except ModuleNotFoundError:
-            return None
-        except Exception as err:        # another program's, with protobuf's errors beside its own
-            self.without_board(err)
-            return None
 
     def on_board(self, method, *arguments, **options):
         """Calls TensorBoard's writer, where there is one."""
         if self.board:
-            try:
+            with self.foreign():
                 getattr(self.board, method)(*arguments, **options)
-            except Exception as err:    # as above
-                self.without_board(err)
-                self.board = None
 
-    def without_board(self, err):
-        self.say(f"TensorBoard cannot be used, and training goes on without it: "
-                 f"{type(err).__name__}: {' '.join(str(err).split())[:200]}")
+    @contextmanager
+    def foreign(self):
+        """TensorBoard that fails, in whatever way its packages do, is a line and ends nothing."""
+        try:
+            yield
+        except Exception as err:
+            self.board = None
+            self.say(f"TensorBoard cannot be used, and training goes on without it: "
+                     f"{type(err).__name__}: {' '.join(str(err).split())[:200]}")
 
     def stepped(self):
         """Tells the trace that a step is done."""

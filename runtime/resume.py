@@ -6,10 +6,13 @@ rank 0's disk needs it. What all must have alike is compared before anything is 
 
 import itertools
 import warnings
+import zlib
 from contextlib import ExitStack
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
+from torch.utils.data import default_collate
 
 import camera
 import configs
@@ -20,6 +23,7 @@ from runtime import checkpoint, lock
 from runtime.optimizer import Ema, Optimizer
 from runtime.ranks import check_same
 
+CHECKED_PAIRS = 4       # of each source, at start
 # Fields that may change when a run goes on: of its length, its machine and what it reports. (A
 # cosine rate follows `steps`, and rounding follows `precision`: whoever changes them wants that.)
 FREE = {"data", "out", "steps", "device", "compile", "graph", "checkpoint_activations",
@@ -44,6 +48,31 @@ def hold(config, ranks, say):
     if problem:
         raise ValueError(problem)
     return stack
+
+
+def check_files(config, dry_run=False):
+    """Raises where a file of weights is missing, before anything takes time; a dry run needs none."""
+    for name in (config.init, config.depth_weights * (config.mode == "7dof_quantile_scale")):
+        if name and not dry_run and not Path(name).exists():
+            raise FileNotFoundError(f"no checkpoint {name}")
+    if config.latent == "vae" and not config.init:
+        raise ValueError("latent='vae' needs --init=FILE, a checkpoint that brings the autoencoder "
+                         "and CLIP, such as zero123-xl.ckpt")
+
+
+def contents_of(pairs, config):
+    """{source: what it holds, in a few words}. Reads pairs of every source, so that what cannot be
+    trained on is refused at start."""
+    contents = {}
+    for source, reader in enumerate(pairs.readers):
+        numbers = (k for k in itertools.count() if pairs.draw(k)[0] == source)
+        batch = default_collate([pairs[k] for k in itertools.islice(numbers, CHECKED_PAIRS)])
+        if not config.depth_weights or config.mode != "7dof_quantile_scale":
+            model.pose_vector(batch, config.mode, None, config.quantile_blend)
+        cameras = torch.cat([batch["cond_c2w"].flatten(), batch["radius"], batch["fov"]])
+        crc = zlib.crc32(repr((batch["uid"], cameras.tolist())).encode())
+        contents[reader.name] = f"{reader.summary().partition(': ')[2]} (checksum {crc:08x})"
+    return contents
 
 
 def compare_ranks(config, ranks, code, contents):

@@ -730,6 +730,28 @@ def test_a_refusal_is_one_line_on_the_command_line_and_exit_code_2(shards, tmp_p
     assert done.stderr.startswith("train.py: batch_size 7 on 1 ranks is 7 pairs each")
 
 
+BEFORE_TORCH = """
+import runpy, sys, types
+def load(argv):
+    raise ValueError("option stepz is not known, did you mean steps?")
+sys.modules["configs"] = types.SimpleNamespace(load=load)
+try:
+    runpy.run_path("train.py", run_name="__main__")
+finally:
+    print("torch" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("argument, code, says", [
+    ("--help", 0, "usage: train.py CONFIG"), ("--stepz=3", 2, "train.py: option stepz is not known"),
+    ("--profile=-1", 2, "train.py: argument --profile: -1 is not possible")])
+def test_help_and_a_typo_are_answered_before_torch_is_imported(argument, code, says):
+    done = subprocess.run([sys.executable, "-c", BEFORE_TORCH, argument], cwd=ROOT, text=True,
+                          capture_output=True, timeout=60, check=False)
+    assert done.returncode == code and done.stdout.endswith("False\n"), done.stderr
+    assert (done.stderr or done.stdout).startswith(says) and done.stderr.count("\n") <= 1
+
+
 def test_a_gpu_for_every_rank_is_asked_for(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "2")
