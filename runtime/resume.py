@@ -79,7 +79,7 @@ def compare_ranks(config, ranks, code, contents):
     """Refuses ranks that would not train as one, in one line. contents: {source: what it holds}."""
     steps = [checkpoint.step_of(folder) for folder in checkpoint.steps(config.out)[:1]]
     newest = max([0, *steps])       # fewer than rank 0 has are none: its checkpoint is what counts
-    seen = {f"the newest step in {config.out}": max(newest, ranks.broadcast_object(newest)),
+    seen = {"the newest step in --out": max(newest, ranks.broadcast_object(newest)),
             "the code": code, "torch": torch.__version__}
     seen |= {name: value for name, value in asdict(config).items()
              if name not in OWN | {"sources"}}
