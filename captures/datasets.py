@@ -273,16 +273,17 @@ def read_re10k(path, place, model):
             raise LeftOut(path, "a time is not finite")
         time = int(row[0])
         where = f"{path}: {time}"
-        if time in times:
-            raise LeftOut(where, "a time is listed twice")
-        times.add(time)
         if any(row[5:7]):
             raise LeftOut(where, "the lens is distorted", f"k1 {row[5]:g}, k2 {row[6]:g}")
         if model and time not in depths:
             raise LeftOut(where, "no image of the COLMAP model")
         video = {} if place.is_dir() else {"time": time * MICROSECONDS}
         photo = place if video else frames.get(time, place / f"{time}.png")
-        return View(where, photo, opengl(cameras.re10k_w2c(row), where),
+        c2w = opengl(cameras.re10k_w2c(row), where)
+        if time in times:
+            raise LeftOut(where, "a time is listed twice")
+        times.add(time)
+        return View(where, photo, c2w,
                     Lens("PINHOLE", 1, 1, tuple(row[1:5])), depths.get(time), **video)
 
     return collect(view, sorted(rows, key=lambda row: (not math.isfinite(row[0]), row[0])))
