@@ -183,13 +183,13 @@ class Encoder:
         for problems, rows, known, done in one_ahead(self.launched(batches)):
             if done:
                 done.synchronize()
+            self.first = self.first or (len(problems), self.waited, time.perf_counter())
             rows = zip(*rows, () if known is None else known)
             for problem in problems:
                 next(self.ticks)
                 self.seen += 1
                 *made, depth = (None, None) if problem else next(rows)
                 yield problem, made, depth
-            self.first = self.first or (self.seen, self.waited, time.perf_counter())
 
     def scenes(self, shard):
         """Yields the members of every scene of a Shard, then writes its note. Raises Damaged where
