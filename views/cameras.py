@@ -104,12 +104,15 @@ def number(frame, field, low=0.0, high=math.inf, default=None):
     found = frame.get(field)
     if found is None:
         return default
-    if isinstance(found, bool) or not isinstance(found, int | float) or not low < found < high:
-        found = f"{str(found)[:40]!r}"
-        raise ValueError(f"{field} is {found}, it must be a number " + (
+    try:
+        value = math.nan if isinstance(found, bool | str) else float(found)
+    except (TypeError, OverflowError):
+        value = math.nan
+    if not low < value < high:
+        raise ValueError(f"{field} is {str(found)[:40]!r}, it must be a number " + (
             f"above {low:g}" if high == math.inf and low == 0 else
             "that is finite" if high == math.inf else f"between {low:g} and {high:g}"))
-    return float(found)
+    return value
 
 
 def transforms_lens(frame, size=None):
