@@ -1,27 +1,84 @@
 """Cameras: conventions, the geometry of a scene, and the pose vector T that conditions the network.
 
+In: camera-to-world matrices `cond_c2w` and `target_c2w` (b, 4, 4) of two views, the field of view
+`fov` (b,) in radians, and `scale` (b,), the length that counts as one. Out: T (b, 4 or 19).
+Read MODES first, then `conditioning`: which length counts as one is the question of the paper
+(ZeroNVS, arXiv:2310.17994, section 3.2), and MODES holds its answers.
+
 Every camera here is OpenGL (x right, y up, z towards the viewer) and camera-to-world, as a 4x4
-matrix `c2w`; the world has z up. T and its modes are ZeroNVS's (arXiv:2310.17994, section 3.2).
-Letters: `b` batch, `n` cameras of a scene, `h w` pixels.
+matrix `c2w`; the world has z up. Letters: `b` batch, `n` cameras of a scene, `h w` pixels.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-# The pose vector's width by mode: a 4x4 relative pose and three numbers of the field of view, or
-# zero123's four.
-T_WIDTH = {"3dof": 4, "7dof": 19, "7dof_unscaled": 19, "7dof_stereomag_scale": 19,
-           "7dof_quantile_scale": 19, "7dof_metric_scale": 19}
-# departs: the published training command passes 7dof_qs, a name that the reference's code rejects.
-ALIASES = {"7dof_qs": "7dof_quantile_scale"}
-
 SMALLEST_SCALE = 1e-2                       # translations are divided by no less
-LARGEST_ENTRY = 20.0                        # of the relative pose in the clipped modes
-TANH_GAIN, TANH_RANGE = 0.5, 10.0           # quantile mode: gain * range * tanh(t / range)
-STEREOMAG_RANGE = (0.1, 100.0)              # of the near-plane quantile
+LARGEST_ENTRY = 20.0                        # of the relative pose where it is clipped
+TANH_GAIN, TANH_RANGE = 0.5, 10.0           # squashed translations: gain * range * tanh(t / range)
+STEREOMAG_RANGE = (0.1, 100.0)              # near-plane quantiles are clipped to it
 QUANTILE, QUANTILE_STRIDE = 0.2, 4          # of the conditioning depth, every 4th row and column
 SMALLEST_SQUARES = 1e-3                     # of the metric depth, summed
+
+
+# ---- the modes
+
+@dataclass(frozen=True)
+class Mode:
+    """One way to tell the network where the target camera is."""
+    paper: str              # its row in the paper's table 4; "" is not in it
+    pose: str               # matrix: relative 4x4 pose and field of view | angles: zero123's four
+    unit: str               # the length that counts as one:
+                            #   scene      the scene's own unit, whatever it is
+                            #   cameras    mean distance of the scene's cameras to their mean
+                            #   nearplane  how near things come, over all views of the scene
+                            #   viewer     20% quantile of the conditioning view's dense depth
+                            #   metric     a metre, by a network that this project does not have
+    bound: str              # large entries are kept ("") | clipped (clip) | squashed (squash)
+    weights: str = ""       # the published checkpoint that learnt it
+
+    @property
+    def width(self):
+        """How many numbers T has."""
+        return 4 if self.pose == "angles" else 4 * 4 + 3
+
+    @property
+    def unscaled(self):
+        """Whether poses stay in the scene's own unit."""
+        return self.unit == "scene"
+
+    @property
+    def needs_depth(self):
+        """Whether the scale follows from the conditioning view's depth at every pixel."""
+        return self.unit in ("viewer", "metric")
+
+    @property
+    def needs_nearplane(self):
+        """Whether the scale follows from the depths of all views of the scene."""
+        return self.unit == "nearplane"
+
+
+MODES = {
+    "3dof": Mode("3DoF", "angles", "scene", "", weights="zero123-xl.ckpt"),
+    "7dof_unscaled": Mode("6DoF+1", "matrix", "scene", "clip"),
+    "7dof": Mode("6DoF+1, norm.", "matrix", "cameras", ""),
+    "7dof_stereomag_scale": Mode("6DoF+1, agg.", "matrix", "nearplane", "clip"),
+    "7dof_quantile_scale": Mode("6DoF+1, viewer", "matrix", "viewer", "squash",
+                                weights="zeronvs.ckpt"),
+    "7dof_metric_scale": Mode("", "matrix", "metric", ""),
+}
+NO_METRIC_DEPTH = ("mode 7dof_metric_scale needs a metric depth network, and there is none here: "
+                   "choose --mode=7dof_quantile_scale or --mode=7dof")
+# departs: 7dof_qs, which the published training command passes and the reference's code rejects, is
+# 7dof_quantile_scale.
+ALIASES = {"7dof_qs": "7dof_quantile_scale"}
+
+
+def mode_named(name):
+    """The Mode of that name or alias. ValueError lists the names."""
+    if ALIASES.get(name, name) not in MODES:
+        raise ValueError(f"mode {name!r} is not known, it is one of {', '.join(MODES)}")
+    return MODES[ALIASES.get(name, name)]
 
 
 # ---- conventions
@@ -70,8 +127,8 @@ class SceneGeometry:
 
 def focus_point(c2w):
     """The point (3,) of least squared distance to all optical axes; nan where no one is nearest."""
-    # departs: in the reference one camera, or parallel ones, end in a singular matrix or rounding
-    # noise.
+    # departs: one camera, or parallel ones, have no focus point (nan); in the reference they end
+    # in a singular matrix or in rounding noise.
     axis, position = c2w[:, :3, 2], c2w[:, :3, 3]
     across = torch.eye(3, dtype=c2w.dtype) - axis[:, :, None] * axis[:, None, :]    # (n, 3, 3)
     normal = (across.mT @ across).mean(0)
@@ -85,8 +142,8 @@ def scene_geometry(c2w):
     position = c2w[:, :3, 3]
     center, focus = position.mean(0), focus_point(c2w)
     from_center = (position - center).norm(dim=-1)
-    # quirk: this is the elevation above the focus point only for cameras on a circle around a
-    # vertical axis.
+    # quirk: a scene's "elevation" is the cameras' above its focus point only where they stand on a
+    # circle around a vertical axis.
     elevation = torch.rad2deg(torch.atan2((center - focus).norm(), from_center))
     return SceneGeometry(center, focus, from_center.mean(),
                          (position - focus).norm(dim=-1).mean(), elevation)
@@ -111,31 +168,24 @@ def spherical(position):
             position.norm(dim=-1))
 
 
-UNSCALED = ("3dof", "7dof_unscaled")        # modes that take poses in the scene's own unit
-
-
 def conditioning(mode, cond_c2w, target_c2w, fov, scale):
-    """The pose vector T (b, T_WIDTH[mode]), in the dtype of the poses.
+    """The pose vector T (b, MODES[mode].width), in the dtype of the poses.
 
-    cond_c2w, target_c2w: (b, 4, 4). fov: (b,) radians. scale: (b,) length that counts as one, in
-    the unit of the poses, as `scene radius`, `stereomag_scale`, `quantile_scale` or `metric_scale`
-    of the conditioning view give it; UNSCALED modes do not look at it.
+    mode: a name in MODES. cond_c2w, target_c2w: (b, 4, 4). fov: (b,) radians. scale: (b,) length
+    that counts as one, in the unit of the poses, as depth.py finds it; unscaled modes ignore it.
     """
-    mode = ALIASES.get(mode, mode)
-    if mode not in T_WIDTH:
-        raise ValueError(f"conditioning mode {mode!r} is not known, "
-                         f"it is one of {', '.join(T_WIDTH)}")
-    if mode == "3dof":
+    mode = mode_named(mode)
+    if mode.pose == "angles":
         (polar0, azimuth0, radius0), (polar, azimuth, radius) = (
             spherical(c2w[:, :3, 3]) for c2w in (cond_c2w, target_c2w))
         turn = azimuth - azimuth0
         return torch.stack([polar - polar0, turn.sin(), turn.cos(), radius - radius0], dim=-1)
     pose = relative_pose(cond_c2w, target_c2w)
-    if mode not in UNSCALED:
+    if not mode.unscaled:
         pose[:, :3, 3] /= scale.to(pose.dtype).clamp(min=SMALLEST_SCALE)[:, None]
-    if mode in ("7dof_unscaled", "7dof_stereomag_scale"):
+    if mode.bound == "clip":
         pose = pose.nan_to_num(0.0).clamp(-LARGEST_ENTRY, LARGEST_ENTRY)
-    elif mode == "7dof_quantile_scale":
+    elif mode.bound == "squash":
         pose[:, :3, 3] = TANH_GAIN * TANH_RANGE * torch.tanh(pose[:, :3, 3] / TANH_RANGE)
         pose = pose.nan_to_num(nan=0.0, posinf=TANH_RANGE, neginf=-TANH_RANGE)
     return torch.cat([pose.flatten(1), fov_encoding(fov.to(pose.dtype))], dim=-1)   # (b, 16 + 3)
@@ -155,6 +205,6 @@ def quantile_scale(depth):
 
 def metric_scale(metric, depth):
     """Factor (b,) from metric depth (b, h, w) to the scene's unit: least squares over depth > 0."""
-    known = depth > 0
-    product = torch.where(known, metric * depth, 0).flatten(1).sum(1)
-    return product / torch.where(known, metric**2, 0).flatten(1).sum(1).clamp(min=SMALLEST_SQUARES)
+    valid = depth > 0
+    product = torch.where(valid, metric * depth, 0).flatten(1).sum(1)
+    return product / torch.where(valid, metric**2, 0).flatten(1).sum(1).clamp(min=SMALLEST_SQUARES)

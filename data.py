@@ -15,12 +15,8 @@ import itertools
 import logging
 import math
 import multiprocessing
-import os
-import signal
 import struct
 import sys
-import threading
-import time
 from bisect import bisect_right
 from collections import Counter
 
@@ -29,15 +25,15 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 import camera
-from shards.scenes import distinct, images, open_source, some     # noqa: F401, data.images
+from runtime.workers import DEAD_WORKER, is_dead_worker, packed, start_worker, unpacked
 from shards.files import Damaged
+from shards.scenes import distinct, examples, images, open_source, whole_matrices
 
 log = logging.getLogger(__name__)
 
-DEAD_WORKER = "a loader process was killed, for want of memory or by somebody"
+__all__ = ["DEAD_WORKER", "Batches", "Pairs", "check_damage", "images", "is_dead_worker", "loader",
+           "open_source"]
 MAX_DRAWS = 100                     # draws for one pair before giving up
-ORPHANED = 2.0                      # seconds after which a worker looks whether its parent is there
-SMALL = 1 << 17                     # bytes up to which a tensor is sent between processes as bytes
 MIN_DRAWS = 200                     # draws before the share of damaged ones counts
 
 
@@ -50,12 +46,12 @@ class Pairs(Dataset):
     moments_target             float16 (2c, h, w), mean over logvar; of encoded shards
     mean_cond                  float16 (c, h, w); of encoded shards
     clip_cond                  float16 (d,), the embedding of the cond view; of encoded shards
-    scale                      float64 (), that of the cond view; encoded, in 7dof_quantile_scale
+    scale                      float64 (), that of the cond view; encoded, where it is the viewer's
     cond_c2w, target_c2w       float64 (4, 4), OpenGL
     fov                        float64 (), radians, of the scene's first stored view
     radius                     float64 (), of the scene
     nearplane                  float64 (), the scene's near-plane quantile; raw, nan in other modes
-    depth_cond                 float32 (s, s), 0 unknown; raw, in scenes.DEPTH_MODES
+    depth_cond                 float32 (s, s), 0 unknown; raw, where the mode needs_depth
     number                     int64 (), k
     uid                        "shard.tar:category/scene:i->j", i cond, j target, in frame order
     damage                     "source<tab>reason<tab>where", a line for each draw that failed
@@ -69,8 +65,7 @@ class Pairs(Dataset):
         if len(readers) != len(probabilities) or abs(sum(probabilities) - 1) > 1e-6:
             raise ValueError(f"{len(readers)} sources need as many probabilities of sum 1, "
                              f"not {list(probabilities)}")
-        if mode not in camera.T_WIDTH:
-            raise ValueError(f"mode {mode!r} is not one of {', '.join(camera.T_WIDTH)}")
+        camera.mode_named(mode)
         if any(reader.image_size != image_size for reader in readers):
             raise ValueError(f"image_size {image_size} is not that of the sources")
         kinds = {reader.name: reader.kind for reader in readers}
@@ -103,7 +98,7 @@ class Pairs(Dataset):
         return struct.unpack("<4Q", hashlib.blake2b(text.encode(), digest_size=32).digest())
 
     def draw(self, k, attempt=0):
-        """(source, what its `fill` takes) of pair k, after `attempt` damaged draws: scene, cond
+        """(source, what its `pair` takes) of pair k, after `attempt` damaged draws: scene, cond
         view, target view."""
         words = self.words(k, 0)
         if self.rounds is not None:
@@ -138,24 +133,31 @@ class Pairs(Dataset):
 
     def __getitems__(self, numbers):
         """A batch of pairs: the tensors of pairs[k] stacked, `uid` and `damage` lists."""
-        batch = self.readers[0].empty(len(numbers), self.mode)
-        found = [self.fill(batch, i, k) for i, k in enumerate(numbers)]
-        batch = {name: torch.from_numpy(values) for name, values in batch.items()}
-        uid, damage = zip(*found)
-        return {**batch, "number": torch.tensor(numbers), "uid": list(uid), "damage": list(damage)}
+        pairs = [self.read_pair(k) for k in numbers]
+        batch = {name: [pair[name] for pair in pairs] for name in pairs[0]}
+        lists = {name: batch.pop(name) for name in ("uid", "damage")}
+        batch = {name: np.stack(values) for name, values in batch.items()}
+        for name in ("cond_c2w", "target_c2w"):
+            batch[name] = whole_matrices(batch[name])
+        for name in batch.keys() & {"image_cond", "image_target"}:
+            # channels last, as PNGs are stored and convolutions like it
+            batch[name] = batch[name].transpose(0, 3, 1, 2)
+        return {**{name: torch.from_numpy(values) for name, values in batch.items()},
+                "number": torch.tensor(numbers), **lists}
 
-    def fill(self, batch, i, k):
-        """Puts pair k, or what replaces it, in place i of a batch; returns (uid, damage)."""
+    def read_pair(self, k):
+        """The dict of pair k, or of what replaces it, from its source's reader."""
         damage = []
         for attempt in range(MAX_DRAWS):
             source, *place = self.draw(k, attempt)
             reader = self.readers[source]
             try:
-                return reader.fill(batch, i, self.mode, *place), "\n".join(damage)
+                return {**reader.pair(self.mode, *place), "damage": "\n".join(damage)}
             except Damaged as err:
                 damage.append(f"{reader.name}\t{err.reason}\t{' '.join(str(err).split())}")
         found = sorted({line.split("\t")[2] for line in damage})
-        raise ValueError(f"source {reader.name!r}: {MAX_DRAWS} damaged draws on end: {some(found)}")
+        raise ValueError(f"source {reader.name!r}: {MAX_DRAWS} damaged draws on end: "
+                         f"{examples(found)}")
 
 
 # ---- loader
@@ -183,42 +185,6 @@ class Batches(Sampler):
             first = step * self.batch_size + self.offset
             for at in range(first, first + self.share, self.micro_batch):
                 yield list(range(at, min(at + self.micro_batch, first + self.share)))
-
-
-def start_worker(ending, worker):
-    """In a new loader process: a signal to stop is for the parent, which saves first and then ends
-    its workers. `ending` is set when the parent itself ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: ending.is_set() and os._exit(0))
-    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
-
-
-def end_with(parent):
-    """Ends this process when its parent is gone: batches that nobody takes would keep it for ever,
-    and with it the parent's memory on a GPU."""
-    while os.getppid() == parent:
-        time.sleep(ORPHANED)
-    os._exit(1)
-
-
-def packed(batch):
-    """A batch for its way out of a worker: small tensors as arrays, which are sent as bytes. Every
-    tensor would be a piece of shared memory of its own, which costs more than a copy."""
-    def small(value):       # arrays that are not contiguous would come out in another layout
-        return (isinstance(value, torch.Tensor) and value.nbytes < SMALL and value.is_contiguous())
-
-    return {name: value.numpy() if small(value) else value for name, value in batch.items()}
-
-
-def unpacked(batch):
-    """The inverse of `packed`."""
-    return {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-            for name, value in batch.items()}
-
-
-def is_dead_worker(err):
-    """Whether a RuntimeError is torch's, of a loader process that has died."""
-    return "DataLoader worker" in str(err)
 
 
 class Loader(DataLoader):
@@ -261,7 +227,7 @@ class Loader(DataLoader):
             if where not in self.logged:
                 self.logged[where] = None
                 self.say(f"{source}: another pair replaces a damaged one: {where}")
-        check_damage(*self.counts(), self.max_damaged, some(list(self.logged)))
+        check_damage(*self.counts(), self.max_damaged, examples(list(self.logged)))
 
     def counts(self):
         """Draws of this process so far, and how many of them were damaged."""

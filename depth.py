@@ -1,19 +1,29 @@
-"""Dense depth of one view: a disparity network, and its alignment to the view's sparse depth.
+"""The length that counts as one, where it follows from depth: a disparity network and its fit.
+
+In: views (b, 3, h, w) in [-1, 1] and their sparse depth (b, h, w), 0 where it is not known. Out:
+`viewer_scale` (b,), the 20% quantile of each view's dense depth, and `pose_vector` (b, 4 or 19), T
+of a batch of pairs. Read these two first, then `dense_depth`.
 
 `DPT` is MiDaS 3.1's DPT_SwinV2_T_256 (github.com/isl-org/MiDaS): a Swin Transformer V2 tiny encoder
 (arXiv:2111.09883) under the DPT decoder (arXiv:2103.13413). It answers disparity, that is inverse
-depth up to scale and shift, which `dense_depth` fits to the depths that are known.
+depth up to scale and shift.
 
 b batch, c channels, h w image or feature grid, m windows, n pixels of a window, d head width.
 """
 
 import math
+from collections import OrderedDict
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import camera
+
 DEPTH_RANGE = (1e-3, 1e3)  # disparities and depths are clipped to it: reference behaviour
+HOLES = ("the depth of the conditioning view has holes, and mode 7dof_quantile_scale needs all of "
+         "it: give --depth_weights=dpt_swin2_tiny_256.pt, which fills them, or choose --mode=7dof, "
+         "which takes the scale from the cameras")
 SINGULAR = 8  # a disparity that varies by less than this many units of rounding is constant
 
 PATCH = 4  # pixels along each side of an encoder token
@@ -23,9 +33,7 @@ BIAS_MAX = 16  # the sigmoid's multiple in it: the bias is between 0 and 16
 BIAS_EXTENT = 8  # relative positions are scaled to +-8 before their logarithm is taken
 MAX_LOGIT_SCALE = math.log(100)  # Swin V2 section 3.2: the temperature is 0.01 or more
 MASKED = -100.0  # what is added to the score of two pixels that are no neighbours
-CLASSES = 1000  # of the encoder's classifier
 HEAD_WIDTH = 32  # before the decoder's last convolution
-NAMES_SHOWN = 3  # keys of each kind that an error lists
 
 # What the file holds and disparity does not depend on. It stays in the state dict, untouched.
 UNUSED = {
@@ -33,8 +41,72 @@ UNUSED = {
     "pretrained.model.head.": "the encoder's ImageNet classifier",
     "scratch.refinenet4.resConfUnit1.": "the coarsest fusion has no finer stage to add",
 }
-# What files of other versions of timm have more or less. It follows from the sizes alone.
-DERIVED = (".attn_mask", ".relative_coords_table", ".relative_position_index", ".k_bias")
+
+
+# ---- the scale
+
+def pose_vector(batch, mode, depth_net=None, blend=True):
+    """The pose vectors T (b, d) float32 of a batch of pairs, as data.py delivers them.
+
+    depth_net: a DPT for views whose depth has holes, on the device of the batch's images. Raises
+    ValueError, naming the pair, where the mode needs depth that is not known.
+    """
+    scale = scale_of(batch, mode, depth_net, blend).to(batch["cond_c2w"].device)
+    return camera.conditioning(mode, batch["cond_c2w"], batch["target_c2w"], batch["fov"],
+                               scale).float()
+
+
+def scale_of(batch, mode, depth_net=None, blend=True):
+    """The length (b,) that a mode takes as one in each pair of a batch; see `pose_vector`."""
+    unit = camera.mode_named(mode).unit
+    if "scale" in batch:        # encoded shards hold the viewer's
+        return batch["scale"]
+    if unit == "metric":
+        raise ValueError(camera.NO_METRIC_DEPTH)
+    if unit == "nearplane":
+        return camera.stereomag_scale(batch["nearplane"])
+    if unit != "viewer":        # unscaled modes ignore it
+        return batch["radius"]
+    scale = viewer_scale(batch["depth_cond"], batch["image_cond"], depth_net, blend)
+    if scale.isnan().any():
+        raise ValueError(f"{batch['uid'][scale.isnan().int().argmax()]}: {HOLES}")
+    return scale
+
+
+def viewer_scale(sparse_depth, image, depth_net=None, blend=True):
+    """20% quantiles (b,) of the depths of views, in their unit; nan where there are holes.
+
+    sparse_depth: (b, h, w), 0 where unknown; depth_net: a DPT that fills the holes from image
+    (b, 3, h, w) in [-1, 1]; blend: known depths replace the network's.
+    """
+    if depth_net is None and not blend:
+        raise ValueError("quantile_blend=False takes scales from the depth network alone, and there"
+                         " is none: --depth_weights=dpt_swin2_tiny_256.pt brings it")
+    holes = (sparse_depth <= 0).flatten(1).any(1)
+    if depth_net is None or blend and not holes.any():
+        return camera.quantile_scale(sparse_depth).where(~holes, torch.nan)
+    with torch.autocast(image.device.type, enabled=False):      # bf16 is off by up to 1%
+        disparity = depth_net(image)
+    return camera.quantile_scale(dense_depth(disparity, sparse_depth.to(disparity.device), blend))
+
+
+def dense_depth(disparity, sparse_depth, blend):
+    """Depth at every pixel (b, h, w): 1 / (scale * disparity + shift), fitted to the sparse depth.
+
+    disparity: (b, h, w) of `DPT`; sparse_depth: (b, h, w), 0 where unknown, whose unit the result
+    has; blend: known depths replace fitted ones. The fit is to 1 / depth; both are clipped to
+    DEPTH_RANGE.
+    """
+    # quirk: no line is fitted to one disparity alone (a view with no known depth, or one): scale
+    # and shift are then 0, and the view is 1000 away everywhere.
+    if disparity.shape != sparse_depth.shape or sparse_depth.ndim != 3:
+        raise ValueError(f"disparity is {tuple(disparity.shape)} and depth "
+                         f"{tuple(sparse_depth.shape)}: both must be (b, h, w), of the same size")
+    valid = sparse_depth > 0
+    scale, shift = scale_and_shift(disparity, 1 / sparse_depth.clamp(*DEPTH_RANGE), valid)
+    fitted = scale[:, None, None] * disparity + shift[:, None, None]
+    fitted = 1 / fitted.clamp(*DEPTH_RANGE)
+    return sparse_depth.where(valid, fitted) if blend else fitted
 
 
 def scale_and_shift(disparity, target, mask):
@@ -42,9 +114,9 @@ def scale_and_shift(disparity, target, mask):
 
     disparity, target: (b, h, w); mask: (b, h, w) bool or 0/1. Returns scale (b,), shift (b,).
     Solved about the means: MiDaS's normal equations have the same solution, but cancel in float32.
-    # quirk: without two different disparities there is no line, and scale = shift = 0.
-    # departs: so it is where they differ by rounding alone; the reference's line is noise there.
     """
+    # departs: disparities that differ by rounding alone count as one, to which no line is fitted;
+    # the reference's line is noise there.
     mask = mask.bool().flatten(1)
     p = disparity.to(target.dtype).flatten(1).where(mask, 0)  # (b, h*w)
     y = target.flatten(1).where(mask, 0)  # (b, h*w)
@@ -59,59 +131,15 @@ def scale_and_shift(disparity, target, mask):
     return scale.where(regular, 0), shift.where(regular, 0)
 
 
-def dense_depth(disparity, depth, blend):
-    """Depth at every pixel (b, h, w): 1 / (scale * disparity + shift), fitted to the known depths.
-
-    disparity: (b, h, w) of `DPT`; depth: (b, h, w), 0 where unknown, whose unit the result has;
-    blend: known depths replace fitted ones. The fit is to 1 / depth, both clipped to DEPTH_RANGE.
-    # quirk: a view with no known depth, or only one, is DEPTH_RANGE[1] away everywhere.
-    """
-    if disparity.shape != depth.shape or depth.ndim != 3:
-        raise ValueError(f"disparity is {tuple(disparity.shape)} and depth {tuple(depth.shape)}: "
-                         "both must be (b, h, w), of the same size")
-    known = depth > 0
-    scale, shift = scale_and_shift(disparity, 1 / depth.clamp(*DEPTH_RANGE), known)
-    fitted = scale[:, None, None] * disparity + shift[:, None, None]
-    fitted = 1 / fitted.clamp(*DEPTH_RANGE)
-    return depth.where(known, fitted) if blend else fitted
-
-
-@torch.no_grad()
-def load(path):
-    """The frozen network of MiDaS's `dpt_swin2_tiny_256.pt`. ValueError if path is another file."""
-    from runtime import checkpoint
-
-    tensors = checkpoint.read(path)
-    model = DPT()
-    wanted = {name: w for name, w in model.state_dict().items() if not name.endswith(DERIVED)}
-    misfits = {
-        "missing": [name for name in wanted if name not in tensors],
-        "unexpected": [name for name in tensors
-                       if name not in wanted and not name.endswith(DERIVED)],
-        "misshapen": [],
-    }
-    for name in wanted.keys() & tensors.keys():
-        found = tensors[name]
-        if found.shape == wanted[name].shape:
-            wanted[name].copy_(found)
-        else:
-            misfits["misshapen"].append(
-                f"{name} {tuple(found.shape)}, not {tuple(wanted[name].shape)}")
-    if any(misfits.values()):
-        kinds = "; ".join(f"{len(names)} {kind}: {', '.join(sorted(names)[:NAMES_SHOWN])}"
-                          + (", ..." if len(names) > NAMES_SHOWN else "")
-                          for kind, names in misfits.items() if names)
-        raise ValueError(f"{path}: not DPT_SwinV2_T_256 (dpt_swin2_tiny_256.pt): {kinds}")
-    return model.eval().requires_grad_(False)
-
+# ---- the network
 
 class DPT(nn.Module):
     """Image to disparity. The defaults are DPT_SwinV2_T_256; state dict names are MiDaS's.
 
     image: (b, 3, h, w) in [-1, 1], which goes in as it is. Returns (b, h, w), 0 or more.
-    # departs: images of another size than the network's are resized to it, and the disparity back.
-    The reference refuses them.
     """
+    # departs: images of another size than the depth network's are resized to it, and the disparity
+    # back; the reference refuses them.
     def __init__(self, image_size=256, embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24),
                  window_size=16, features=256):
         super().__init__()
@@ -123,10 +151,9 @@ class DPT(nn.Module):
     def forward(self, image):
         if image.ndim != 4 or image.shape[1] != 3:
             raise ValueError(f"the image is {tuple(image.shape)}, must be (b, 3, h, w)")
-        size = image.shape[2:]
         x = resize(image, (self.image_size, self.image_size))  # (b, 3, image_size, image_size)
         disparity = self.scratch(*self.pretrained.model(x))  # (b, 1, image_size, image_size)
-        return resize(disparity, size).squeeze(1)  # (b, h, w)
+        return resize(disparity, image.shape[2:]).squeeze(1)  # (b, h, w)
 
 
 def resize(x, size):
@@ -144,14 +171,17 @@ class SwinV2(nn.Module):
         super().__init__()
         self.patch_embed = PatchEmbed(embed_dim)
         self.layers = nn.ModuleList()
-        dim, size = embed_dim, image_size // PATCH
         for i, (depth, heads) in enumerate(zip(depths, num_heads, strict=True)):
-            last = i == len(depths) - 1
-            self.layers.append(Stage(dim, size, depth, heads, min(window_size, size), last))
-            if not last:
-                dim, size = 2 * dim, size // 2
+            dim, size = embed_dim * 2**i, image_size // (PATCH * 2**i)
+            window = min(window_size, size)
+            assert size % window == 0, f"windows of {window} do not tile a grid of {size}"
+            shift = window // 2 if window < size else 0  # of every second block
+            self.layers.append(nn.ModuleDict({
+                "blocks": nn.ModuleList(Block(dim, size, heads, window, shift if j % 2 else 0)
+                                        for j in range(depth)),
+                "downsample": PatchMerging(dim) if i < len(depths) - 1 else nn.Identity()}))
         self.norm = nn.LayerNorm(dim)
-        self.head = nn.Linear(dim, CLASSES)
+        self.head = nn.Linear(dim, 1000)  # of ImageNet
 
     def forward(self, x):
         x = self.patch_embed(x)  # (b, s/4, s/4, c)
@@ -175,17 +205,6 @@ class PatchEmbed(nn.Module):
         return self.norm(self.proj(x).permute(0, 2, 3, 1))  # (b, h/4, w/4, c)
 
 
-class Stage(nn.Module):
-    """The blocks of one resolution, every second with shifted windows, and the way to the next."""
-    def __init__(self, dim, size, depth, heads, window, last):
-        super().__init__()
-        assert size % window == 0, f"windows of {window} do not tile a grid of {size}"
-        shift = window // 2 if window < size else 0
-        self.blocks = nn.ModuleList(Block(dim, size, heads, window, shift if i % 2 else 0)
-                                    for i in range(depth))
-        self.downsample = nn.Identity() if last else PatchMerging(dim)
-
-
 class PatchMerging(nn.Module):
     """Tokens (b, h, w, c) -> (b, h/2, w/2, 2c): four neighbours, column by column, become one."""
     def __init__(self, dim):
@@ -206,7 +225,8 @@ class Block(nn.Module):
         self.window, self.shift = window, shift
         self.attn = WindowAttention(dim, heads, window)
         self.norm1 = nn.LayerNorm(dim)
-        self.mlp = MLP(dim)
+        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(dim, MLP_RATIO * dim), act=nn.GELU(),
+                                             fc2=nn.Linear(MLP_RATIO * dim, dim)))
         self.norm2 = nn.LayerNorm(dim)
         self.register_buffer("attn_mask", shift_mask(size, window, shift) if shift else None)
 
@@ -221,17 +241,6 @@ class Block(nn.Module):
         y = y.reshape(b, h, w, c).roll((self.shift, self.shift), (1, 2))  # (b, h, w, c)
         x = x + self.norm1(y)
         return x + self.norm2(self.mlp(x))
-
-
-class MLP(nn.Module):
-    """Two linear layers with a GELU between them. x: (..., c)."""
-    def __init__(self, dim):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, MLP_RATIO * dim)
-        self.fc2 = nn.Linear(MLP_RATIO * dim, dim)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class WindowAttention(nn.Module):
@@ -284,27 +293,23 @@ def relative_positions(window):
 
 
 def shift_mask(size, window, shift):
-    """Scores' mask (m, n, n): a grid rolled by `shift` has its opposite sides in one window."""
+    """Scores' mask (m, n, n): it parts what the roll by `shift` brings into one window."""
     i = torch.arange(size)
     side = (i >= size - window).int() + (i >= size - shift).int()
     region = 3 * side[:, None] + side  # (size, size), 0 to 8
-    region = region.unfold(0, window, window).unfold(1, window, window)
-    region = region.reshape(-1, window**2)  # (m, n)
-    return torch.where(region[:, :, None] == region[:, None], 0.0, MASKED)
+    region = region.unfold(0, window, window).unfold(1, window, window).flatten(2).flatten(0, 1)
+    return torch.where(region[:, :, None] == region[:, None], 0.0, MASKED)  # (m, n, n)
 
 
 class Decoder(nn.Module):
     """DPT's fusion of `SwinV2`'s four stages, coarse to fine. Returns (b, 1, s, s), 0 or more."""
     def __init__(self, embed_dim, features):
         super().__init__()
-        self.layer1_rn = nn.Conv2d(embed_dim, features, 3, padding=1, bias=False)
-        self.layer2_rn = nn.Conv2d(embed_dim * 2, features, 3, padding=1, bias=False)
-        self.layer3_rn = nn.Conv2d(embed_dim * 4, features, 3, padding=1, bias=False)
-        self.layer4_rn = nn.Conv2d(embed_dim * 8, features, 3, padding=1, bias=False)
-        self.refinenet1 = Fusion(features)
-        self.refinenet2 = Fusion(features)
-        self.refinenet3 = Fusion(features)
-        self.refinenet4 = Fusion(features)
+        for i, scale in enumerate((1, 2, 4, 8), 1):
+            conv = nn.Conv2d(scale * embed_dim, features, 3, padding=1, bias=False)
+            self.add_module(f"layer{i}_rn", conv)
+        for i in (1, 2, 3, 4):
+            self.add_module(f"refinenet{i}", Fusion(features))
         self.output_conv = nn.Sequential(
             nn.Conv2d(features, features // 2, 3, padding=1),
             nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True),

@@ -1,9 +1,15 @@
-"""Samplers: from pure noise to a clean latent, with a network that predicts the noise.
+"""Diffusion: random numbers, the noise schedule, and samplers from pure noise to a clean latent.
 
-DDIM (arXiv:2010.02502), DPM-Solver++(2M) (arXiv:2211.01095), UniPC (arXiv:2302.04867), and
-classifier-free guidance (arXiv:2207.12598). Every sampler follows a function `eps(z_t, t)` of
-the noisy latent (b, c, h, w) and the timestep, a python number; `guided` makes it of a network.
-`abar` is the schedule's alpha-bar at timesteps 0 .. n-1. b batch, c channels, h w latent grid.
+    draw:    seed, numbers of pairs (b,), latent's shape -> Draws: t (b,), noise (b, c, h, w), ...
+    sample:  eps(z_t, t), z_T (b, c, h, w) -> z_0 (b, c, h, w)
+    novel_views: a ZeroNVS, a photo (1, 3, h, w), poses T (b, d) -> views (b, 3, h, w)
+
+Training is in model.py (ZeroNVS.forward) and takes from here the schedule and Draws. Read first:
+uniform, why any batch can be drawn again; schedule_buffers; guided; ddim. Every sampler follows a
+function `eps(z_t, t)` of the noisy latent and the timestep, a python number.
+DDIM: arXiv:2010.02502. DPM-Solver++(2M): arXiv:2211.01095. UniPC: arXiv:2302.04867. Classifier-free
+guidance: arXiv:2207.12598. `abar` is the schedule's alpha-bar at timesteps 0 .. n-1.
+Letters: `b` batch, `c` channels, `h w` latent grid, `d` pose width.
 """
 
 import math
@@ -11,9 +17,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-
-from engine import kernels
-from engine.kernels import begin, early, tl, triton
 
 BETA_START, BETA_END = 0.00085, 0.0120
 SAMPLERS = ("ddim", "reference", "dpm++", "unipc")
@@ -23,13 +26,11 @@ EVERYWHERE = (0, TIMESTEPS)         # guidance interval: the timesteps at which 
 AHEAD = 50                          # steps whose noise is drawn at once
 DECODED = 8                         # views that are decoded at once, for memory's sake
 
-
 # Streams: what is drawn for a number. A sampler draws its first latent from SAMPLE, and the noise
 # of its step k, counted from 0, from SAMPLE + 1 + k.
 TIMESTEP, DROP, POSTERIOR, NOISE, SAMPLE = range(5)
 PHILOX_M, PHILOX_W = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
 PHILOX_ROUNDS, WORD = 10, 0xFFFFFFFF
-BLOCKS = 256                # of four words, of one program of the kernel
 
 
 # ---- randomness
@@ -54,9 +55,8 @@ def uniform(seed, stream, numbers, count):
     seed: int from 0. stream: int from 0, or (b,) int64, one of each row. numbers: (b,) int64 from
     0, those of the pairs or views.
     """
-    # departs: the reference draws from a generator, so that a row depends on all that came before
-    if kernels.enabled and numbers.is_cuda:
-        return kernel_uniform(seed, stream, numbers, count)
+    # departs: noise, timesteps and dropped conditions are functions of the seed and the number of
+    # a pair or view; the reference draws from a generator, whose state depends on all before it
     block = torch.arange(-(-count // 4), device=numbers.device)[None]
     number = numbers[:, None]
     stream = (stream[:, None] if isinstance(stream, torch.Tensor)
@@ -67,36 +67,9 @@ def uniform(seed, stream, numbers, count):
     return ((words.flatten(1)[:, :count] >> 9).float() + 0.5) * 2.0**-23
 
 
-if triton is not None:
-    @triton.jit(do_not_specialize=["key", "key_high", "stream"])
-    def uniform_kernel(key, key_high, stream, streams, numbers, y, count, BLOCKS: tl.constexpr):
-        """What `uniform` draws, the same bits, in one kernel; streams (b,), or None for one."""
-        begin()
-        row = tl.program_id(0).to(tl.int64)
-        block, number = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS), tl.load(numbers + row)
-        if streams is not None:
-            stream = tl.load(streams + row)
-        zero = (block * 0).to(tl.uint32)
-        words = tl.philox_impl(block.to(tl.uint32), zero + stream.to(tl.uint32),
-                               zero + number.to(tl.uint32), zero + (number >> 32).to(tl.uint32),
-                               key.to(tl.uint32), key_high.to(tl.uint32))
-        for i in tl.static_range(4):
-            value = ((words[i] >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07      # 2**-23
-            tl.store(y + row * count + 4 * block + i, value, 4 * block + i < count)
-
-
-def kernel_uniform(seed, stream, numbers, count):
-    """See uniform."""
-    y = torch.empty(len(numbers), count, device=numbers.device)
-    streams = stream.contiguous() if isinstance(stream, torch.Tensor) else None
-    uniform_kernel[len(numbers), triton.cdiv(count, 4 * BLOCKS)](
-        seed & WORD, seed >> 32 & WORD, 0 if streams is not None else stream, streams,
-        numbers.contiguous(), y, count, BLOCKS, **early())
-    return y
-
-
-def normal(seed, stream, numbers, shape):
-    """Standard normal float32 (b, *shape) by Box and Muller's transform of `uniform`."""
+def normal(seed, stream, numbers, shape, uniform=uniform):
+    """Standard normal float32 (b, *shape) by Box and Muller's transform of `uniform`, or of another
+    function that draws the same numbers."""
     count = math.prod(shape)
     u, v = uniform(seed, stream, numbers, count + count % 2).chunk(2, dim=1)
     radius, angle = (-2 * u.log()).sqrt(), 2 * math.pi * v
@@ -108,9 +81,11 @@ def normal(seed, stream, numbers, shape):
 
 def schedule_buffers():
     """The twelve float32 tables (1000,) of DDPM (arXiv:2006.11239), by their checkpoint names."""
-    betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, TIMESTEPS, dtype=torch.float64)**2
+    # the CPU's under torch.device("meta") too: arithmetic there imports PyTorch's compiler, 4 s
+    betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, TIMESTEPS, dtype=torch.float64,
+                           device="cpu")**2
     abar = (1 - betas).cumprod(0)
-    abar_prev = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
+    abar_prev = torch.cat([betas.new_ones(1), abar[:-1]])
     variance = betas * (1 - abar_prev) / (1 - abar)                 # eq. 7
     smallest = 1e-20                                                # the variance of step 0 is 0
     tables = {
@@ -130,84 +105,92 @@ def schedule_buffers():
     return {name: table.float() for name, table in tables.items()}
 
 
-# ---- what chance decides
+# ---- the random numbers of training
 
 @dataclass
 class Draws:
-    """What chance decides about a batch. t (b,) int64; u (b,) which conditions are dropped; the
-    posterior's and the diffusion's noise (b, c, h, w)."""
+    """The random numbers of a training batch: t (b,) int64; u (b,) decides which conditions are
+    dropped; the posterior's and the diffusion's noise (b, c, h, w)."""
     t: torch.Tensor
     u: torch.Tensor
     posterior_noise: torch.Tensor
     noise: torch.Tensor
 
 
-def draw(seed, numbers, shape):
+def draw(seed, numbers, shape, uniform=uniform):
     """Draws for the pairs `numbers` (b,) of latents of `shape` (c, h, w)."""
     return Draws(t=(uniform(seed, TIMESTEP, numbers, 1)[:, 0] * TIMESTEPS).long(),
                  u=uniform(seed, DROP, numbers, 1)[:, 0],
-                 posterior_noise=normal(seed, POSTERIOR, numbers, shape),
-                 noise=normal(seed, NOISE, numbers, shape))
+                 posterior_noise=normal(seed, POSTERIOR, numbers, shape, uniform),
+                 noise=normal(seed, NOISE, numbers, shape, uniform))
+
+
+# ---- timesteps of a sampler
+
+def plan(abar, sampler, steps, spacing="auto"):
+    """(t, levels) of `grid` for a sampler. Raises ValueError for what no sampler can do."""
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler {sampler!r} is not known, it is one of {', '.join(SAMPLERS)}")
+    if sampler == "reference" and spacing != "auto":
+        raise ValueError(f"spacing {spacing!r} does not apply to the reference's own schedule")
+    if spacing == "auto":
+        # departs: timesteps trail by default, so that the first is the noisiest; the reference's
+        # lead, and of few steps its first is far from the pure noise that it is given
+        spacing = "reference" if sampler == "reference" else "trailing"
+    return grid(abar, steps, spacing)
+
+
+def grid(abar, steps, spacing):
+    """(t, levels): timesteps to evaluate at, noisiest first; abar at each of them and at the end.
+
+    trailing: equal steps that begin at the noisiest timestep (arXiv:2305.08891). leading: equal
+    steps that end at the cleanest, as DDIM's own code has them. logsnr: equal steps of
+    log(sqrt(abar / (1 - abar))) from the noisiest to the cleanest, t fractional. reference:
+    leading, exactly as the reference runs it.
+    """
+    abar = abar.detach().double().cpu()
+    n = len(abar)
+    if not 1 <= steps <= n:
+        raise ValueError(f"{steps} sampling steps: there can be 1 to {n}")
+    # departs: samplers end at abar 1, a clean latent; the reference ends at abar[0], with noise
+    # left in it, and so does our sampler "reference"
+    end = 1.0
+    if spacing == "leading":
+        t = ddim_timesteps(steps, n)[::-1]
+    elif spacing == "trailing":
+        t = [round(n - k * n / steps) - 1 for k in range(steps)]
+    elif spacing == "reference":
+        t, end = reference_timesteps(steps, n)[::-1], abar[0].item()
+    elif spacing == "logsnr":
+        table = (abar / (1 - abar)).log().div(2).flip(0).numpy()        # ascending, t = n-1 .. 0
+        lam = np.linspace(table[0], table[-1], steps)
+        t = np.interp(lam, table, np.arange(n - 1, -1, -1)).tolist()
+        return t, [*(1 / (1 + np.exp(-2 * lam))).tolist(), end]
+    else:
+        raise ValueError(f"spacing {spacing!r} is not known, it is one of {', '.join(SPACINGS)}")
+    return t, [*abar[t].tolist(), end]
+
+
+def ddim_timesteps(steps, n=TIMESTEPS):
+    """The `steps` timesteps of leading DDIM, ascending: 1, 21, ..., 981 for 50 of 1000."""
+    # departs: leading DDIM runs exactly the steps asked for; the reference runs more where 1000 is
+    # no multiple of them, and fails at 1000
+    if not 1 <= steps <= n:
+        raise ValueError(f"{steps} sampling steps: there can be 1 to {n}")
+    first = 1 if steps < n else 0
+    return [k * n // steps + first for k in range(steps)]
+
+
+def reference_timesteps(steps, n=TIMESTEPS):
+    """The timesteps that the reference's DDIM runs, ascending: 1, 21, ..., 961 for 50 of 1000."""
+    # quirk: the sampler "reference" never runs the noisiest timestep of its table, so that 50 steps
+    # are 49 evaluations
+    if not 2 <= steps <= n // 2:
+        raise ValueError(f"{steps} sampling steps: the reference's schedule can have 2 to {n // 2}")
+    return [t + 1 for t in range(0, n, n // steps)][:-1]
 
 
 # ---- samplers
-
-@torch.no_grad()
-def novel_views(model, image_cond, T, numbers, seed=0, sampler="ddim", steps=50, eta=1.0,
-                guidance=3.0, interval=EVERYWHERE, spacing="auto", watch=None):
-    """Views of what `image_cond` shows, as the camera conditioning T asks: (b, 3, h, w) in [-1, 1].
-
-    image_cond (b, 3, h, w) in [-1, 1], or (1, 3, h, w) for all views, which encodes it once; T
-    (b, d). The noise of row i is a function of (seed, numbers[i]) alone, so equal numbers share
-    their noise and the batch size changes nothing. The rest is as in `guided` and `sample`.
-    """
-    z_cond, embedding = model.encode(image_cond)[0], model.embed(image_cond)
-    return encoded_views(model, z_cond, embedding, T, numbers, seed, sampler, steps, eta, guidance,
-                         interval, spacing, watch)
-
-
-@torch.no_grad()
-def encoded_views(model, z_cond, embedding, T, numbers, seed=0, sampler="ddim", steps=50, eta=1.0,
-                  guidance=3.0, interval=EVERYWHERE, spacing="auto", watch=None, fast=None):
-    """`novel_views` of an image whose latent (posterior's mode) and embedding are known.
-
-    z_cond (b or 1, c, h, w), embedding (b or 1, e). fast: the fast.Fast of the model.
-    """
-    dtype = next(model.model.parameters()).dtype
-    z_cond = z_cond.to(dtype).expand(len(T), -1, -1, -1)
-    context = model.context(embedding.expand(len(T), -1), T.to(z_cond.device)).to(dtype)
-    shape, numbers = z_cond.shape[1:], torch.as_tensor(numbers, device=z_cond.device)
-    if fast is None:
-        follow = guided(model.eps, z_cond, context, guidance, interval)
-    else:
-        t, _ = plan(model.alphas_cumprod, sampler, steps, spacing)
-        follow = fast.guided(z_cond, context, guidance, interval, t)
-    z_T = normal(seed, SAMPLE, numbers, shape)
-    z_0 = sample(follow, z_T, model.alphas_cumprod, sampler, steps, eta,
-                 step_noise(seed, numbers, shape), spacing, watch)
-    decode = fast.decode if fast else model.decode
-    return torch.cat([decode(part).float().clamp(-1, 1) for part in z_0.split(DECODED)])
-
-
-def step_noise(seed, numbers, shape):
-    """The function k -> noise (b, *shape) of a sampler's step k, for the views `numbers` (b,).
-
-    It draws AHEAD steps at once: one step's few numbers would keep an accelerator waiting.
-    """
-    drawn = {}
-
-    def noise(k):
-        if k not in drawn:
-            drawn.clear()
-            ahead = torch.arange(k, k + AHEAD, device=numbers.device)
-            # every pair of a step and a view is a row
-            rows = normal(seed, SAMPLE + 1 + ahead.repeat_interleave(len(numbers)),
-                          numbers.repeat(AHEAD), shape)
-            drawn.update(zip(range(k, k + AHEAD), rows.unflatten(0, (AHEAD, -1))))
-        return drawn[k]
-
-    return noise
-
 
 def guided(eps, z_cond, context, guidance=3.0, interval=EVERYWHERE):
     """The function (z_t, t) that samplers follow, of a network eps(z_t, t, z_cond, context).
@@ -249,69 +232,6 @@ def sample(eps, z_T, abar, sampler="ddim", steps=50, eta=1.0, noise=None, spacin
     if sampler == "unipc":
         return solve(eps, z_T, t, levels, watch, correct=True)
     return ddim(eps, z_T, t, levels, eta, noise, watch)
-
-
-def plan(abar, sampler, steps, spacing="auto"):
-    """(t, levels) of `grid` for a sampler. Raises ValueError for what no sampler can do."""
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler {sampler!r} is not known, it is one of {', '.join(SAMPLERS)}")
-    if sampler == "reference" and spacing != "auto":
-        raise ValueError(f"spacing {spacing!r} does not apply to the reference's own schedule")
-    if spacing == "auto":
-        # departs: the reference leads, and of few steps its first is far from the noise it is given
-        spacing = "reference" if sampler == "reference" else "trailing"
-    return grid(abar, steps, spacing)
-
-
-def ddim_timesteps(steps, n=TIMESTEPS):
-    """The `steps` timesteps of leading DDIM, ascending: 1, 21, ..., 981 for 50 of 1000.
-
-    # departs: the reference has more of them where n is no multiple of `steps`, and fails at n.
-    """
-    if not 1 <= steps <= n:
-        raise ValueError(f"{steps} sampling steps: there can be 1 to {n}")
-    first = 1 if steps < n else 0
-    return [k * n // steps + first for k in range(steps)]
-
-
-def reference_timesteps(steps, n=TIMESTEPS):
-    """The timesteps that the reference's DDIM runs, ascending: 1, 21, ..., 961 for 50 of 1000.
-
-    # quirk: the noisiest timestep of its table is never run: steps - 1 evaluations.
-    """
-    if not 2 <= steps <= n // 2:
-        raise ValueError(f"{steps} sampling steps: the reference's schedule can have 2 to {n // 2}")
-    return [t + 1 for t in range(0, n, n // steps)][:-1]
-
-
-def grid(abar, steps, spacing):
-    """(t, levels): timesteps to evaluate at, noisiest first; abar at each of them and at the end.
-
-    trailing: equal steps that begin at the noisiest timestep (arXiv:2305.08891). leading: equal
-    steps that end at the cleanest, as DDIM's own code has them. logsnr: equal steps of
-    log(sqrt(abar / (1 - abar))) from the noisiest to the cleanest, t fractional. reference:
-    leading, exactly as the reference runs it.
-    """
-    abar = abar.detach().double().cpu()
-    n = len(abar)
-    if not 1 <= steps <= n:
-        raise ValueError(f"{steps} sampling steps: there can be 1 to {n}")
-    # departs: all end at abar 1, a clean latent; the reference ends at abar[0] with noise left in
-    end = 1.0
-    if spacing == "leading":
-        t = ddim_timesteps(steps, n)[::-1]
-    elif spacing == "trailing":
-        t = [round(n - k * n / steps) - 1 for k in range(steps)]
-    elif spacing == "reference":
-        t, end = reference_timesteps(steps, n)[::-1], abar[0].item()
-    elif spacing == "logsnr":
-        known = (abar / (1 - abar)).log().div(2).flip(0).numpy()        # ascending, t = n-1 .. 0
-        wanted = np.linspace(known[0], known[-1], steps)
-        t = np.interp(wanted, known, np.arange(n - 1, -1, -1)).tolist()
-        return t, [*(1 / (1 + np.exp(-2 * wanted))).tolist(), end]
-    else:
-        raise ValueError(f"spacing {spacing!r} is not known, it is one of {', '.join(SPACINGS)}")
-    return t, [*abar[t].tolist(), end]
 
 
 def ddim_sigma(abar, abar_prev, eta):
@@ -373,3 +293,64 @@ def corrected(start, z_0, alpha, sigma, lam, k):
         change = (first * (z_0[k - 2] - z_0[k - 1]) / r
                   + (phi_2 / phi_1 - first) * (z_0[k] - z_0[k - 1]))
     return sigma[k] / sigma[k - 1] * start - alpha[k] * phi_1 * (z_0[k - 1] + change)
+
+
+# ---- views
+
+@torch.no_grad()
+def novel_views(model, image_cond, T, numbers, seed=0, sampler="ddim", steps=50, eta=1.0,
+                guidance=3.0, interval=EVERYWHERE, spacing="auto", watch=None):
+    """Views of what `image_cond` shows, as the camera conditioning T asks: (b, 3, h, w) in [-1, 1].
+
+    image_cond (b, 3, h, w) in [-1, 1], or (1, 3, h, w) for all views, which encodes it once; T
+    (b, d). The noise of row i is a function of (seed, numbers[i]) alone, so equal numbers share
+    their noise and the batch size changes nothing. The rest is as in `guided` and `sample`.
+    """
+    z_cond, embedding = model.encode(image_cond)[0], model.embed(image_cond)
+    return encoded_views(model, z_cond, embedding, T, numbers, seed, sampler, steps, eta, guidance,
+                         interval, spacing, watch)
+
+
+@torch.no_grad()
+def encoded_views(model, z_cond, embedding, T, numbers, seed=0, sampler="ddim", steps=50, eta=1.0,
+                  guidance=3.0, interval=EVERYWHERE, spacing="auto", watch=None, fast=None):
+    """`novel_views` of an image whose latent (posterior's mode) and embedding are known.
+
+    z_cond (b or 1, c, h, w), embedding (b or 1, e). fast: an engine.Sampler of the model,
+    which evaluates the same functions sooner.
+    """
+    dtype = next(model.model.parameters()).dtype
+    z_cond = z_cond.to(dtype).expand(len(T), -1, -1, -1)
+    context = model.context(embedding.expand(len(T), -1), T.to(z_cond.device)).to(dtype)
+    shape, numbers = z_cond.shape[1:], torch.as_tensor(numbers, device=z_cond.device)
+    if fast is None:
+        follow, decode, draw_uniform = (guided(model.eps, z_cond, context, guidance, interval),
+                                        model.decode, uniform)
+    else:
+        t, _ = plan(model.alphas_cumprod, sampler, steps, spacing)
+        follow, decode, draw_uniform = (fast.guided(z_cond, context, guidance, interval, t),
+                                        fast.decode, fast.uniform)
+    z_T = normal(seed, SAMPLE, numbers, shape, draw_uniform)
+    z_0 = sample(follow, z_T, model.alphas_cumprod, sampler, steps, eta,
+                 step_noise(seed, numbers, shape, draw_uniform), spacing, watch)
+    return torch.cat([decode(part).float().clamp(-1, 1) for part in z_0.split(DECODED)])
+
+
+def step_noise(seed, numbers, shape, uniform=uniform):
+    """The function k -> noise (b, *shape) of a sampler's step k, for the views `numbers` (b,).
+
+    It draws AHEAD steps at once: one step's few numbers would keep an accelerator waiting.
+    """
+    drawn = {}
+
+    def noise(k):
+        if k not in drawn:
+            drawn.clear()
+            ahead = torch.arange(k, k + AHEAD, device=numbers.device)
+            # every pair of a step and a view is a row
+            rows = normal(seed, SAMPLE + 1 + ahead.repeat_interleave(len(numbers)),
+                          numbers.repeat(AHEAD), shape, uniform)
+            drawn.update(zip(range(k, k + AHEAD), rows.unflatten(0, (AHEAD, -1))))
+        return drawn[k]
+
+    return noise

@@ -22,12 +22,13 @@ from PIL import Image
 from tqdm import tqdm
 
 import diffusion
+import engine
 import camera
 from runtime import checkpoint
-import clip
 import configs
 import data
 import depth
+from runtime import networks
 from analysis import metrics
 import model
 from runtime import command as options
@@ -59,7 +60,8 @@ def held_out_pairs(config, count, fewer=False):
     """`count` fixed pairs of held-out views, spread evenly over the scenes: a Dataset. Raises
     ValueError where there are not so many; with `fewer` it takes what there is."""
     sources = held_out_sources(config)
-    readers = [data.open_source(s, config.data, config.image_size, held_out=True) for s in sources]
+    readers = [data.open_source(s, config.data, config.image_size, held_out=True,
+                                patience=config.web_patience) for s in sources]
     total = sum(s.probability for s in sources)
     pairs = data.Pairs(readers, [s.probability / total for s in sources], config.seed,
                        config.image_size, config.mode, ordered=True)
@@ -83,7 +85,7 @@ def views_of(net, batch, config, depth_net=None):
     """The model's answer to a batch of pairs, and the two true views: three of (b, 3, h, w)."""
     device = net.betas.device
     batch["image_cond"] = image_cond = data.images(batch["image_cond"].to(device))
-    T = model.pose_vector(batch, config.mode, depth_net, config.quantile_blend).to(device)
+    T = depth.pose_vector(batch, config.mode, depth_net, config.quantile_blend).to(device)
     views = novel_views(net, image_cond, T, batch["number"].tolist(), config.seed, config.sampler,
                         config.sample_steps, config.eta, config.guidance)
     return views, image_cond, data.images(batch["image_target"].to(device))
@@ -121,10 +123,10 @@ def validation_loss(net, pairs, config, depth_net=None):
     for places in batches(pairs, config):
         batch = torch.utils.data.default_collate([pairs[k] for k in places])
         batch["image_cond"] = image_cond = data.images(batch["image_cond"].to(device))
-        T = model.pose_vector(batch, config.mode, depth_net, config.quantile_blend).to(device)
+        T = depth.pose_vector(batch, config.mode, depth_net, config.quantile_blend).to(device)
         mean, logvar = net.encode(data.images(batch["image_target"].to(device)))
         z_cond, embedding = net.encode(image_cond)[0], net.embed(image_cond)
-        draws = diffusion.draw(config.seed, batch["number"].to(device), shape)
+        draws = engine.draw(config.seed, batch["number"].to(device), shape)
         for band in range(BANDS):
             inside = replace(draws, t=band * width + draws.t // BANDS)
             losses[band].append(net(mean, logvar, z_cond, embedding, T, inside, (0, 0, 0)).cpu())
@@ -174,7 +176,7 @@ def judges_of(net, config, args):
                      "two files) gives its weights")
     embed = net.embed if config.latent == "vae" else None
     if args.clip:
-        embed = clip.load(args.clip).to(device).eval().encode_image
+        embed = networks.load_clip(args.clip).to(device).eval().encode_image
     if embed:
         judges["clip"] = lambda view, truth: torch.cosine_similarity(embed(view), embed(truth))
     else:
@@ -284,7 +286,7 @@ def load_depth(config, device):
     """The depth network of a Config, or nothing where it names no weights."""
     if not config.depth_weights:
         return None
-    return depth.load(config.depth_weights).to(device).eval()
+    return networks.load_depth(config.depth_weights).to(device).eval()
 
 
 def parser():

@@ -1,5 +1,9 @@
-"""The network that ZeroNVS trains: a UNet over noisy latents, told the view and the pose.
+"""The network that ZeroNVS trains: a UNet that sees noisy latents, the photo and the pose.
 
+    UNet:    x (b, 8, h, w), noisy latent and the photo's; t (b,); context (b, 1, e) -> (b, 4, h, w)
+    ZeroNVS: posteriors, image embedding, pose T (b, d) and Draws -> the loss of each pair (b,)
+
+Read first: ZeroNVS.forward, the loss in twelve lines; then UNet.forward, ResBlock, Attention.
 UNet: Stable Diffusion 1's (arXiv:2112.10752). Conditioning: zero123's (arXiv:2303.11328), a latent
 concatenated to the input and one context token. Module names are the checkpoint's, in its order.
 Letters: `b` batch, `c` channels, `h w` latent grid, `n` tokens, `d` head or pose width, `e`
@@ -14,15 +18,13 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import camera
-import depth
 import vae
 from clip import CLIP
-from engine.geglu import geglu
 from diffusion import schedule_buffers
-from engine.norm import GroupNorm
 from vae import Upsample
 
-RES_EPS, TRANSFORMER_EPS = 1e-5, 1e-6       # quirk: the two kinds of block use different eps
+# quirk: GroupNorm's eps is 1e-5 in residual blocks and at the UNet's end, 1e-6 before transformers
+RES_EPS, TRANSFORMER_EPS = 1e-5, 1e-6
 LARGEST_PERIOD = 10_000                     # of the timestep embedding
 FOLD = 2                                    # pixels a side that latent="pixels" folds into channels
 FEED_FORWARD = 4                            # hidden width of a feed-forward, in channels
@@ -38,52 +40,39 @@ def zero(module):
 
 
 def timestep_embedding(t, width):
-    """Timesteps t (b,) -> (b, width). # quirk: cosines first, then sines."""
+    """Timesteps t (b,) -> (b, width): waves of `width // 2` frequencies (arXiv:1706.03762)."""
     half = width // 2
     index = torch.arange(half, dtype=torch.float32, device=t.device)
     frequency = torch.exp(-math.log(LARGEST_PERIOD) * index / half)
     angle = t.float()[:, None] * frequency
+    # quirk: the timestep embedding has cosines first, then sines
     return F.pad(torch.cat([angle.cos(), angle.sin()], dim=-1), (0, width % 2))
-
-
-class Conv1x1(nn.Conv2d):
-    """A 1x1 convolution as what it is, a product over the channels of every position. On a
-    channels-last grid nothing moves. x: (b, c, h, w), or tokens (b, n, c) of its positions."""
-    def __init__(self, c_in, c_out):
-        super().__init__(c_in, c_out, 1)
-
-    def forward(self, x):
-        if x.ndim == 3:
-            return F.linear(x, self.weight.flatten(1), self.bias)       # (b, n, c_out)
-        return self.forward(x.flatten(2).mT).mT.unflatten(2, x.shape[2:])
 
 
 class ResBlock(nn.Module):
     """Two 3x3 convs, the timestep embedding added between them. x: (b, c, h, w), emb: (b, e)."""
     def __init__(self, c_in, c_out, c_emb, groups):
         super().__init__()
-        # Identities stand where CompVis has SiLU and dropout, so that the convs keep their keys
-        self.in_layers = nn.Sequential(GroupNorm(groups, c_in, RES_EPS, silu=True), nn.Identity(),
+        self.in_layers = nn.Sequential(nn.GroupNorm(groups, c_in, RES_EPS), nn.SiLU(),
                                        nn.Conv2d(c_in, c_out, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(c_emb, c_out))
-        self.out_layers = nn.Sequential(GroupNorm(groups, c_out, RES_EPS, silu=True), nn.Identity(),
+        # Identity stands where CompVis has dropout, so that the conv keeps its key out_layers.3
+        self.out_layers = nn.Sequential(nn.GroupNorm(groups, c_out, RES_EPS), nn.SiLU(),
                                         nn.Identity(), zero(nn.Conv2d(c_out, c_out, 3, padding=1)))
-        self.skip_connection = Conv1x1(c_in, c_out) if c_in != c_out else nn.Identity()
+        self.skip_connection = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x, emb):
-        norm, _, conv = self.in_layers
-        h = F.conv2d(norm(x), conv.weight, padding=1)
-        # The embedding and the conv's bias are one number a channel: the norm adds them as it reads
-        norm, *_, conv_out = self.out_layers
-        h = norm(h, shift=self.emb_layers(emb) + conv.bias)
-        return self.skip_connection(x) + conv_out(h)
+        h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]      # (b, c_out, h, w)
+        return self.skip_connection(x) + self.out_layers(h)
 
 
 class Attention(nn.Module):
-    """Softmax attention of x (b, n, c) over context (b, m, c_context). Returns (b, n, c).
+    """Softmax attention of x (b, n, c) over context (b, m, c_context). Returns (b, n, c), or
+    (b, 1, c), the same for every x, where the context is one token.
 
-    With one context token the softmax is 1, so the result is that token's value for every x: it is
-    computed once, (b, 1, c), and q and k are not touched.
+    Theorem: over one token, attention is to_out(to_v(token)), whatever x, to_q and to_k are.
+    Proof: each x mixes the values by softmax(q k^T / sqrt(d)), positive weights of sum 1. Of one
+    token there is one weight, so it is 1, and its derivatives by q and k are 0.
     """
     def __init__(self, c, c_context, heads):
         super().__init__()
@@ -91,25 +80,26 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(c, c, bias=False)
         self.to_k = nn.Linear(c_context, c, bias=False)
         self.to_v = nn.Linear(c_context, c, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(c, c), nn.Identity())     # Identity: dropout's place
+        self.to_out = nn.Sequential(nn.Linear(c, c), nn.Identity())         # dropout's place
 
     def forward(self, x, context):
         if context.shape[1] == 1:
-            return self.to_out(self.to_v(context))                      # (b, 1, c)
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2)    # (b, heads, n, d)
+            return self.to_out(self.to_v(context))                          # (b, 1, c)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2)        # (b, heads, n, d)
                    for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
         out = F.scaled_dot_product_attention(q, k, v)
-        return self.to_out(out.transpose(1, 2).flatten(2))              # (b, n, c)
+        return self.to_out(out.transpose(1, 2).flatten(2))                  # (b, n, c)
 
 
 class GEGLU(nn.Module):
-    """Linear layer whose second half gates the first, through the exact (erf) GELU."""
+    """Linear layer whose second half gates the first by the exact (erf) GELU (arXiv:2002.05202)."""
     def __init__(self, c, c_hidden):
         super().__init__()
         self.proj = nn.Linear(c, 2 * c_hidden)
 
     def forward(self, x):
-        return geglu(self.proj(x))
+        x, gate = self.proj(x).chunk(2, dim=-1)                             # (b, n, c_hidden)
+        return x * F.gelu(gate)
 
 
 class FeedForward(nn.Module):
@@ -135,7 +125,7 @@ class TransformerBlock(nn.Module):
     def forward(self, x, context):
         y = self.norm1(x)
         x = x + self.attn1(y, y)
-        x = x + self.attn2(x if context.shape[1] == 1 else self.norm2(x), context)
+        x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
 
@@ -146,16 +136,16 @@ class SpatialTransformer(nn.Module):
     """
     def __init__(self, c, c_inner, c_context, heads, groups):
         super().__init__()
-        self.norm = GroupNorm(groups, c, TRANSFORMER_EPS)
-        self.proj_in = Conv1x1(c, c_inner)
+        self.norm = nn.GroupNorm(groups, c, TRANSFORMER_EPS)
+        self.proj_in = nn.Conv2d(c, c_inner, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(c_inner, c_context, heads)])
-        self.proj_out = zero(Conv1x1(c_inner, c))
+        self.proj_out = zero(nn.Conv2d(c_inner, c, 1))
 
     def forward(self, x, context):
-        tokens = self.proj_in(self.norm(x).flatten(2).mT)               # (b, hw, c_inner)
+        tokens = self.proj_in(self.norm(x)).flatten(2).mT                   # (b, hw, c_inner)
         for block in self.transformer_blocks:
             tokens = block(tokens, context)
-        return x + self.proj_out(tokens).mT.unflatten(2, x.shape[2:])   # (b, c, h, w)
+        return x + self.proj_out(tokens.mT.unflatten(2, x.shape[2:]))       # (b, c, h, w)
 
 
 class Downsample(nn.Module):
@@ -169,16 +159,20 @@ class Downsample(nn.Module):
 
 
 class Stage(nn.Sequential):
-    """Layers in a row, each given what it needs: a ResBlock the time, a transformer the context."""
-    recompute = False       # drop activations in the forward pass, make them anew in the backward
+    """Layers in a row: a ResBlock takes the time too, a SpatialTransformer the context.
+
+    recompute: do not keep activations for the backward pass, which computes them again.
+    """
+    recompute = False
 
     def forward(self, x, emb, context):
         for layer in self:
-            extra = {ResBlock: (emb,), SpatialTransformer: (context,)}.get(type(layer), ())
-            if self.recompute and self.training and extra:
-                x = checkpoint(layer, x, *extra, use_reentrant=False, preserve_rng_state=False)
+            if isinstance(layer, (ResBlock, SpatialTransformer)):
+                more = emb if isinstance(layer, ResBlock) else context
+                x = (checkpoint(layer, x, more, use_reentrant=False, preserve_rng_state=False)
+                     if self.recompute and self.training else layer(x, more))
             else:
-                x = layer(x, *extra)
+                x = layer(x)
         return x
 
 
@@ -226,7 +220,7 @@ class UNet(nn.Module):
                 block += [transformer(c)] * attends(level)
                 block += [Upsample(c)] * (level > 0 and i == num_res_blocks)
                 self.output_blocks.append(Stage(*block))
-        self.out = nn.Sequential(GroupNorm(norm_groups, c, RES_EPS, silu=True), nn.Identity(),
+        self.out = nn.Sequential(nn.GroupNorm(norm_groups, c, RES_EPS), nn.SiLU(),
                                  zero(nn.Conv2d(c, out_channels, 3, padding=1)))
 
     def forward(self, x, t, context):
@@ -282,7 +276,7 @@ class ZeroNVS(nn.Module):
         self.first_stage_model = first_stage_model.eval().requires_grad_(False)
         self.cond_stage_model = nn.Module()
         self.cond_stage_model.model = clip.eval().requires_grad_(False)
-        self.cc_projection = pose_projection(embedding_dim, camera.T_WIDTH[mode], context_dim)
+        self.cc_projection = pose_projection(embedding_dim, camera.MODES[mode].width, context_dim)
         for parameter in unet.idle_parameters().values():
             parameter.requires_grad_(False)
 
@@ -365,7 +359,8 @@ def pose_projection(embedding_dim, pose_dim, context_dim):
     """cc_projection: identity on the embedding, default initialisation on the pose, no bias yet."""
     projection = nn.Linear(embedding_dim + pose_dim, context_dim)
     with torch.no_grad():
-        projection.weight[:, :embedding_dim] = torch.eye(context_dim, embedding_dim)
+        # the CPU's, as in schedule_buffers
+        projection.weight[:, :embedding_dim] = torch.eye(context_dim, embedding_dim, device="cpu")
         projection.bias.zero_()
     return projection
 
@@ -382,7 +377,7 @@ def build(config):
     if config.latent == "pixels":
         return ZeroNVS(unet, Pixels(), NoEmbedding(), config.mode, 1.0, 0, config.context_dim,
                        config.prediction)
-    clip = CLIP(transformer_layers=0)
+    clip = CLIP()
     return ZeroNVS(unet, vae.AutoencoderKL(), clip, config.mode, vae.SCALE_FACTOR,
                    clip.text_projection.shape[1], config.context_dim, config.prediction)
 
@@ -391,46 +386,3 @@ def latent_shape(config):
     """(c, h, w) of the latents of a Config."""
     channels, shrink = (3 * FOLD**2, FOLD) if config.latent == "pixels" else (4, 8)
     return channels, config.image_size // shrink, config.image_size // shrink
-
-
-def pose_vector(batch, mode, depth_net=None, blend=True):
-    """The pose vectors T (b, d) float32 of a batch of pairs, as data.py delivers them.
-
-    depth_net: a depth.DPT for views whose depth has holes, on the device of the batch's images.
-    Raises ValueError, naming the pair, where the mode needs depth that nobody knows.
-    """
-    cond_c2w, target_c2w, fov = batch["cond_c2w"], batch["target_c2w"], batch["fov"]
-    if mode == "7dof_metric_scale" and "scale" not in batch:
-        raise ValueError("mode 7dof_metric_scale needs a metric depth network, and there is none "
-                         "here: choose --mode=7dof_quantile_scale or --mode=7dof")
-    scale = batch.get("scale", batch["radius"])
-    if "scale" not in batch and mode == "7dof_stereomag_scale":
-        scale = camera.stereomag_scale(batch["nearplane"])
-    if "scale" not in batch and mode == "7dof_quantile_scale":
-        scale = viewer_scale(batch["depth_cond"], batch["image_cond"], depth_net, blend)
-        if scale.isnan().any():
-            raise ValueError(
-                f"{batch['uid'][scale.isnan().int().argmax()]}: the depth of the conditioning view "
-                "has holes, and mode 7dof_quantile_scale needs all of it: give "
-                "--depth_weights=dpt_swin2_tiny_256.pt, which fills them, or choose --mode=7dof, "
-                "which takes the scale from the cameras")
-        scale = scale.to(cond_c2w.device)
-    return camera.conditioning(mode, cond_c2w, target_c2w, fov, scale).float()
-
-
-def viewer_scale(known, image, depth_net=None, blend=True):
-    """20% quantiles (b,) of the depths of views, in their unit; nan where there are holes.
-
-    known: depth (b, h, w), 0 where unknown; depth_net: a depth.DPT that fills the holes from image
-    (b, 3, h, w) in [-1, 1]; blend: known depths replace the network's.
-    """
-    if depth_net is None and not blend:
-        raise ValueError("quantile_blend=False takes scales from the depth network alone, and there"
-                         " is none: --depth_weights=dpt_swin2_tiny_256.pt brings it")
-    holes = (known <= 0).flatten(1).any(1)
-    if depth_net is not None and (holes.any() or not blend):
-        with torch.autocast(image.device.type, enabled=False):      # bf16 is off by up to 1%
-            disparity = depth_net(image)
-        known = depth.dense_depth(disparity, known.to(disparity.device), blend)
-        return camera.quantile_scale(known)
-    return camera.quantile_scale(known).where(~holes, torch.nan)

@@ -26,14 +26,15 @@ from pathlib import Path
 import torch
 
 from runtime import checkpoint
+import camera
+import depth
 import diffusion
 import configs
 from runtime import cost
 import data
 from runtime import ranks as distributed
 import evaluate
-from engine import graph
-from engine import kernels
+import engine
 import model
 from runtime import log as report
 from analysis import tables
@@ -59,11 +60,11 @@ def inputs(net, batch, config, depth_net, device):
     if "moments_target" in batch:       # of encoded shards: what the frozen networks said once
         moments, z_cond, embedding = (batch[name].to(device, non_blocking=True).float()
                                       for name in ("moments_target", "mean_cond", "clip_cond"))
-        T = model.pose_vector(batch, config.mode, depth_net, config.quantile_blend)
+        T = depth.pose_vector(batch, config.mode, depth_net, config.quantile_blend)
         return *moments.chunk(2, dim=1), z_cond, embedding, T.to(device)
     image_cond, image_target = (data.images(batch[name].to(device, non_blocking=True))
                                 for name in ("image_cond", "image_target"))
-    T = model.pose_vector({**batch, "image_cond": image_cond}, config.mode, depth_net,
+    T = depth.pose_vector({**batch, "image_cond": image_cond}, config.mode, depth_net,
                           config.quantile_blend)
     mean, logvar = net.encode(image_target)
     return mean, logvar, net.encode(image_cond)[0], net.embed(image_cond), T.to(device)
@@ -75,29 +76,6 @@ def forward_backward(net, autocast, micro_steps, drop, mean, logvar, z_cond, emb
         loss = net(mean, logvar, z_cond, embedding, T, diffusion.Draws(*draws), drop)
         (loss.mean() / micro_steps).backward()
     return loss.detach()
-
-
-# ---- the machine
-
-def channels_last(net):
-    """Lays out the weights of convolutions as GPUs compute with them. Values, and so checkpoints,
-    stay; to come before averages and moments, which are laid out as their parameters are."""
-    for p in net.parameters():
-        # 1x1 kernels lie so anyway, and their gradients come with the strides that they have
-        if p.ndim == 4 and p.shape[2:].numel() > 1:
-            p.data = p.data.contiguous(memory_format=torch.channels_last)
-
-
-def compile_networks(net):
-    """Lets the first step compile the UNet and, where they are asked, the frozen encoders."""
-    import torch._inductor.config as inductor
-    # Else every 4-D tensor is put channels-last, attention's q, k and v too, by copies
-    inductor.layout_optimization = False
-    net.model.diffusion_model.compile()
-    for network, name in ((net.first_stage_model, "encode"),
-                          (net.cond_stage_model.model, "encode_image")):
-        if any(True for _ in network.parameters()):     # else there is no network
-            setattr(network, name, torch.compile(getattr(network, name)))
 
 
 # ---- the run
@@ -122,12 +100,14 @@ def split(config, world):
 
 def check_sources(pairs, config):
     """Reads pairs of every source, so that what cannot be trained on is refused at start."""
-    for source in range(len(pairs.readers)):
+    for source, reader in enumerate(pairs.readers):
+        if config.mode == "7dof_quantile_scale" and hasattr(reader, "check_blend"):
+            reader.check_blend(config.quantile_blend)
         numbers = (k for k in itertools.count() if pairs.draw(k)[0] == source)
         for k in itertools.islice(numbers, CHECKED_PAIRS):
             batch = torch.utils.data.default_collate([pairs[k]])
-            if not config.depth_weights or config.mode != "7dof_quantile_scale":
-                model.pose_vector(batch, config.mode, None, config.quantile_blend)
+            if not config.depth_weights or not camera.MODES[config.mode].needs_depth:
+                depth.pose_vector(batch, config.mode, None, config.quantile_blend)
 
 
 def newest(config, ranks, log):
@@ -167,7 +147,7 @@ def begin(config, net, run, ranks):
         for name, tensor in run.model.items():
             weights[name].copy_(tensor)
     if net.betas.device.type == "cuda":
-        channels_last(net)
+        engine.channels_last(net)
     ema = Ema(net.model.diffusion_model, config.ema_decay, ranks, config.divide_optimizer)
     optimizer = Optimizer(net, config, ranks)
     averages, updates = {}, 0
@@ -269,7 +249,9 @@ def options(argv):
     given, rest = parser.parse_known_args(argv)
     if given.profile < 0:
         raise ValueError(f"--profile {given.profile}: a number of steps is needed")
-    return configs.load(rest), given.profile, given.dry_run
+    config = configs.load(rest)
+    config.check_trainable()
+    return config, given.profile, given.dry_run
 
 
 def main(argv):
@@ -302,7 +284,7 @@ def main(argv):
 def train(config, ranks, device, log, writer, traced, dry_run):
     """The run, from what is in its folder to the last step or a signal to stop."""
     micro_batch, micro_steps = split(config, ranks.world)
-    for name in (config.init, config.depth_weights * (config.mode == "7dof_quantile_scale")):
+    for name in (config.init, config.depth_weights * camera.MODES[config.mode].needs_depth):
         if name and not dry_run and not Path(name).exists():    # found before data are indexed
             raise FileNotFoundError(f"no checkpoint {name}")
     torch.manual_seed(config.seed)      # random initial weights; nothing later draws from it
@@ -313,18 +295,15 @@ def train(config, ranks, device, log, writer, traced, dry_run):
     log.say(report.summary(config, ranks, device, needs, micro_batch, micro_steps))
     cost.check(needs, config, ranks, device, log.say)
     if config.compile:
-        kernels.check_compiler(device, "--compile=false")
+        engine.check_compiler(device, "--compile=false")
     # data before the model: a wrong path is found before anything is built
-    readers = [data.open_source(s, config.data, config.image_size) for s in config.sources]
+    readers = [data.open_source(s, config.data, config.image_size, patience=config.web_patience) for s in config.sources]
     pairs = data.Pairs(readers, [s.probability for s in config.sources], config.seed,
                        config.image_size, config.mode)
     check_sources(pairs, config)
     held_out = evaluate.held_out_pairs(config, max(config.eval_pairs, GRID_PAIRS), fewer=True)
     if len(held_out) < config.eval_pairs:
         log.say(f"held out are {len(held_out)} pairs, of the {config.eval_pairs} of --eval_pairs")
-    if config.latent == "vae" and not config.init:
-        raise ValueError("latent='vae' needs --init=FILE, a checkpoint that brings the autoencoder "
-                         "and CLIP, such as zero123-xl.ckpt")
     pictures = "image_cond" in held_out[0]
     if not pictures:
         log.say("the held-out shards are encoded, so there are neither pictures nor scores")
@@ -342,18 +321,20 @@ def train(config, ranks, device, log, writer, traced, dry_run):
     Path(config.out).mkdir(parents=True, exist_ok=True)
 
     net = model.build(config).to(device).train()
+    forms = engine.convert(net)
+    log.say(f"forms    {', '.join(f'{count} {name}' for name, count in forms.items())}")
     depth_net = evaluate.load_depth(config, device)
     ema, optimizer = begin(config, net, run, ranks)
     del run         # and its mapped files: they may be removed
     # tries out kernels at the first step; a GPU's sums differ from run to run in any case
     torch.backends.cudnn.benchmark = device.type == "cuda"
     if config.compile:
-        compile_networks(net)
+        engine.compiled(net)
         log.say("compile  the first step takes minutes, in later runs seconds")
     wrapped = ranks.wrap(net)
     passes = functools.partial(forward_backward, wrapped, autocast, micro_steps, config.drop)
-    if graph.possible(config, ranks, device):
-        passes = graph.Recorded(passes, net.parameters())
+    if engine.can_capture(config, ranks, device):
+        passes = engine.Recorded(passes, net.parameters())
     peak = cost.ceiling(device, config.precision) if ranks.rank == 0 else 1.0
 
     asked_to_stop = []
@@ -374,7 +355,7 @@ def train(config, ranks, device, log, writer, traced, dry_run):
             if stopped:
                 break
             numbers = batch["number"].to(device, non_blocking=True)
-            draws = diffusion.draw(config.seed, numbers, shape)
+            draws = engine.draw(config.seed, numbers, shape)
             with autocast:
                 given = inputs(net, batch, config, depth_net, device)
             last = micro_step == micro_steps - 1

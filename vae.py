@@ -1,16 +1,16 @@
 """The autoencoder between images and latents: AutoencoderKL of latent diffusion (arXiv:2112.10752).
 
-Eight times smaller each way, four channels. It is frozen: training and sampling only call `encode`
-and `decode`. Module names are the checkpoint's (`first_stage_model.*`), in its order.
+    encode: image (b, 3, h, w) in [-1, 1] -> posterior (mean, logvar), each (b, 4, h/8, w/8)
+    decode: latent (b, 4, h/8, w/8)       -> image (b, 3, h, w), not clamped
 
-b batch, c channels, h w image or feature grid, z latent channels.
+It is frozen: training and sampling only call these two. Read them first, then ResBlock and
+Downsample, where the published weights expect an odd padding. Module names are the checkpoint's
+(`first_stage_model.*`), in its order.
+Letters: `b` batch, `c` channels, `h w` image or feature grid, `z` latent channels.
 """
 
 import torch.nn as nn
 import torch.nn.functional as F
-
-from engine.conv import first_conv, upsample_conv, upsample_taps
-from engine.norm import GroupNorm, add
 
 SCALE_FACTOR = 0.18215         # Stable Diffusion's: latents times this have a deviation near 1
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
@@ -70,22 +70,18 @@ class Encoder(nn.Module):
         for level, mult in enumerate(ch_mult):
             attention = resolution >> level in attn_resolutions
             down = Level(c, ch * mult, num_res_blocks, attention)
-            if level < len(ch_mult) - 1:
-                down.downsample = Downsample(ch * mult)
-            self.down.append(down)
             c = ch * mult
+            down.downsample = Downsample(c) if level < len(ch_mult) - 1 else nn.Identity()
+            self.down.append(down)
         self.mid = Middle(c)
-        self.norm_out = GroupNorm(NORM_GROUPS, c, NORM_EPS, silu=True)
+        self.norm_out = nn.GroupNorm(NORM_GROUPS, c, NORM_EPS)
         self.conv_out = nn.Conv2d(c, c_out, 3, padding=1)
 
     def forward(self, x):
-        h, sums = first_conv(x, self.conv_in.weight, self.conv_in.bias), None
+        h = self.conv_in(x)                                                 # (b, ch, h, w)
         for down in self.down:
-            h, sums = down(h, sums)
-            if hasattr(down, "downsample"):
-                h, sums = down.downsample(h)                             # (b, c, h/2, w/2)
-        h, sums = self.mid(h, sums)
-        return self.conv_out(self.norm_out(h, sums=sums))
+            h = down.downsample(down(h))                                    # (b, c, h/2, w/2)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
 
 
 class Decoder(nn.Module):
@@ -98,44 +94,40 @@ class Decoder(nn.Module):
         c = ch * ch_mult[-1]
         self.conv_in = nn.Conv2d(c_in, c, 3, padding=1)
         self.mid = Middle(c)
-        up = []
+        levels = []
         for level, mult in reversed(list(enumerate(ch_mult))):
             attention = resolution >> level in attn_resolutions
-            up.insert(0, Level(c, ch * mult, num_res_blocks + 1, attention))
-            if level > 0:
-                up[0].upsample = Upsample(ch * mult)
+            up = Level(c, ch * mult, num_res_blocks + 1, attention)
             c = ch * mult
-        self.up = nn.ModuleList(up)
-        self.norm_out = GroupNorm(NORM_GROUPS, c, NORM_EPS, silu=True)
+            up.upsample = Upsample(c) if level > 0 else nn.Identity()
+            levels.insert(0, up)
+        self.up = nn.ModuleList(levels)
+        self.norm_out = nn.GroupNorm(NORM_GROUPS, c, NORM_EPS)
         self.conv_out = nn.Conv2d(c, 3, 3, padding=1)
 
     def forward(self, z):
-        h, sums = self.mid(self.conv_in(z))
+        h = self.mid(self.conv_in(z))                                       # (b, c, h, w)
         for up in reversed(self.up):
-            h, sums = up(h, sums)
-            if hasattr(up, "upsample"):
-                h, sums = up.upsample(h), None                           # (b, c, 2h, 2w)
-        return self.conv_out(self.norm_out(h, sums=sums))
+            h = up.upsample(up(h))                                          # (b, c, 2h, 2w)
+        return self.conv_out(F.silu(self.norm_out(h)))
 
 
 class Level(nn.Module):
     """Residual blocks at one grid size, each followed by attention where the level has it.
 
-    As its blocks and Middle, it takes a grid and gives one, both with the sums of norm.add or None.
+    (b, c_in, h, w) -> (b, c_out, h, w); the change of size after them is Encoder's or Decoder's.
     """
     def __init__(self, c_in, c_out, blocks, attention):
         super().__init__()
         self.block = nn.ModuleList(ResBlock(c_out if i else c_in, c_out) for i in range(blocks))
         self.attn = nn.ModuleList(Attention(c_out) for _ in range(blocks) if attention)
 
-    def forward(self, x, sums=None):
-        resized = hasattr(self, "downsample") or hasattr(self, "upsample")
+    def forward(self, x):
         for i, block in enumerate(self.block):
-            # before a change of size there is no norm; and compiled, it takes the sum in
-            x, sums = block(x, sums, summed=i < len(self.block) - 1 or not resized)
+            x = block(x)
             if self.attn:
-                x, sums = self.attn[i](x, sums)
-        return x, sums
+                x = self.attn[i](x)
+        return x
 
 
 class Middle(nn.Module):
@@ -146,59 +138,53 @@ class Middle(nn.Module):
         self.attn_1 = Attention(c)
         self.block_2 = ResBlock(c, c)
 
-    def forward(self, x, sums=None):
-        return self.block_2(*self.attn_1(*self.block_1(x, sums)))
+    def forward(self, x):
+        return self.block_2(self.attn_1(self.block_1(x)))
 
 
 class ResBlock(nn.Module):
     """Two 3x3 convs around a skip connection. (b, c_in, h, w) -> (b, c_out, h, w)."""
     def __init__(self, c_in, c_out):
         super().__init__()
-        self.norm1 = GroupNorm(NORM_GROUPS, c_in, NORM_EPS, silu=True)
+        self.norm1 = nn.GroupNorm(NORM_GROUPS, c_in, NORM_EPS)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2 = GroupNorm(NORM_GROUPS, c_out, NORM_EPS, silu=True)
+        self.norm2 = nn.GroupNorm(NORM_GROUPS, c_out, NORM_EPS)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        if c_in != c_out:
-            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
+        self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
-    def forward(self, x, sums, summed=True):
-        # biases are numbers a channel: the norm, and the sum, add them as they read
-        h = F.conv2d(self.norm1(x, sums=sums), self.conv1.weight, padding=1)
-        h = self.norm2(h, shift=self.conv1.bias.expand(len(x), -1))
-        h, bias = F.conv2d(h, self.conv2.weight, padding=1), self.conv2.bias
-        if hasattr(self, "nin_shortcut"):
-            x, bias = F.conv2d(x, self.nin_shortcut.weight), bias + self.nin_shortcut.bias
-        return add(h, bias, x, summed)
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.nin_shortcut(x) + h
 
 
 class Attention(nn.Module):
     """Single-head self-attention over all grid positions. (b, c, h, w) -> same."""
     def __init__(self, c):
         super().__init__()
-        self.norm = GroupNorm(NORM_GROUPS, c, NORM_EPS)
+        self.norm = nn.GroupNorm(NORM_GROUPS, c, NORM_EPS)
         self.q = nn.Conv2d(c, c, 1)
         self.k = nn.Conv2d(c, c, 1)
         self.v = nn.Conv2d(c, c, 1)
         self.proj_out = nn.Conv2d(c, c, 1)
 
-    def forward(self, x, sums):
-        h = self.norm(x, sums=sums)
-        q, k, v = (f(h).flatten(2).mT for f in (self.q, self.k, self.v))            # (b, hw, c)
-        # in so many words, as no fast kernel of attention has heads this wide
-        h = (q * q.shape[-1]**-0.5 @ k.mT).softmax(-1).to(v.dtype) @ v
-        h = F.conv2d(h.mT.unflatten(2, x.shape[2:]), self.proj_out.weight)          # (b, c, h, w)
-        return add(h, self.proj_out.bias, x)
+    def forward(self, x):
+        h = self.norm(x)
+        q, k, v = (f(h).flatten(2).mT for f in (self.q, self.k, self.v))    # (b, hw, c)
+        h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj_out(h.mT.unflatten(2, x.shape[2:]))            # (b, c, h, w)
 
 
 class Downsample(nn.Module):
-    """3x3 conv of stride 2. (b, c, h, w) -> (b, c, h // 2, w // 2), and its sums of norm.add."""
+    """3x3 conv of stride 2. (b, c, h, w) -> (b, c, h // 2, w // 2)."""
     def __init__(self, c):
         super().__init__()
         self.conv = nn.Conv2d(c, c, 3, stride=2)
 
     def forward(self, x):
-        # quirk: pads right and below only; padding=1 would load every key and give other latents
-        return add(F.conv2d(F.pad(x, (0, 1, 0, 1)), self.conv.weight, stride=2), self.conv.bias)
+        # quirk: the autoencoder's strided convolutions pad by one on the right and below only;
+        # padding=1 would load every key and give other latents
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
@@ -208,4 +194,4 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(c, c, 3, padding=1)
 
     def forward(self, x):
-        return upsample_conv(x, upsample_taps(self.conv.weight), self.conv.bias)
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))

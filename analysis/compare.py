@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from runtime import checkpoint
+import camera
 import configs
 from analysis import curves
 import evaluate
@@ -29,8 +30,7 @@ from analysis import tables
 from runtime.ranks import device_of
 
 # The five modes and the names that the paper's table has for them, in the order of its results.
-MODES = {"3dof": "3DoF", "7dof_unscaled": "6DoF+1", "7dof": "6DoF+1, norm.",
-         "7dof_stereomag_scale": "6DoF+1, agg.", "7dof_quantile_scale": "6DoF+1, viewer"}
+MODES = {name: mode.paper for name, mode in camera.MODES.items() if mode.paper}
 # Extents of the cameras: share of its path that each one goes, and the seed of the scenes.
 EXTENTS = {"near": ("0.25", "0"), "far": ("1", "1")}
 ROWS = 10                   # of the sheet of images
@@ -246,7 +246,7 @@ def run(argv):
     modes = args.modes.split(",")
     for mode in modes:
         if mode not in MODES:
-            raise ValueError(configs.unknown("mode", mode, tuple(MODES)))
+            raise ValueError(options.unknown("mode", mode, MODES))
     modes = [mode for mode in MODES if mode in modes]
     if len(modes) < 2:
         raise ValueError("--modes: at least two are needed to compare")

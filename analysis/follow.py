@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import camera
 from runtime import checkpoint
 from runtime import command as options
 from views import paths
@@ -94,7 +95,7 @@ def run(args):
     photo = photos.held_out(config, args.scenes - 1)        # before anything is spent on the others
     net = render.load(tensors, device_of(args.device), "fp32")[0]
     known = [name for name in HOW_FAR
-             if config.mode != "3dof" or path_from(photo, name).centred()]
+             if camera.MODES[config.mode].pose != "angles" or path_from(photo, name).centred()]
     found, rows = {name: [] for name in known}, {name: [] for name in known}
     for number in tqdm(range(args.scenes), unit="scene", leave=False):
         photo = photos.held_out(config, number)

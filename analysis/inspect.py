@@ -184,16 +184,15 @@ def encoded_problems(source):
     """What is not a finite number among the latents and embeddings."""
     problems = []
     for scene, count in enumerate(source.counts):
-        batch = source.empty(1, "7dof")
         for view in range(int(count)):
             try:
-                uid = source.fill(batch, 0, "7dof", scene, view, view)
+                pair = source.pair("7dof", scene, view, view)
             except Damaged as err:
                 problems.append(str(err))
                 continue
-            problems += [f"{uid.rpartition('->')[0]}: {name} is not finite"
+            problems += [f"{pair['uid'].rpartition('->')[0]}: {name} is not finite"
                          for name in ("moments_target", "clip_cond")
-                         if not np.isfinite(batch[name]).all()]
+                         if not np.isfinite(pair[name]).all()]
     return problems
 
 

@@ -196,10 +196,11 @@ def write_many(folder, scenes, views):
         index.scenes = [f"category/{shard}_{i}" for i in range(per_shard)]
         index.problems, rows = [], per_shard * views
         ones = np.ones(per_shard)
-        index.store({"starts": np.arange(0, rows + 1, views), "fov": ones, "depth_scale": ones,
-                     "frames": np.arange(rows, dtype=np.int32), "radius": ones,
-                     "blocks": np.ones((rows, 2), np.int32), "sizes": np.ones((rows, 2), np.int32),
-                     "c2w": np.zeros((rows, 3, 4))})
+        index.starts, index.side = np.arange(0, rows + 1, views), np.full(per_shard, SIDE, np.int32)
+        index.fov = index.depth_scale = index.radius = ones
+        index.frames, index.c2w = np.arange(rows, dtype=np.int32), np.zeros((rows, 3, 4))
+        index.blocks = index.sizes = np.ones((rows, 2), np.int32)
+        index.store()
 
 
 def open_many(folder):

@@ -15,13 +15,12 @@ import torch
 import torch.nn as nn
 
 import camera
-from engine import kernels
+import engine
 import model
 import vae
 from benchmarks import variants
 from benchmarks.variants import median_seconds, tell
 from runtime.cost import flops_of
-from engine.sampling import Fast
 from views.render import place
 from diffusion import encoded_views
 
@@ -100,7 +99,7 @@ def answer(job):
     name, tiny = job["name"], job["tiny"]
     what, precision, _ = VARIANTS[name]
     if name in ("reference", "plain-norm"):
-        kernels.enabled = False
+        engine.kernels.enabled.update(dict.fromkeys(engine.kernels.enabled, False))
     net, size = network(tiny, name.startswith("diffusers"))
     # CPUs are slow in half precision, where it is only a test that this runs
     place(net, variants.device(), precision if torch.cuda.is_available() else "fp32")
@@ -114,14 +113,14 @@ def answer(job):
             part.compile(mode="reduce-overhead" if torch.cuda.is_available() else None,
                          dynamic=False)
     # "eager" is as on a machine without graphs
-    fast = Fast(net, name == "compiled", name != "eager") if name in OURS else None
+    fast = engine.Sampler(net, name == "compiled", name != "eager") if name in OURS else None
     for views in job["views"]:
         def sampled(**options):
             return encoded_views(net, *photo, T, range(views), fast=fast, **options)
 
         photo = (torch.randn(1, *size, device=net.betas.device),
                  torch.randn(1, EMBEDDING, device=net.betas.device))
-        T = torch.randn(views, camera.T_WIDTH[MODE])
+        T = torch.randn(views, camera.MODES[MODE].width)
         steps = 4 if tiny else WHERE_STEPS if job["where"] else STEPS
         if job["where"]:
             sampled(steps=steps)

@@ -23,7 +23,7 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from runtime import ranks as distributed
-import diffusion
+import engine
 import model
 import train
 from benchmarks import GB, row, variants
@@ -122,16 +122,17 @@ class Training:
         torch.manual_seed(0)
         with device:
             self.net = network(self.config).train()
+        engine.convert(self.net)
         unet = self.net.model.diffusion_model
         for parameter in unet.parameters():     # layers that start as zeros hide what is wrong
             if not parameter.any():
                 nn.init.normal_(parameter, std=0.01)
         if device.type == "cuda":
-            train.channels_last(self.net)
+            engine.channels_last(self.net)
         self.ema = Ema(unet, self.config.ema_decay, ranks, job["divided"])
         self.optimizer = Optimizer(self.net, self.config, ranks)
         if job["compile"]:
-            train.compile_networks(self.net)
+            engine.compiled(self.net)
         self.wrapped = ranks.wrap(self.net)
 
     def micro_step(self, given, micro_steps=1, last=True):
@@ -206,7 +207,7 @@ def check(job, training, ranks):
         loss, first = torch.zeros((), device=device), ranks.rank * share
         for at in range(first, first + share, batch):
             numbers = step * job["pairs"] + torch.arange(at, at + batch, device=device)
-            mine = *(values[at:at + batch] for values in given), diffusion.draw(0, numbers, shape)
+            mine = *(values[at:at + batch] for values in given), engine.draw(0, numbers, shape)
             last = at + batch == first + share
             loss += training.micro_step(mine, share // batch, last).sum() / job["pairs"]
         training.update()

@@ -21,13 +21,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import diffusion
 import camera
 from runtime import cost
-from engine import graph
-from engine import kernels
+import engine
 import model
-from engine import norm
+from engine.norm import group_norm
 import train
 import vae
 from benchmarks import GB, encode, row, variants
@@ -208,23 +206,23 @@ def attention_ceilings(batch, channels, random):
 def norm_kernels(device, batch, tiny):
     """norm.py's kernels beside PyTorch's own: bytes that must move, forward and backward (5 passes
     at best, as kernels that kept a grid in registers would need), a second."""
-    if not (kernels.enabled and device.type == "cuda"):
+    if not (engine.kernels.enabled["norm"] and device.type == "cuda"):
         print("norm.py's kernels need a GPU and Triton", flush=True)
         return
     sizes = (320, 32), (960, 32), (640, 16), (1280, 8), (2560, 4)
     for channels, grid in sizes[:1 if tiny else None]:
         x = torch.randn(batch, channels, grid, grid, device=device, dtype=torch.bfloat16)
         x = x.to(memory_format=torch.channels_last).requires_grad_()
-        weight, bias, shift = (torch.ones(*shape, device=device, requires_grad=True)
-                               for shape in ((channels,), (channels,), (batch, channels)))
+        norm = nn.GroupNorm(32, channels).to(device)
+        shift = torch.ones(batch, channels, device=device, requires_grad=True)
         dy = torch.randn_like(x)
 
         def both():
-            y = norm.group_norm(x, weight, bias, 32, 1e-5, True, shift)
-            torch.autograd.grad(y, (x, weight, bias, shift), dy)
-        for kernels.enabled in (False, True):
+            y = group_norm(norm, x, True, shift)
+            torch.autograd.grad(y, (x, norm.weight, norm.bias, shift), dy)
+        for engine.kernels.enabled["norm"] in (False, True):
             tell(f"GroupNorm and SiLU, {channels} x {grid} x {grid}"
-                 f"{'' if kernels.enabled else ', PyTorch'}",
+                 f"{'' if engine.kernels.enabled["norm"] else ', PyTorch'}",
                  5 * x.nbytes / seconds_in_a_row(both, 10, 0.15) / GB, "GB/s")
 
 
@@ -256,7 +254,7 @@ def pairs(config, batch, device):
     numbers = torch.arange(batch, device=device)
     return (mean, torch.full_like(mean, vae.LOGVAR_MIN), z_cond,
             torch.randn(batch, EMBEDDING, device=device),
-            torch.randn(batch, camera.T_WIDTH[config.mode], device=device),
+            torch.randn(batch, camera.MODES[config.mode].width, device=device),
             diffusion.draw(0, numbers, shape))
 
 
@@ -322,6 +320,7 @@ class Step:
         build = diffusers_network if variant.network == "diffusers" else network
         with device:
             self.net = build(config).train()
+        engine.convert(self.net)
         self.unet = self.net.model.diffusion_model
         for parameter in self.unet.parameters():    # layers that start as zeros hide what is wrong
             if not parameter.any():
@@ -365,7 +364,7 @@ class Step:
 
     def record(self):
         """From the next call on the passes are a CUDA graph, as train.py's are where asked for."""
-        self.passes = graph.Recorded(self.forward_backward, self.net.parameters())
+        self.passes = engine.Recorded(self.forward_backward, self.net.parameters())
 
 
 class Images:
@@ -412,7 +411,7 @@ def training(variant, device, batch, tiny, where):
     inductor.force_layout_optimization = variant.layout == "on"
     inductor.max_autotune_pointwise = inductor.coordinate_descent_tuning = variant.tuned
     dynamo.config.recompile_limit = 64      # blocks of every shape share their code
-    kernels.enabled &= variant.kernels
+    engine.kernels.enabled["norm"] &= variant.kernels
     config = made_config(tiny, batch, checkpoint_activations=variant.reference, device=device.type)
     if tiny and variant.images:
         config = replace(config, latent="vae", image_size=8 * encode.TINY_SIDE // 2)

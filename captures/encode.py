@@ -11,7 +11,7 @@ A member `category/scene.safetensors` a scene, with arrays over its n views:
     fov       float64 (n,)           radians
     scale     float64 (n,)           20% quantile of the view's dense depth; nan where not known
 
-and the scene's `radius` and `nearplane` as metadata. index.py reads them.
+and the scene's `radius`, `nearplane` and `quantile_blend` as metadata. shards/index.py reads them.
 """
 
 import itertools
@@ -31,11 +31,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from runtime import checkpoint
 import clip
-import depth
+import engine
+from runtime.networks import load_depth
 from runtime.cost import ceiling, flops_of
 from runtime.ranks import device_of, leave, own_device
 import vae
-from model import viewer_scale
+from depth import viewer_scale
 from captures.make import ahead, check_out
 from captures.writer import write_shard
 from runtime.command import progress
@@ -53,14 +54,16 @@ START = 2**16                   # bytes
 PATIENCE = timedelta(days=30)   # of a rank that is done, with the others
 
 
-def member(moments, clip, c2w, fov, scale, radius, nearplane):
-    """The bytes of one scene's member, from tensors as listed above and two numbers."""
+def member(moments, clip, c2w, fov, scale, radius, nearplane, blend=True):
+    """The bytes of one scene's member, from tensors as listed above, two numbers and whether the
+    scales were blended."""
     n = len(moments)
     arrays = {"moments": moments.half(), "clip": clip.half(), "c2w": c2w.double(),
               "fov": fov.double(), "scale": scale.double()}
     for name, array in arrays.items():
         assert len(array) == n, f"{name} is not of {n} views"
-    told = {"radius": repr(float(radius)), "nearplane": repr(float(nearplane))}
+    told = {"radius": repr(float(radius)), "nearplane": repr(float(nearplane)),
+            "quantile_blend": str(bool(blend)).lower()}
     return b"".join(bytes(part) for part in pack(arrays, told))
 
 
@@ -86,10 +89,11 @@ class Frozen(nn.Module):
 def load(weights, depth_weights, blend, device):
     """The Frozen networks of zero123's file and of the depth network's. Raises ValueError."""
     with torch.device("meta"):
-        networks = Frozen(vae.AutoencoderKL(), clip.CLIP(transformer_layers=0))
+        networks = Frozen(vae.AutoencoderKL(), clip.CLIP())
     checkpoint.load_model(networks, weights)
-    networks.depth_net = depth.load(depth_weights) if depth_weights else None
+    networks.depth_net = load_depth(depth_weights) if depth_weights else None
     networks.blend = blend
+    engine.convert(networks)
     return networks.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
@@ -211,7 +215,7 @@ class Encoder:
             yield [(f"{scene.name}.safetensors", member(
                 moments, embeddings, scene.c2w[list(of_scene)],
                 torch.full((len(kept),), scene.fov, dtype=torch.float64), scales, scene.radius,
-                nearplane_quantile(depths)))]
+                nearplane_quantile(depths), self.networks.blend))]
         if not made:
             raise Damaged(shard.source.name, f"none of its {len(shard.source)} scenes has "
                           f"{FEWEST_VIEWS} views that can be encoded, so there is no shard of it")

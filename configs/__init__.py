@@ -1,33 +1,56 @@
 """What a run is made of: `Config`, `Source`, and `load(argv)` that reads a file and its overrides.
 
-    python train.py configs/mix.py --lr=3e-5 --batch_size=768
+    python train.py configs/mix.py --lr=3e-5 --batch-size 768
 
-A config file is plain python that ends in `config = Config(...)`. Every number is checked in
-`__post_init__`, so a file, a command line and a resumed run pass the same gate.
+A config file is plain python that ends in `config = Config(...)`. Everything is checked in
+`__post_init__`, so a file, a command line and a resumed run pass the same gate. torch is imported
+when a Config is made, no sooner: a typo on the command line is answered at once.
 """
 
-import difflib
-import math
+import logging
+import re
+import reprlib
 import runpy
+import traceback
 import typing
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 
-import camera
+from runtime import command
 
-MODES = tuple(camera.T_WIDTH)
-TIMESTEPS, STEPS_OF_REFERENCE = 1000, (2, 500)      # see samplers.py
+TIMESTEPS, STEPS_OF_REFERENCE = 1000, (2, 500)      # see diffusion.py
 FORMATS = ("co3d", "re10k", "acid", "encoded")
 CHOICES = {
     "latent": ("vae", "pixels"),
     "prediction": ("eps", "z"),
-    "mode": MODES,
     "device": ("auto", "cpu", "cuda", "mps"),
     "precision": ("fp32", "bf16"),
     "lr_schedule": ("constant", "cosine"),
     "ema_per": ("step", "micro_step"),
     "sampler": ("ddim", "reference", "dpm++", "unipc"),
+    "format": FORMATS,
+    "held_out_format": ("", *FORMATS),
 }
+MOST = 2**31 - 1
+# What a number, or every number of a tuple, may be: (lowest, highest) by field
+BOUNDS = {name: (low, high) for low, high, names in (
+    (1, 2**14, "image_size model_channels channel_mult num_res_blocks attention_resolutions "
+               "num_heads norm_groups context_dim"),
+    (1, MOST, "steps batch_size micro_batch log_every save_every keep keep_every sample_every "
+              "sample_steps validate_pairs validate_steps pairs_per_shard"),
+    (0, MOST, "warmup_steps eval_pairs validate_every"),
+    (0, 2**63 - 1, "seed"),
+    (1, 1024, "window"),
+    (0, 1024, "workers threads"),
+    (0, 1, "betas ema_decay drop_clip drop_both drop_latent max_damaged probability"),
+    (0, 1e6, "lr lr_projection eps weight_decay grad_clip guidance eta web_patience"),
+) for name in names.split()}
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+# Fields of a checkpoint's configuration that name files: never opened, see `stored`
+NAME_FILES = ("sources", "data", "out", "init", "depth_weights")
+SHOWN = 5                                           # fields that a message lists
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,21 +67,13 @@ class Source:
     pairs_per_shard: int = 2000      # pairs drawn from each of these before another takes its place
 
     def __post_init__(self):
-        for name in ("window", "pairs_per_shard"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"source {self.name!r}: {name} {getattr(self, name)} is not "
-                                 "positive")
-        if self.format not in FORMATS:
-            raise ValueError(f"source {self.name!r}: {unknown('format', self.format, FORMATS)}")
-        if self.held_out_format and self.held_out_format not in FORMATS:
-            raise ValueError(f"source {self.name!r}: "
-                             f"{unknown('held_out_format', self.held_out_format, FORMATS)}")
+        where = f"source {reprlib.repr(self.name)}: "
+        check_fields(self, where)
         if self.held_out and (self.held_out_format or self.format) == "encoded":
-            raise ValueError(f"source {self.name!r}: held-out shards must be raw, for pictures and "
-                             "scores: say held_out_format, co3d, re10k or acid")
-        if not 0 < self.probability <= 1:
-            raise ValueError(f"source {self.name!r}: probability {self.probability} "
-                             "is not in (0, 1]")
+            raise ValueError(f"{where}held-out shards must be raw, for pictures and scores: say "
+                             "held_out_format, co3d, re10k or acid")
+        if not self.probability:
+            raise ValueError(f"{where}probability is 0, it must be more")
 
 
 @dataclass(frozen=True)
@@ -93,9 +108,7 @@ class Config:
     lr: float = 1e-4                        # of the UNet
     lr_projection: float = 1e-3             # of cc_projection
     lr_schedule: str = "constant"           # after the warm-up: constant | cosine (to 0 at `steps`)
-    warmup_steps: int = 100                 # steps over which the rate rises
-    warmup_start: float = 1e-6              # share of the rate at step 0
-    cooldown_steps: int = 0                 # last steps over which a constant rate falls to 0
+    warmup_steps: int = 100                 # steps over which the rate rises, from 1e-6 of it
     betas: tuple[float, ...] = (0.9, 0.999)     # AdamW
     eps: float = 1e-8                       # AdamW
     weight_decay: float = 0.01              # AdamW
@@ -115,7 +128,9 @@ class Config:
     checkpoint_activations: bool = False    # recompute in the backward pass: less memory, slower
     divide_optimizer: bool = False          # ranks share moments and average (ZeRO-1): less memory
     workers: int = 4                        # loader processes a rank
+    threads: int = 0                        # of a process on processors; 0: chosen, see threads.py
     max_damaged: float = 0.05               # share of damaged pairs at which a run stops
+    web_patience: float = 300.0             # seconds without an answer after which web shards stop it
 
     # what is written
     log_every: int = 10                     # steps between log lines
@@ -138,25 +153,15 @@ class Config:
         return self.drop_clip, self.drop_both, self.drop_latent
 
     def __post_init__(self):
+        import camera       # and with it torch, which nothing above needs
+
+        check_fields(self)
+        camera.mode_named(self.mode)
         object.__setattr__(self, "mode", camera.ALIASES.get(self.mode, self.mode))
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(unknown(name, getattr(self, name), choices))
-        for name in ("image_size", "model_channels", "num_res_blocks", "num_heads", "context_dim",
-                     "steps", "norm_groups", "batch_size", "micro_batch", "log_every", "save_every",
-                     "keep", "keep_every", "sample_every", "sample_steps", "validate_pairs",
-                     "validate_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, it must be at least 1")
-        for name in ("warmup_steps", "cooldown_steps", "workers", "eval_pairs", "validate_every",
-                     "lr", "lr_projection", "weight_decay", "grad_clip", "guidance", "eta", "seed",
-                     "eps"):
-            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
-                raise ValueError(f"{name} is {getattr(self, name)}, it must be 0 or more")
-        for name in ("ema_decay", "drop_clip", "drop_both", "drop_latent", "warmup_start",
-                     "max_damaged"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, it must lie in [0, 1]")
+        self.check_together()
+
+    def check_together(self):
+        """Raises ValueError where fields that are right alone are wrong together."""
         if self.drop_clip + self.drop_both + self.drop_latent > 1:
             raise ValueError("drop_clip + drop_both + drop_latent is more than 1")
         if not self.sources:
@@ -165,89 +170,238 @@ class Config:
         if abs(total - 1) > 1e-6:
             shares = " + ".join(f"{s.name} {s.probability:g}" for s in self.sources)
             raise ValueError(f"the probabilities of the sources sum to {total:g}, not 1: {shares}")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+        if len(self.betas) != 2 or max(self.betas) == 1:
             raise ValueError(f"betas is {self.betas}, it must be two numbers in [0, 1)")
-        if not self.channel_mult or min(self.channel_mult) < 1:
-            raise ValueError(f"channel_mult is {self.channel_mult}, it must be one number or more, "
-                             "each at least 1")
+        if not self.out.strip():
+            raise ValueError("out is empty, it must name the folder of the run")
+        low, high = STEPS_OF_REFERENCE if self.sampler == "reference" else (1, TIMESTEPS)
+        if not low <= self.sample_steps <= high:
+            raise ValueError(f"sample_steps is {self.sample_steps}, with sampler={self.sampler!r} "
+                             f"it must be {low} to {high}")
+        if not self.channel_mult:
+            raise ValueError("channel_mult is (), it must be one number or more")
         for times in self.attention_resolutions:
-            if times < 1 or times & times - 1:
+            if times & times - 1:
                 raise ValueError(f"attention_resolutions is {self.attention_resolutions}: {times} "
                                  "is no power of 2, and grids are halved from level to level")
-        if self.num_heads > self.model_channels * min(self.channel_mult):
-            raise ValueError(f"num_heads {self.num_heads} is more than there are channels")
-        fewest, most = STEPS_OF_REFERENCE if self.sampler == "reference" else (1, TIMESTEPS)
-        if not fewest <= self.sample_steps <= most:
-            raise ValueError(f"sample_steps is {self.sample_steps}, with sampler={self.sampler!r} "
-                             f"it must be {fewest} to {most}")
-        halvings = len(self.channel_mult) - 1
-        stride = 2 ** halvings * (8 if self.latent == "vae" else 2)
+        deepest = len(self.channel_mult) - 1
+        for level, times in enumerate(self.channel_mult):
+            attends = level == deepest or 2**level in self.attention_resolutions
+            if attends and self.model_channels * times % self.num_heads:
+                raise ValueError(f"num_heads {self.num_heads} does not divide the "
+                                 f"{self.model_channels * times} channels of level {level + 1}")
+        stride = 2**deepest * (8 if self.latent == "vae" else 2)
         if self.image_size % stride:
             raise ValueError(f"image_size {self.image_size} is not a multiple of {stride}, which "
-                             f"{len(self.channel_mult)} levels of latent={self.latent!r} need")
+                             f"{deepest + 1} levels of latent={self.latent!r} need")
         if self.model_channels % self.norm_groups:
             raise ValueError(f"model_channels {self.model_channels} is not a multiple of "
                              f"norm_groups {self.norm_groups}")
 
+    def check_trainable(self):
+        """Raises ValueError for what cannot be trained, before anything is read."""
+        import camera
 
-def unknown(name, value, choices):
-    """The message for a choice that is not known, with the nearest known one."""
-    near = difflib.get_close_matches(str(value), choices, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"{name} {value!r} is not known, it is one of {', '.join(choices)}.{hint}"
+        raw = any(source.format != "encoded" for source in self.sources)
+        if camera.MODES[self.mode].unit == "metric":
+            raise ValueError(camera.NO_METRIC_DEPTH)
+        if camera.MODES[self.mode].needs_depth and raw and not (self.quantile_blend
+                                                                or self.depth_weights):
+            raise ValueError("quantile_blend=false takes scales from the depth network alone, and "
+                             "there is none: --depth_weights=dpt_swin2_tiny_256.pt brings it")
+        if self.latent == "vae" and not self.init:
+            raise ValueError("latent='vae' needs --init=FILE, a checkpoint that brings the "
+                             "autoencoder and CLIP, such as zero123-xl.ckpt")
+        for source in self.sources:
+            if "pipe:" in source.held_out:
+                raise ValueError(f"source {source.name!r}: held_out is {source.held_out!r}, but a "
+                                 "command has no fixed order: held-out shards must be files or web "
+                                 "addresses")
 
+
+# ---- checks
+
+def check_fields(record, where=""):
+    """Raises ValueError where a field of a Config or Source is of another type, choice or size.
+    Lists become tuples."""
+    for field in fields(record):
+        name, value = field.name, getattr(record, field.name)
+        if isinstance(value, list):
+            value = tuple(value)
+            object.__setattr__(record, name, value)
+        if not fits(value, field.type, *BOUNDS.get(name, ())):
+            raise ValueError(f"{where}{name} is {reprlib.repr(value)}, it must be "
+                             f"{allowed(name, field.type)}")
+        if name in CHOICES and value not in CHOICES[name]:
+            raise ValueError(where + command.unknown(name, repr(value), CHOICES[name])
+                             + f"; it is one of {', '.join(map(repr, CHOICES[name]))}")
+
+
+def fits(value, kind, *bounds):
+    """Whether a value is of a field's type and within its bounds, if there are any; whole numbers
+    are numbers too, truths are not."""
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(fits(v, typing.get_args(kind)[0], *bounds)
+                                                for v in value)
+    if isinstance(value, bool):
+        return kind is bool
+    return (isinstance(value, (int, float) if kind is float else kind)
+            and (not bounds or bounds[0] <= value <= bounds[1]))
+
+
+def allowed(name, kind):
+    """What a field may hold, in words."""
+    several = typing.get_origin(kind) is tuple
+    item = typing.get_args(kind)[0] if several else kind
+    text = WORDS.get(item, f"a {item.__name__}")
+    if name in BOUNDS:
+        text += " from {:,} to {:,}".format(*BOUNDS[name])
+    return f"a tuple, of which each is {text}" if several else text
+
+
+# ---- the command line and the file
 
 def parse(name, text, kind):
-    """The value that `--name=text` means for a field of type `kind`."""
+    """The value that `--name=text` means for a field of type `kind`. Raises ValueError."""
     try:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
         if typing.get_origin(kind) is tuple:
             item = typing.get_args(kind)[0]
             return tuple(item(part) for part in text.strip("()").split(",") if part.strip())
-        if kind is int:
-            return int(text.replace("_", ""))
         return kind(text)
     except (KeyError, ValueError) as err:
-        raise ValueError(f"--{name}={text}: a value of type {getattr(kind, '__name__', kind)} "
-                         "is needed") from err
+        raise ValueError(f"--{name}={text[:40]}: it must be {allowed(name, kind)}") from err
+
+
+def parse_options(arguments):
+    """{field: value} of `--name=value` and `--name value`. ValueError has the nearest option."""
+    kinds = {field.name: field.type for field in fields(Config) if field.name != "sources"}
+    arguments, changes = iter(arguments), {}
+    for argument in arguments:
+        option, equals, text = argument.partition("=")
+        name = option.removeprefix("--").replace("-", "_")
+        if not option.startswith("--"):
+            raise ValueError(f"{argument[:40]!r} is one argument too many: options are "
+                             "--name=value or --name value")
+        if name not in kinds:
+            raise ValueError(command.unknown("option", option[:40], [f"--{k}" for k in kinds]))
+        text = text if equals else next(arguments, "--")
+        if not equals and text.startswith("--"):
+            raise ValueError(f"{option} needs a value, {allowed(name, kinds[name])}")
+        changes[name] = parse(name, text, kinds[name])
+    return changes
 
 
 def override(config, arguments):
     """A copy of `config` with `--name=value` put in. Raises ValueError with the nearest option."""
-    kinds = {field.name: field.type for field in fields(config) if field.name != "sources"}
-    changes = {}
-    for argument in arguments:
-        name, equals, text = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or not equals:
-            raise ValueError(f"{argument!r} is not of the form --name=value, with an equals sign")
-        if name not in kinds:
-            raise ValueError(unknown("option", name, tuple(kinds)))
-        changes[name] = parse(name, text, kinds[name])
-    return replace(config, **changes)
+    return replace(config, **parse_options(arguments))
 
 
 def load(argv):
-    """The Config of `[file, --name=value, ...]`. Raises one-line ValueError, FileNotFoundError."""
+    """The Config of `[file, --name=value, ...]`. One-line ValueError, FileNotFoundError."""
     if not argv or argv[0].startswith("--"):
         raise ValueError("a config file comes first, for example: "
                          "python train.py configs/synth.py --steps=200")
-    path = Path(argv[0])
+    changes, path = parse_options(argv[1:]), Path(argv[0])      # a typo is found before torch is
     if not path.is_file():
-        known = sorted(str(p) for p in Path(__file__).parent.glob("*.py")
-                       if p.name != "__init__.py")
-        raise FileNotFoundError(f"no config file {path}; there are {', '.join(known) or 'none'}")
+        there = sorted(str(p) for p in Path(__file__).parent.glob("[!_]*.py"))
+        raise FileNotFoundError(f"no config file {path}; there are {', '.join(there) or 'none'}")
     try:
         config = runpy.run_path(str(path)).get("config")
     except SyntaxError as err:
         raise ValueError(f"{path} is no python config file: line {err.lineno}, {err.msg}") from err
+    except Exception as err:        # whatever a user's python does wrong
+        lines = [frame.lineno for frame in traceback.extract_tb(err.__traceback__)
+                 if frame.filename == str(path)]
+        raise ValueError(f"{path}{', line %d' % lines[-1] if lines else ''}: {reason_of(err)}"
+                         ) from err
     if not isinstance(config, Config):
         raise ValueError(f"{path} does not end in `config = Config(...)`")
-    return override(config, argv[1:])
+    return replace(config, **changes)
 
+
+def reason_of(err):
+    """What an exception in a config file says, with the nearest field where one is unknown."""
+    text = " ".join(str(err).split())
+    wrong = re.match(r"(Config|Source).+ unexpected keyword argument '(\w+)'", text)
+    if wrong:
+        kind = {"Config": Config, "Source": Source}[wrong[1]]
+        return command.unknown(f"{wrong[1]}'s field", wrong[2], [f.name for f in fields(kind)])
+    return text if isinstance(err, ValueError) else f"{type(err).__name__}: {text}"
+
+
+# ---- the configurations of checkpoints
 
 def from_dict(values):
-    """The Config that `asdict` made, as a checkpoint's meta.json stores it."""
-    values = {name: tuple(value) if isinstance(value, list) else value
-              for name, value in values.items()}
-    return Config(**{**values, "sources": tuple(Source(**source) for source in values["sources"])})
+    """The Config that `asdict` made, with the sources that it names: to compare, not to open.
+
+    Of runs of other versions, fields that are gone are told in a line and ignored, new ones have
+    their defaults. ValueError has one line, whatever the values are.
+    """
+    own = own_fields(Config, values)
+    return Config(**{**own, "sources": sources_of(own)})
+
+
+def stored(values, data="", config=None):
+    """The Config of a checkpoint, in which every name of a file is the user's own.
+
+    The network, its scale and how it is sampled are those of `values`, the stored dict. NAME_FILES
+    are those of `config`, of the user's --config FILE; without it, sources are the stored held-out
+    patterns inside of `data`, the user's --data FOLDER; with neither they are NOWHERE, and whoever
+    then asks for data is told so by `no_data`. Raises ValueError with one line.
+    """
+    own = own_fields(Config, values)
+    theirs = {name: own.pop(name) for name in NAME_FILES if name in own}
+    if config is not None:
+        own.update({name: getattr(config, name) for name in NAME_FILES})
+    elif data:
+        own["sources"] = tuple(replace(source, shards="") for source in sources_of(theirs))
+        for source in own["sources"]:
+            if not is_inside(source.held_out):
+                raise ValueError(f"the checkpoint names held-out shards {source.held_out!r}, which "
+                                 "do not lie inside of a --data FOLDER: name them in a --config "
+                                 "FILE of your own")
+    else:
+        own["sources"] = NOWHERE
+    return Config(**{**own, **({"data": data} if data else {})})
+
+
+def no_data(values):
+    """The line for who asks for data of which a stored configuration alone knows."""
+    return (f"the checkpoint names data in {reprlib.repr(values.get('data'))}, but nothing that a "
+            "file names is opened: name them yourself, with --data FOLDER or --config FILE")
+
+
+def sources_of(values):
+    """The Sources of a stored configuration. Raises ValueError."""
+    sources = values.get("sources")
+    if not isinstance(sources, (list, tuple)):
+        raise ValueError(f"the stored sources are {reprlib.repr(sources)}, they must be a list")
+    return tuple(Source(**own_fields(Source, source)) for source in sources)
+
+
+def is_inside(pattern):
+    """Whether a shard pattern means nothing but files inside of the folder that it is joined to."""
+    names = [name.strip() for name in re.sub(r"\{\d+\.\.\d+\}", "", pattern).split(" ; ")]
+    return not any(name == "-" or name.startswith(("/", "~")) or set(name) & set(":\\\0")
+                   or ".." in name.split("/") for name in names)
+
+
+def own_fields(kind, values):
+    """The fields that a stored Config or Source has of ours. Raises ValueError."""
+    if not isinstance(values, dict):
+        raise ValueError(f"the stored configuration has {reprlib.repr(values)} where the fields of "
+                         f"a {kind.__name__} belong")
+    names = [field.name for field in fields(kind)]
+    gone = [reprlib.repr(name) for name in values if name not in names]
+    if gone:
+        log.warning("the stored configuration has %d fields that this version has not, which are "
+                    "ignored: %s", len(gone), ", ".join(gone[:SHOWN]))
+    for field in fields(kind):
+        if field.default is MISSING and field.name not in values:
+            raise ValueError(f"the stored configuration lacks {field.name} of a {kind.__name__}")
+    return {name: values[name] for name in names if name in values}
+
+
+NOWHERE = (Source("nowhere", "co3d", "", 1.0),)     # of a checkpoint whose data nobody has named

@@ -19,9 +19,9 @@ ALIGNED = 16                # bytes that an instruction reads or writes at a tim
 
 def usable(optimizer):
     """Whether the kernel can take the steps of a torch.optim.AdamW. Those of a CUDA graph it cannot
-    ("capturable"): bias corrections are numbers that it is told at its launch."""
+    ("capturable"): bias corrections are arguments of its launch."""
     groups = optimizer.param_groups
-    return (kernels.enabled and not any(group["capturable"] for group in groups)
+    return (kernels.enabled["adamw"] and not any(group["capturable"] for group in groups)
             and all(p.is_cuda and p.dtype == torch.float32
                     for group in groups for p in group["params"]))
 
@@ -139,7 +139,7 @@ class Launch:
                                        bool(self.names), BLOCK, num_warps=WARPS)
 
 
-class OnePass:
+class OnePassAdamW:
     """Takes steps for a torch.optim.AdamW, whose state stays where and as it is, and behind them
     those of an average."""
     def __init__(self, optimizer):
@@ -157,13 +157,15 @@ class OnePass:
             for averaged in (True, False):
                 chosen = [p for p in group["params"] if (id(p) in names) == averaged]
                 if chosen:
-                    known = [names[id(p)] for p in chosen] if averaged else []
-                    self.launches.append(Launch(group, chosen, known))
+                    averages = [names[id(p)] for p in chosen] if averaged else []
+                    self.launches.append(Launch(group, chosen, averages))
         self.averaged = {name for launch in self.launches for name in launch.names}
 
     def step(self, count, ema=None):
         """Step `count`, from 1, and the next one of an Ema. Returns the names of the averages that
         are done, or None where nothing is: torch.optim.AdamW has to take this step."""
+        if not usable(self.optimizer):
+            return None
         if ema is not self.ema or not self.launches:
             self.plan(ema)
         averages, pull = ({}, 0.0) if ema is None else (ema.average, ema.pull())

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine import kernels
-from engine.kernels import HALF_TYPES, begin, blank_grid, channels_last, early, power_of_2, tl, triton
+from engine.kernels import (HALF_TYPES, channels_last, empty_grid, launch_early, power_of_2, tl,
+                            triton, wait_for_previous)
 
 # Positions and channels made of a tile of the first conv, and groups of 32 threads; the fewest
 # channels given that are read together
@@ -33,8 +34,8 @@ SUMMED = 256                # results of a program that adds the taps
 # ---- of few channels
 
 def product(windows, weight, bias=None):
-    """The results (..., d) for windows (..., k) of a convolution, of weight (d, ...) of k numbers
-    each. Both get zeros behind: products are fast whose rows are whole 16 bytes."""
+    """A convolution as a product: windows (..., k), weight (d, ...) of k numbers each -> (..., d).
+    Both are padded with zeros: products are fast whose rows are multiples of 16 bytes."""
     short = -windows.shape[-1] % 8
     return F.linear(F.pad(windows, (0, short)), F.pad(weight.flatten(1), (0, short)), bias)
 
@@ -43,7 +44,7 @@ def first_conv(x, weight, bias):
     """The 3x3 conv of padding 1 of an image x (b, c, h, w) of few channels: (b, d, h, w)."""
     if x.is_cuda and torch.is_autocast_enabled("cuda"):
         x = x.to(torch.get_autocast_dtype("cuda"))      # autocast knows no kernel of ours
-    if (kernels.usable(x, HALF_TYPES) and not torch.is_grad_enabled()
+    if (kernels.usable("conv", x, HALF_TYPES) and not torch.is_grad_enabled()
             and x.shape[2:].numel() * len(weight) < MOST):
         c = max(TOGETHER, power_of_2(x.shape[1]))
         short = c - x.shape[1]
@@ -61,7 +62,7 @@ if triton is not None:
     def first_kernel(x, taps, bias, y, d, h, w, C: tl.constexpr, ROWS: tl.constexpr,
                      COLUMNS: tl.constexpr):
         """A tile of y (b, h w, d)."""
-        begin()
+        wait_for_previous()
         sample = tl.program_id(2).to(tl.int64)
         position = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
         channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
@@ -85,14 +86,15 @@ def kernel_first(x: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
     b, d, h, w = y.shape
     rows, columns, warps = FIRST
     grid = triton.cdiv(h * w, rows), triton.cdiv(d, columns), b
-    first_kernel[grid](x, taps, bias, y, d, h, w, c, rows, columns, num_warps=warps, **early())
+    first_kernel[grid](x, taps, bias, y, d, h, w, c, rows, columns, num_warps=warps,
+                       **launch_early())
     return y
 
 
 @kernel_first.register_fake
 def fake_first(x, taps, bias):
     b, h, w, _ = x.shape
-    return blank_grid((b, len(bias), h - 2, w - 3), x)
+    return empty_grid((b, len(bias), h - 2, w - 3), x)
 
 
 # ---- after an upsampling
@@ -114,18 +116,18 @@ def upsample_conv(x, taps, bias=None):
 # ---- of few positions
 
 def sides(x, stride):
-    """Height and width of the result."""
+    """Height and width of the result of conv3x3."""
     return [-(-side // stride) for side in x.shape[2:]]
 
 
-def few(r, h, w):
-    """Whether so many positions of the result are few."""
+def few_positions(r, h, w):
+    """Whether the result has few positions, for which conv3x3 has kernels."""
     return r * h * w <= TILES[-1][0]
 
 
 def conv3x3(x, weight, stride=1):
     """The convolution of x (r, c, h, w) with weight (d, c, 3, 3), padding 1, for sampling."""
-    if few(len(x), *sides(x, stride)) and kernels.usable(x, HALF_TYPES):
+    if few_positions(len(x), *sides(x, stride)) and kernels.usable("conv", x, HALF_TYPES):
         return kernel_conv(x, weight, stride)
     return F.conv2d(x, weight, stride=stride, padding=1)
 
@@ -133,11 +135,11 @@ def conv3x3(x, weight, stride=1):
 if triton is not None:
     @triton.jit
     def conv_kernel(x, weight, y, m, c, d, h, w, h_in, w_in, stride, STEPS: tl.constexpr,
-                    WHOLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                    EXACT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
                     INPUTS: tl.constexpr):
-        """A tile of y (9, m, d), what each tap adds, in STEPS of INPUTS channels; WHOLE: which are
-        c together."""
-        begin()
+        """A tile of y (9, m, d), what each tap adds, in STEPS of INPUTS channels; EXACT: c is a
+        multiple of INPUTS."""
+        wait_for_previous()
         tap, row = tl.program_id(2), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
         column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
         sample, top = row // (h * w), row // w % h * stride - 1
@@ -150,7 +152,7 @@ if triton is not None:
         for step in range(STEPS):
             k = step * INPUTS + tl.arange(0, INPUTS)
             here, there = inside, exist
-            if not WHOLE:
+            if not EXACT:
                 here, there = here & (k < c)[None, :], there & (k < c)[:, None]
             pixels = tl.load(x + k[None, :], here, 0.0)
             total = tl.dot(pixels, tl.load(weight + k[:, None], there, 0.0), total)
@@ -159,7 +161,7 @@ if triton is not None:
 
     @triton.jit
     def sum_kernel(parts, y, size, SIZE: tl.constexpr):
-        begin()
+        wait_for_previous()
         at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
         total = tl.zeros([SIZE], tl.float32)
         for tap in tl.static_range(9):
@@ -178,11 +180,21 @@ def kernel_conv(x: Tensor, weight: Tensor, stride: int) -> Tensor:
     grid = triton.cdiv(d, columns), triton.cdiv(m, rows), 9
     conv_kernel[grid](x, weight, parts, m, c, d, h, w, h_in, w_in, stride, triton.cdiv(c, inputs),
                       c % inputs == 0, rows, columns, inputs, num_warps=warps, num_stages=stages,
-                      **early())
-    sum_kernel[triton.cdiv(m * d, SUMMED),](parts, y, m * d, SUMMED, **early())
+                      **launch_early())
+    sum_kernel[triton.cdiv(m * d, SUMMED),](parts, y, m * d, SUMMED, **launch_early())
     return y
 
 
 @kernel_conv.register_fake
 def fake_conv(x, weight, stride):
-    return blank_grid((len(x), len(weight), *sides(x, stride)), x)
+    return empty_grid((len(x), len(weight), *sides(x, stride)), x)
+
+
+# ---- of one position
+
+def conv1x1(conv, x):
+    """The 1x1 nn.Conv2d `conv` as what it is, a product over the channels of every position, for
+    which no channels-last grid is copied. x: (b, c, h, w), or tokens (b, n, c) of its positions."""
+    if x.ndim == 3:
+        return F.linear(x, conv.weight.flatten(1), conv.bias)               # (b, n, c_out)
+    return conv1x1(conv, x.flatten(2).mT).mT.unflatten(2, x.shape[2:])      # (b, c_out, h, w)

@@ -1,8 +1,8 @@
 """GEGLU (arXiv:2002.05202): the first half of the channels, gated by the exact GELU of the second.
 
-Everywhere it is PyTorch's own; on a GPU, where Triton is installed, one kernel forward and one
-backward, which read and write every number once: 3 and 5 numbers for every one of the result. What
-torch.compile makes of the backward pass reads twice as many, and computes both halves for each.
+One kernel forward and one backward, which read and write every number once: 3 and 5 numbers for
+every one of the result. What torch.compile makes of the backward pass reads twice as many, and
+computes both halves for each.
 """
 
 import math
@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine import kernels
-from engine.kernels import begin, early, tl, triton
+from engine.kernels import launch_early, tl, triton, wait_for_previous
 
 ROWS, COLUMNS, WARPS = 4, 256, 4    # tokens and channels of a tile, and what holds them
 
 
 def geglu(x):
     """x (..., 2 c) -> (..., c): x[..., :c] * gelu(x[..., c:]), in x's type."""
-    if kernels.usable(x):
+    if kernels.usable("geglu", x):
         return kernel_forward(x)
     x, gate = x.chunk(2, dim=-1)
     return x * F.gelu(gate)
@@ -27,7 +27,7 @@ def geglu(x):
 
 def geglu_into(y, x):
     """Writes geglu(x) into y (..., c), whose rows may be parts of longer ones; no gradients."""
-    if kernels.usable(x):
+    if kernels.usable("geglu", x):
         kernel_into(y, x)
     else:
         y.copy_(geglu(x))
@@ -46,7 +46,7 @@ if triton is not None:
 
     @triton.jit
     def geglu_kernel(x, y, m, c, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-        begin()
+        wait_for_previous()
         rows, columns, exist = tile_of(m, c, ROWS, COLUMNS)
         at = x + rows * 2 * c + columns
         value = tl.load(at, exist, 0.0).to(tl.float32)
@@ -56,16 +56,16 @@ if triton is not None:
 
     @triton.jit
     def geglu_backward_kernel(dy, x, dx, m, c, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-        begin()
+        wait_for_previous()
         rows, columns, exist = tile_of(m, c, ROWS, COLUMNS)
         at = rows * 2 * c + columns
         value = tl.load(x + at, exist, 0.0).to(tl.float32)
         gate = tl.load(x + at + c, exist, 0.0).to(tl.float32)
-        given = tl.load(dy + rows * c + columns, exist, 0.0).to(tl.float32)
+        dz = tl.load(dy + rows * c + columns, exist, 0.0).to(tl.float32)
         below = 0.5 * (1 + tl.erf(gate * ROOT_HALF))        # the share of a normal below the gate
         slope = below + gate * DENSITY * tl.exp(-0.5 * gate * gate)
-        tl.store(dx + at, (given * gate * below).to(dx.dtype.element_ty), exist)
-        tl.store(dx + at + c, (given * value * slope).to(dx.dtype.element_ty), exist)
+        tl.store(dx + at, (dz * gate * below).to(dx.dtype.element_ty), exist)
+        tl.store(dx + at + c, (dz * value * slope).to(dx.dtype.element_ty), exist)
 
 
 def tiling(m, c):
@@ -79,21 +79,21 @@ def tiling(m, c):
 def kernel_forward(x: Tensor) -> Tensor:
     """See geglu. One node for torch.compile."""
     y = fake_forward(x)
-    write(y, x)
+    launch_geglu(y, x)
     return y
 
 
 @torch.library.custom_op("zeronvs::geglu_into", mutates_args=("y",))
 def kernel_into(y: Tensor, x: Tensor) -> None:
     """See geglu_into."""
-    write(y, x)
+    launch_geglu(y, x)
 
 
-def write(y, x):
+def launch_geglu(y, x):
     x, c = x.contiguous(), y.shape[-1]
     m = y.numel() // c
     grid, tile = tiling(m, c)
-    geglu_kernel[grid](x, y, m, c, y.stride(-2), **tile, **early())
+    geglu_kernel[grid](x, y, m, c, y.stride(-2), **tile, **launch_early())
 
 
 @kernel_forward.register_fake
@@ -107,7 +107,7 @@ def kernel_backward(dy: Tensor, x: Tensor) -> Tensor:
     dy, x, dx = dy.contiguous(), x.contiguous(), fake_backward(dy, x)
     m, c = dy.numel() // dy.shape[-1], dy.shape[-1]
     grid, tile = tiling(m, c)
-    geglu_backward_kernel[grid](dy, x, dx, m, c, **tile, **early())
+    geglu_backward_kernel[grid](dy, x, dx, m, c, **tile, **launch_early())
     return dx
 
 
@@ -116,7 +116,7 @@ def fake_backward(dy, x):
     return x.new_empty(x.shape)
 
 
-def keep(ctx, inputs, output):
+def setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
@@ -124,4 +124,4 @@ def backward(ctx, dy):
     return kernel_backward(dy, *ctx.saved_tensors)
 
 
-kernel_forward.register_autograd(backward, setup_context=keep)
+kernel_forward.register_autograd(backward, setup_context=setup_context)

@@ -11,13 +11,13 @@ import torch
 WARM_UPS = 3            # calls before the recording, in which libraries choose their kernels
 
 
-def possible(config, ranks, device):
+def can_capture(config, ranks, device):
     """Whether a run records its passes: it is asked to, and nothing is sent between processes."""
     return config.graph and device.type == "cuda" and ranks.world == 1
 
 
-def record(function, device=None, pool=None):
-    """(what replays a function without arguments, its result, which every replay writes anew).
+def capture_graph(function, device=None, pool=None):
+    """(replay, result) of a function without arguments: every replay() writes the result anew.
     pool: of memory, shared by graphs that never run at once."""
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
@@ -33,7 +33,7 @@ def record(function, device=None, pool=None):
 
 
 class Recorded:
-    """In the place of `passes(*tensors) -> losses (b,)`, which adds to the gradients of parameters.
+    """Stands for `passes(*tensors) -> losses (b,)`, which adds to the gradients of parameters.
 
     The first call records: shapes, and whatever is not a tensor, stay as they are then. Where
     gradients are None before a call they are the graph's own tensors after it, the same every time.
@@ -44,11 +44,11 @@ class Recorded:
 
     def __call__(self, *tensors):
         if self.replay is None:
-            self.begin(tensors)
+            self.capture(tensors)
         # the replay writes over the graph's own
         earlier = [p.grad.clone() if p.grad is grad else p.grad
                    for p, grad in zip(self.used, self.gradients) if p.grad is not None]
-        torch._foreach_copy_(self.given, list(tensors))
+        torch._foreach_copy_(self.inputs, list(tensors))
         self.replay()
         if earlier:
             torch._foreach_add_(earlier, self.gradients)
@@ -56,16 +56,16 @@ class Recorded:
             p.grad = grad
         return self.losses.clone()
 
-    def begin(self, tensors):
-        self.given = [tensor.clone() for tensor in tensors]
-        self.replay, self.losses = record(self.anew)
+    def capture(self, tensors):
+        self.inputs = [tensor.clone() for tensor in tensors]
+        self.replay, self.losses = capture_graph(self.new_gradients)
         self.used = [p for p in self.parameters if p.grad is not None]
         self.gradients = [p.grad for p in self.used]
         for p in self.used:
             p.grad = None
 
-    def anew(self):
-        """The passes, whose gradients are new tensors."""
+    def new_gradients(self):
+        """Runs the passes so that they make the gradients as new tensors."""
         for p in self.parameters:
             p.grad = None
-        return self.passes(*self.given)
+        return self.passes(*self.inputs)

@@ -13,12 +13,12 @@ import math
 from typing import Optional
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
 from engine import kernels
-from engine.kernels import begin, blank_grid, channels_last, early, power_of_2, tl, triton, warps
+from engine.kernels import (channels_last, empty_grid, launch_early, power_of_2, tl, triton,
+                            wait_for_previous, warps)
 
 COLUMNS = 64                # channels of a tile: lines of whole 128 bytes of bf16
 # Values of a tile that is read and written, forward and backward; and of 32 threads of it
@@ -30,70 +30,52 @@ MOMENTS, WRITTEN, SUMS = (16, 8, 1024, 256), (16, 8, 512, 4096), (8, 16, 128, 25
 COMBINED = 512              # numbers of blocks that are combined at a time
 # A group that one program holds at once, and its values per 32 threads; a grid that is small enough
 # for the cache, where reading a few channels of every position costs nothing
-WHOLE, WHOLE_PER_WARP, CACHED = 2**14, 512, 2**22
+SMALL, SMALL_PER_WARP, CACHED = 2**14, 512, 2**22
 MOST = 2**19                # positions, as the second axis of a launch has up to 65,535 programs
 
 
-class GroupNorm(nn.GroupNorm):
-    """GroupNorm of x (b, c, h, w), after `shift` (b, c) is added, and before SiLU if `silu`.
-    sums: what `add` said of x."""
-    def __init__(self, groups, c, eps, silu=False):
-        super().__init__(groups, c, eps)
-        self.silu = silu
+def group_norm(norm, x, silu=False, shift=None):
+    """The nn.GroupNorm `norm` of x (b, c, h, w) plus `shift` (b, c), then SiLU if `silu`.
 
-    def forward(self, x, *, shift=None, sums=None):
-        return group_norm(x, self.weight, self.bias, self.num_groups, self.eps, self.silu, shift,
-                          sums)
-
-
-def group_norm(x, weight, bias, groups, eps, silu=False, shift=None, sums=None):
-    """GroupNorm of x (b, c, h, w), plus `shift` (b, c) if given; then SiLU if asked for.
-
-    weight, bias: (c,); sums: what `add` said of x. Statistics are float32; the result has x's type,
-    and channels-last strides from the kernels.
+    Statistics are float32; the result has x's type, and channels-last strides from the kernels.
     """
-    if kernels.usable(x) and x.shape[2:].numel() <= MOST:
-        return kernel_forward(x, weight, bias, shift, groups, eps, silu, sums)[0]
+    if kernels.usable("norm", x) and x.shape[2:].numel() <= MOST:
+        return kernel_forward(x, norm.weight, norm.bias, shift, norm.num_groups, norm.eps, silu)[0]
     if shift is not None:
         x = x + shift.to(x.dtype)[:, :, None, None]
-    y = F.group_norm(x, groups, weight, bias, eps)
+    y = norm(x)
     return F.silu(y) if silu else y
 
 
-def add_norm(norm, x, h=None, bias=None, skip=None, shift=None):
-    """(s, y) for sampling, without gradients: s = x + h + bias, and beside it, along the channels,
-    skip; y is the GroupNorm `norm` of s plus shift (b, c).
+class Sum:
+    """The grid x + h + bias (b, c, h, w) that is added up when it is first read, which the norm's
+    kernel does on its way. h (b, c, h, w) and bias (c,) may be None."""
+    def __init__(self, x, h=None, bias=None):
+        self.x, self.h, self.bias = x, h, bias
 
-    Grids (b, c, h, w) and bias (c,); all but x may be None.
-    """
-    if h is None and bias is None and skip is None:
-        return x, norm(x, shift=shift)
-    if kernels.usable(x) and x.shape[2:].numel() <= MOST:
-        return kernel_add_norm(x, h, bias, skip, shift, norm.weight, norm.bias, norm.num_groups,
-                               norm.eps, norm.silu)
-    s = sum_of(x, h, bias)
-    s = s if skip is None else torch.cat([s, skip], dim=1)
-    return s, norm(s, shift=shift)
+    def total(self):
+        """The grid itself, where no norm reads it first."""
+        if self.h is not None:
+            self.x = self.x + self.h
+        if self.bias is not None:
+            self.x = self.x + self.bias.to(self.x.dtype)[:, None, None]
+        self.h = self.bias = None
+        return self.x
 
-
-def sum_of(x, h=None, bias=None):
-    """x + h + bias of grids (b, c, h, w) and bias (c,), of which the latter may be None."""
-    x = x if h is None else x + h
-    return x if bias is None else x + bias.to(x.dtype)[:, None, None]
-
-
-def add(h, bias, x=None, summed=True):
-    """(h + bias + x, its sums for `group_norm` or None) of h, x (b, c, h, w) and bias (c,); x may
-    be None.
-
-    If `summed`, and no gradient is asked for, the kernels take the sums while they write the
-    result. Elsewhere h is overwritten.
-    """
-    if (summed and kernels.usable(h) and (x is None or x.dtype == h.dtype)
-            and h.shape[2:].numel() <= MOST and not torch.is_grad_enabled()):
-        return kernel_add(h, x, bias)
-    h.add_(bias[:, None, None])
-    return h if x is None else h.add_(x), None
+    def normed(self, norm, silu=False, skip=None, shift=None):
+        """(s, y): s is the grid, and behind its channels those of skip (b, c, h, w) if there is
+        one; y is the nn.GroupNorm `norm` of s plus shift (b, c), then SiLU if `silu`."""
+        alone = self.h is None and self.bias is None and skip is None
+        if (not alone and kernels.usable("norm", self.x) and self.x.shape[2:].numel() <= MOST
+                and not torch.is_grad_enabled()):
+            s, y = kernel_sum_norm(self.x, self.h, self.bias, skip, shift, norm.weight, norm.bias,
+                                   norm.num_groups, norm.eps, silu)
+        else:
+            s = self.total() if skip is None else torch.cat([self.total(), skip], dim=1)
+            y = group_norm(norm, s, silu, shift)
+        if skip is None:
+            self.x, self.h, self.bias = s, None, None
+        return s, y
 
 
 # ---- kernels. Grids are (b, n, c) in memory. With z what SiLU is applied to, y its result:
@@ -149,7 +131,7 @@ if triton is not None:
         Deviations are first taken from the block's first value, which is as near to the mean as
         any: what the sum of their squares then loses is about as large as what is left of it.
         """
-        begin()
+        wait_for_previous()
         sample, first = tl.program_id(2).to(tl.int64), tl.program_id(1) * SLICES * ROWS
         columns = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
         rows = first + tl.arange(0, ROWS)[:, None]
@@ -179,7 +161,7 @@ if triton is not None:
         Chan's formula: deviations add up, and those of the means with their counts. One program a
         group of `width` channels; moments: (3, b, c).
         """
-        begin()
+        wait_for_previous()
         sample, exist = tl.program_id(1).to(tl.int64), tl.arange(0, WIDTH) < width
         channel = tl.program_id(0) * width + tl.arange(0, WIDTH)
         sums += sample * k * 2 * c + channel[None, :]
@@ -210,11 +192,11 @@ if triton is not None:
         tl.store(at + 2 * table, off, exist)
 
     @triton.jit
-    def whole_kernel(x, h, constant, skip, s, weight, bias, shift, moments, y, n, c, c_x, width,
+    def small_kernel(x, h, constant, skip, s, weight, bias, shift, moments, y, n, c, c_x, width,
                      stride, eps, SILU: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
         """All of the forward pass of load_sum with the bias `constant`, which is s where s is not
         None; one program a group (ROWS >= n, WIDTH >= width)."""
-        begin()
+        wait_for_previous()
         sample, rows = tl.program_id(1).to(tl.int64), tl.arange(0, ROWS)[:, None]
         among = tl.arange(0, WIDTH)[None, :]
         channel = tl.program_id(0) * width + among
@@ -244,7 +226,7 @@ if triton is not None:
     @triton.jit
     def apply_kernel(x, weight, bias, moments, y, n, c, SILU: tl.constexpr, ROWS: tl.constexpr,
                      COLUMNS: tl.constexpr):
-        begin()
+        wait_for_previous()
         sample = tl.num_programs(2) - 1 - tl.program_id(2).to(tl.int64)
         table = tl.num_programs(2).to(tl.int64) * c
         values, offsets, exist = load_tile(x, sample, tl.program_id(1) * ROWS, n, c, ROWS, COLUMNS)
@@ -257,7 +239,7 @@ if triton is not None:
         tl.store(y + sample * n * c + offsets, z.to(y.dtype.element_ty), exist)
 
     @triton.jit
-    def through_silu(dz, off, scale, bias, SILU: tl.constexpr):
+    def silu_backward(dz, off, scale, bias, SILU: tl.constexpr):
         """The gradient of z, from that of y."""
         if SILU:
             z = off * scale + bias
@@ -269,7 +251,7 @@ if triton is not None:
     def gradient_sums_kernel(dy, x, weight, bias, moments, sums, n, c, SILU: tl.constexpr,
                              ROWS: tl.constexpr, SLICES: tl.constexpr, COLUMNS: tl.constexpr):
         """Sums of dz and of dz (x - center) over every channel of a block."""
-        begin()
+        wait_for_previous()
         sample, first = tl.program_id(2).to(tl.int64), tl.program_id(1) * SLICES * ROWS
         table = tl.num_programs(2).to(tl.int64) * c
         center = load_channels(moments, sample, c, COLUMNS)
@@ -282,7 +264,7 @@ if triton is not None:
             values, _, _ = load_tile(x, sample, first + i * ROWS, n, c, ROWS, COLUMNS)
             dz, _, _ = load_tile(dy, sample, first + i * ROWS, n, c, ROWS, COLUMNS)
             off = values - center
-            dz = through_silu(dz, off, scale, start, SILU)      # 0 where there is nothing
+            dz = silu_backward(dz, off, scale, start, SILU)      # 0 where there is nothing
             total += dz
             product += dz * off
         store_sums(sums, sample, tl.sum(total, 0), tl.sum(product, 0), c, COLUMNS)
@@ -292,7 +274,7 @@ if triton is not None:
                                 CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
         """Sums of the blocks -> parts (5, b, c): of dweight, of dbias, dshift, and `level` and
         `slope` of dx = dz rstd weight - level - slope (x - center)."""
-        begin()
+        wait_for_previous()
         sample, exist = tl.program_id(1).to(tl.int64), tl.arange(0, WIDTH) < width
         channel = tl.program_id(0) * width + tl.arange(0, WIDTH)
         sums += sample * k * 2 * c + channel[None, :]
@@ -318,7 +300,7 @@ if triton is not None:
     @triton.jit
     def gradient_kernel(dy, x, weight, bias, moments, parts, dx, n, c, SILU: tl.constexpr,
                         ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-        begin()
+        wait_for_previous()
         sample = tl.num_programs(2) - 1 - tl.program_id(2).to(tl.int64)
         table, first = tl.num_programs(2).to(tl.int64) * c, tl.program_id(1) * ROWS
         values, offsets, exist = load_tile(x, sample, first, n, c, ROWS, COLUMNS)
@@ -326,7 +308,7 @@ if triton is not None:
         scale = load_channels(moments + table, sample, c, COLUMNS)
         scale *= load_channels(weight, 0, c, COLUMNS)
         off = values - load_channels(moments, sample, c, COLUMNS)
-        dz = through_silu(dz, off, scale, load_channels(bias, 0, c, COLUMNS), SILU)
+        dz = silu_backward(dz, off, scale, load_channels(bias, 0, c, COLUMNS), SILU)
         level = load_channels(parts + 3 * table, sample, c, COLUMNS)
         slope = load_channels(parts + 4 * table, sample, c, COLUMNS)
         value = dz * scale - level - slope * off
@@ -362,99 +344,60 @@ def combining(width, k):
 
 @torch.library.custom_op("zeronvs::group_norm", mutates_args=())
 def kernel_forward(x: Tensor, weight: Tensor, bias: Tensor, shift: Optional[Tensor], groups: int,
-                   eps: float, silu: bool, sums: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
+                   eps: float, silu: bool) -> tuple[Tensor, Tensor]:
     """(y (b, c, h, w), moments (3, b, c)): see combine_kernel. One node for torch.compile."""
-    x, (b, c, h, w) = channels_last(x), x.shape
-    n, width = h * w, c // groups
+    x = channels_last(x)
     y, moments = fake_forward(x, weight, bias, shift, groups, eps, silu)
-    if is_small(x.shape, groups) and sums is None:
-        whole(x, None, None, None, None, weight, bias, shift, moments, y, groups, eps, silu)
-        return y, moments
-    shift, stride = strided(shift)
-    grid, block = summing(b, c, n, MOMENTS if sums is None else WRITTEN)
-    if sums is None:
-        sums = moments.new_empty(b, grid[1], 2, c)
-        moments_kernel[grid](x, None, None, None, None, sums, n, c, c, **block, **early())
-    combine_kernel[groups, b](sums, shift, moments, n, c, grid[1], width, stride, eps,
-                              block["ROWS"] * block["SLICES"], **combining(width, grid[1]),
-                              **early())
-    grid, tile = tiling(b, c, n, *APPLY)
-    apply_kernel[grid](x, weight, bias, moments, y, n, c, silu, **tile, **early())
+    run_forward((x, None, None, None), None, weight, bias, shift, moments, y, groups, eps, silu)
     return y, moments
 
 
-def is_small(shape, groups):
-    """Whether a grid (b, c, h, w) is one for whole_kernel."""
-    b, c, h, w = shape
-    held = power_of_2(h * w) * power_of_2(c // groups)
-    return held <= WHOLE and b * c * h * w <= CACHED
-
-
-def strided(shift):
-    """(shift (b, c) or None, its elements from one sample to the next)."""
-    if shift is None:
-        return None, 0
-    shift = shift if shift.stride(1) == 1 else shift.contiguous()
-    return shift, shift.stride(0)
-
-
-def whole(x, h, constant, skip, s, weight, bias, shift, moments, y, groups, eps, silu):
-    """Runs whole_kernel for y, and s if it is not None (b, c, h, w)."""
-    b, c, *sides = y.shape
-    n, width = math.prod(sides), c // groups
-    shift, stride = strided(shift)
-    rows, across = power_of_2(n), power_of_2(width)
-    whole_kernel[groups, b](x, h, constant, skip, s, weight, bias, shift, moments, y, n, c,
-                            x.shape[1], width, stride, eps, silu, rows, across,
-                            num_warps=warps(rows * across, WHOLE_PER_WARP), **early())
-
-
 @kernel_forward.register_fake
-def fake_forward(x, weight, bias, shift, groups, eps, silu, sums=None):
+def fake_forward(x, weight, bias, shift, groups, eps, silu):
     return (torch.empty_like(x, memory_format=torch.channels_last),
             x.new_empty((3, *x.shape[:2]), dtype=torch.float32))
 
 
-@torch.library.custom_op("zeronvs::add", mutates_args=())
-def kernel_add(x: Tensor, h: Optional[Tensor], bias: Optional[Tensor],
-               skip: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
-    """(s, its sums), see add and add_norm. It has no backward pass."""
-    s, sums = fake_add(x, h, bias, skip)
-    b, c, *sides = s.shape
-    n = math.prod(sides)
-    x, h, skip = (None if part is None else channels_last(part) for part in (x, h, skip))
-    grid, block = summing(b, c, n, WRITTEN)
-    moments_kernel[grid](x, h, bias, skip, s, sums, n, c, x.shape[1], **block, **early())
-    return s, sums
-
-
-@kernel_add.register_fake
-def fake_add(x, h, bias, skip=None):
-    b, c, *sides = x.shape
-    c += 0 if skip is None else skip.shape[1]
-    k = summing(b, c, math.prod(sides), WRITTEN)[0][1]
-    return blank_grid((b, c, *sides), x), x.new_empty((b, k, 2, c), dtype=torch.float32)
-
-
-@torch.library.custom_op("zeronvs::add_norm", mutates_args=())
-def kernel_add_norm(x: Tensor, h: Optional[Tensor], bias: Optional[Tensor], skip: Optional[Tensor],
-                    shift: Optional[Tensor], weight: Tensor, beta: Tensor, groups: int, eps: float,
-                    silu: bool) -> tuple[Tensor, Tensor]:
-    """See add_norm; weight and beta (c,) are the norm's. One kernel for a small grid."""
-    s, y = fake_add_norm(x, h, bias, skip, shift, weight, beta, groups, eps, silu)
-    if not is_small(s.shape, groups):
-        s, sums = kernel_add(x, h, bias, skip)
-        return s, kernel_forward(s, weight, beta, shift, groups, eps, silu, sums)[0]
+@torch.library.custom_op("zeronvs::sum_norm", mutates_args=())
+def kernel_sum_norm(x: Tensor, h: Optional[Tensor], constant: Optional[Tensor],
+                    skip: Optional[Tensor], shift: Optional[Tensor], weight: Tensor, bias: Tensor,
+                    groups: int, eps: float, silu: bool) -> tuple[Tensor, Tensor]:
+    """(s, y), see Sum.normed; constant (c,): the sum's bias. It has no backward pass."""
+    s, y = fake_sum_norm(x, h, constant, skip, shift, weight, bias, groups, eps, silu)
     x, h, skip = (None if grid is None else channels_last(grid) for grid in (x, h, skip))
-    moments = fake_forward(s, weight, beta, shift, groups, eps, silu)[1]
-    whole(x, h, bias, skip, s, weight, beta, shift, moments, y, groups, eps, silu)
+    moments = x.new_empty((3, *s.shape[:2]), dtype=torch.float32)
+    run_forward((x, h, constant, skip), s, weight, bias, shift, moments, y, groups, eps, silu)
     return s, y
 
 
-@kernel_add_norm.register_fake
-def fake_add_norm(x, h, bias, skip, shift, weight, beta, groups, eps, silu):
-    shape = len(x), weight.shape[0], *x.shape[2:]
-    return blank_grid(shape, x), blank_grid(shape, x)
+@kernel_sum_norm.register_fake
+def fake_sum_norm(x, h, constant, skip, shift, weight, bias, groups, eps, silu):
+    shape = len(x), len(weight), *x.shape[2:]
+    return empty_grid(shape, x), empty_grid(shape, x)
+
+
+def run_forward(parts, s, weight, bias, shift, moments, y, groups, eps, silu):
+    """Runs the kernels that write moments, y, and s where it is not None; parts: see load_sum."""
+    b, c, *sides = y.shape
+    n, width, c_x = math.prod(sides), c // groups, parts[0].shape[1]
+    if shift is not None and shift.stride(1) != 1:
+        shift = shift.contiguous()
+    stride = 0 if shift is None else shift.stride(0)        # from one sample to the next
+    rows, across = power_of_2(n), power_of_2(width)
+    if rows * across <= SMALL and y.numel() <= CACHED:
+        small_kernel[groups, b](*parts, s, weight, bias, shift, moments, y, n, c, c_x, width,
+                                stride, eps, silu, rows, across,
+                                num_warps=warps(rows * across, SMALL_PER_WARP), **launch_early())
+        return
+    grid, block = summing(b, c, n, MOMENTS if s is None else WRITTEN)
+    sums = moments.new_empty(b, grid[1], 2, c)
+    moments_kernel[grid](*parts, s, sums, n, c, c_x, **block, **launch_early())
+    combine_kernel[groups, b](sums, shift, moments, n, c, grid[1], width, stride, eps,
+                              block["ROWS"] * block["SLICES"], **combining(width, grid[1]),
+                              **launch_early())
+    grid, tile = tiling(b, c, n, *APPLY)
+    apply_kernel[grid](parts[0] if s is None else s, weight, bias, moments, y, n, c, silu, **tile,
+                       **launch_early())
 
 
 @torch.library.custom_op("zeronvs::group_norm_backward", mutates_args=())
@@ -466,11 +409,13 @@ def kernel_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, moments
     dx, parts = fake_backward(dy, x, weight, bias, moments, groups, silu)
     grid, block = summing(b, c, n, SUMS)
     sums = moments.new_empty(b, grid[1], 2, c)
-    gradient_sums_kernel[grid](dy, x, weight, bias, moments, sums, n, c, silu, **block, **early())
+    gradient_sums_kernel[grid](dy, x, weight, bias, moments, sums, n, c, silu, **block,
+                               **launch_early())
     gradient_combine_kernel[groups, b](sums, weight, moments, parts, n, c, grid[1], width,
-                                       **combining(width, grid[1]), **early())
+                                       **combining(width, grid[1]), **launch_early())
     grid, tile = tiling(b, c, n, *GRADIENT)
-    gradient_kernel[grid](dy, x, weight, bias, moments, parts, dx, n, c, silu, **tile, **early())
+    gradient_kernel[grid](dy, x, weight, bias, moments, parts, dx, n, c, silu, **tile,
+                          **launch_early())
     return dx, parts
 
 
@@ -480,8 +425,8 @@ def fake_backward(dy, x, weight, bias, moments, groups, silu):
             moments.new_empty(5, *x.shape[:2]))
 
 
-def keep(ctx, inputs, output):
-    x, weight, bias, shift, ctx.groups, _, ctx.silu, _ = inputs
+def setup_context(ctx, inputs, output):
+    x, weight, bias, shift, ctx.groups, _, ctx.silu = inputs
     ctx.shift_type = None if shift is None else shift.dtype
     ctx.save_for_backward(x, weight, bias, output[1])
     ctx.set_materialize_grads(False)
@@ -492,7 +437,7 @@ def backward(ctx, dy, _):
     dx, parts = kernel_backward(dy, x, weight, bias, moments, ctx.groups, ctx.silu)
     dweight, dbias = parts[:2].sum(1).unbind(0)
     dshift = None if ctx.shift_type is None else parts[2].to(ctx.shift_type)
-    return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), dshift, None, None, None, None
+    return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), dshift, None, None, None
 
 
-kernel_forward.register_autograd(backward, setup_context=keep)
+kernel_forward.register_autograd(backward, setup_context=setup_context)

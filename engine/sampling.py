@@ -1,8 +1,8 @@
-"""A ZeroNVS made for sampling: the same numbers, sooner.
+"""A ZeroNVS made ready for sampling: the same numbers, sooner.
 
 Much of a sampler's step does not depend on the noisy latent. With one context token the outputs of
 cross-attention depend on the view alone, and the timestep's projections on the step alone: both are
-computed once and read from tables by the network of fused.py. On CUDA the whole guided evaluation
+computed once and read from tables by the network of unet.py. On CUDA the whole guided evaluation
 is recorded once as a graph and replayed for every step and every batch of views: a step of one view
 is hundreds of kernels of microseconds each, and the time that the CPU takes to launch them would be
 most of it.
@@ -13,20 +13,26 @@ import time
 
 import torch
 
-from engine import unet as fused
-from engine import graph
 import model
+from engine import noise
+from engine import unet as fused
+from engine.forms import convert
+from engine.graph import capture_graph
 
 
-class Fast:
+class Sampler:
     """Changes a model.ZeroNVS for good: it can only sample from now on, and not be saved.
 
-    It is for diffusion.encoded_views. compile: torch.compile the UNet and the decoder too, which
-    takes a minute or two, once for each size of batch; a later run finds it in PyTorch's cache.
-    graphs: record and replay, where there is CUDA.
+    It is what diffusion.encoded_views takes as `fast`. compile: torch.compile the UNet and the
+    decoder too, which takes a minute or two, once for each size of batch; a later run finds it in
+    PyTorch's cache. graphs: record and replay, where there is CUDA. fuse: the UNet of unet.py.
     """
-    def __init__(self, net, compile=False, graphs=True):
-        self.net, self.unet = net, fused.UNet(net.model.diffusion_model)
+    uniform = staticmethod(noise.uniform)
+
+    def __init__(self, net, compile=False, graphs=True, fuse=True):
+        convert(net)
+        unet = net.model.diffusion_model
+        self.net, self.unet = net, fused.UNet(unet) if fuse else unet
         net.model.diffusion_model = self.unet
         self.device, self.dtype = net.betas.device, next(self.unet.parameters()).dtype
         self.by_time = [m for m in self.unet.modules() if isinstance(m, fused.Block)]
@@ -58,7 +64,7 @@ class Fast:
         for transformer in self.by_view:
             transformer.at_view = blank(rows, len(transformer.bias))
         # all that depends on time is one tensor, so that a step copies once
-        widths = [block.width for block in self.by_time]
+        widths = [block.conv.out_channels for block in self.by_time]
         self.at_time = blank(1, sum(widths))
         for block, part in zip(self.by_time, self.at_time.split(widths, dim=1)):
             block.at_time = part
@@ -76,7 +82,7 @@ class Fast:
             steps = model.timestep_embedding(torch.tensor(t, device=self.device),
                                              self.unet.model_channels)
             emb = self.unet.time_embed(steps.to(self.dtype))
-            rows = torch.cat([block.projected(emb) for block in self.by_time], dim=1)
+            rows = torch.cat([emb[:, :0], *(block.projected(emb) for block in self.by_time)], dim=1)
             self.times = dict(zip(t, rows[:, None]))
 
     # ---- a step
@@ -98,7 +104,7 @@ class Fast:
             if not self.graphs:
                 return self.evaluate(both)
             if both not in self.steps:
-                self.steps[both] = self.recorded(lambda: self.evaluate(both))
+                self.steps[both] = self.captured(lambda: self.evaluate(both))
             replay, eps = self.steps[both]
             replay()
             return eps
@@ -120,16 +126,16 @@ class Fast:
             return self.net.decode(z)
         if z.shape not in self.decoders:
             latent = z.clone()
-            self.decoders[z.shape] = latent, *self.recorded(lambda: self.net.decode(latent))
+            self.decoders[z.shape] = latent, *self.captured(lambda: self.net.decode(latent))
         latent, replay, image = self.decoders[z.shape]
         latent.copy_(z)
         replay()
         return image
 
-    def recorded(self, function):
-        """(replay, result) of a function without arguments, see graph.record."""
+    def captured(self, function):
+        """(replay, result) of a function without arguments, see graph.capture_graph."""
         torch.cuda.synchronize(self.device)
         started = time.perf_counter()
-        recorded = graph.record(function, self.device, self.pool)
+        captured = capture_graph(function, self.device, self.pool)
         self.preparing += time.perf_counter() - started
-        return recorded
+        return captured

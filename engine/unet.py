@@ -1,10 +1,10 @@
 """model.UNet for sampling, in about two thirds of the kernels.
 
 A step of one view is a few hundred kernels of microseconds each, so what counts is how many there
-are. A residual sum is not taken where it arises but by the kernel that reads it next, a norm, which
-writes it too (norm.add_norm); biases of convs wait for that sum; the last two products of a
-transformer are one, which adds itself to the sum in place; what a step or a view decides alone
-comes from tables. PyTorch does the same where there is no Triton, in as many kernels as it needs.
+are. A residual sum is added up by the kernel that reads it next, a norm's (norm.Sum), and biases of
+convs wait for that sum; the last two products of a transformer are one, which adds itself to the
+sum in place; what the step or the view decides alone comes from tables. Where there is no Triton,
+PyTorch computes the same in as many kernels as it needs.
 Letters: `r` rows, `c` channels, `h w` latent grid, `n` = h w tokens.
 """
 
@@ -16,12 +16,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine import kernels
 import model
-from engine import norm
-from engine.conv import conv3x3, few, upsample_conv, upsample_taps
+from engine import kernels
+from engine.conv import conv1x1, conv3x3, few_positions, upsample_conv, upsample_taps
 from engine.geglu import geglu_into
-from engine.kernels import begin, early, tl, triton
+from engine.kernels import launch_early, tl, triton, wait_for_previous
+from engine.norm import Sum, group_norm
 
 # Tokens of a tile of LayerNorm; its values that 32 threads hold, of few tokens and of many
 ROWS, PER_WARP, MANY = 2, (512, 1024), 4096
@@ -33,7 +33,7 @@ if triton is not None:
     @triton.jit
     def layer_norm_kernel(x, h, row, s, weight, bias, y, tokens, n, c, stride, eps,
                           ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-        begin()
+        wait_for_previous()
         first = tl.program_id(0).to(tl.int64) * ROWS
         token, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
         there = column < c
@@ -57,7 +57,7 @@ def layer_norm(layer, x, h=None, row=None, s=None):
 
     x, h: (r, n, c), contiguous; row: (r, c); s: (r, n, c), whose rows may be parts of longer ones.
     """
-    if kernels.usable(x):
+    if kernels.usable("unet", x):
         return kernel_layer_norm(x, h, row, s, layer.weight, layer.bias, layer.eps)
     if h is not None:
         x = s.copy_(x + h + row[:, None].to(x.dtype))
@@ -72,7 +72,7 @@ def kernel_layer_norm(x: Tensor, h: Optional[Tensor], row: Optional[Tensor], s: 
     y, columns = torch.empty_like(x), kernels.power_of_2(c)
     layer_norm_kernel[(triton.cdiv(r * n, ROWS),)](
         x, h, row, s, weight, bias, y, r * n, n, c, 0 if s is None else s.stride(1), eps, ROWS,
-        columns, num_warps=kernels.warps(ROWS * columns, PER_WARP[r * n > MANY]), **early())
+        columns, num_warps=kernels.warps(ROWS * columns, PER_WARP[r * n > MANY]), **launch_early())
     return y
 
 
@@ -83,47 +83,28 @@ def fake_layer_norm(x, h, row, s, weight, bias, eps):
 
 # ---- the network
 
-class Sum:
-    """The grid x + h + bias (r, c, h, w), which is taken when it is first read; h and the bias (c,)
-    may be None."""
-    def __init__(self, x, h=None, bias=None):
-        self.x, self.h, self.bias = x, h, bias
-
-    def normed(self, layer, skip=None, shift=None):
-        """(the sum, its GroupNorm `layer`), see norm.add_norm."""
-        s, y = norm.add_norm(layer, self.x, self.h, self.bias, skip, shift)
-        if skip is None:
-            self.x, self.h, self.bias = s, None, None
-        return s, y
-
-    def whole(self):
-        """The sum, where no norm reads it."""
-        self.x, self.h, self.bias = norm.sum_of(self.x, self.h, self.bias), None, None
-        return self.x
-
-
 class Conv(nn.Module):
-    """A 3x3 conv between blocks: the first, or that of a model.Downsample."""
+    """A 3x3 conv between blocks: the first one, or that of a model.Downsample."""
     def __init__(self, conv):
         super().__init__()
         self.conv = conv
 
     def forward(self, grid):
-        return Sum(conv3x3(grid.whole(), self.conv.weight, self.conv.stride[0]),
+        return Sum(conv3x3(grid.total(), self.conv.weight, self.conv.stride[0]),
                    bias=self.conv.bias)
 
 
 class Upsample(nn.Module):
-    """A model.Upsample."""
+    """A vae.Upsample."""
     def __init__(self, conv):
         super().__init__()
         self.weight, self.bias = conv.weight, conv.bias
         self.register_buffer("taps", upsample_taps(conv.weight.detach()))
 
     def forward(self, grid):
-        x = grid.whole()
+        x = grid.total()
         # of few positions, reading weights is what takes time: 9 taps are fewer than the 16 summed
-        if few(len(x), 2 * x.shape[2], 2 * x.shape[3]):
+        if few_positions(len(x), 2 * x.shape[2], 2 * x.shape[3]):
             return Sum(conv3x3(F.interpolate(x, scale_factor=2), self.weight), bias=self.bias)
         return Sum(upsample_conv(x, self.taps), bias=self.bias)
 
@@ -134,35 +115,36 @@ class Block(nn.Module):
 
     def __init__(self, block, transformer=None):
         super().__init__()
-        self.block, self.norm = block, block.in_layers[0]
-        self.transformer = Transformer(transformer, block) if transformer else None
-        self.width = block.out_layers[3].out_channels
+        self.norm, _, self.conv = block.in_layers
+        self.norm_out, *_, self.conv_out = block.out_layers
+        self.emb_layers, self.skip_connection = block.emb_layers, block.skip_connection
+        self.transformer = Transformer(transformer, self.conv_out) if transformer else None
 
     def projected(self, emb):
         """The table of which `at_time` is a row, of time embeddings (m, e): (m, c)."""
-        return self.block.emb_layers(emb) + self.block.in_layers[2].bias
+        return self.emb_layers(emb) + self.conv.bias
 
     def forward(self, grid, skip=None):
-        x, y = grid.normed(self.norm, skip)
-        y, x = beside(lambda: conv3x3(y, self.block.in_layers[2].weight),
-                      self.block.skip_connection, x)
-        y = self.block.out_layers[0](y, shift=self.at_time.expand(len(x), -1))
-        conv = self.block.out_layers[3]
-        y = conv3x3(y, conv.weight)
-        return Sum(self.transformer(x, y)) if self.transformer else Sum(x, y, conv.bias)
+        x, y = grid.normed(self.norm, silu=True, skip=skip)
+        y, x = in_parallel(lambda: conv3x3(y, self.conv.weight), self.skip_connection, x)
+        y = group_norm(self.norm_out, y, silu=True, shift=self.at_time.expand(len(x), -1))
+        y = conv3x3(y, self.conv_out.weight)
+        return Sum(self.transformer(x, y)) if self.transformer else Sum(x, y, self.conv_out.bias)
 
 
-def beside(work, other, x):
-    """(work(), other(x)); on a GPU at the same time, as one alone does not fill it."""
-    if isinstance(other, nn.Identity) or not x.is_cuda or torch.compiler.is_compiling():
-        return work(), other(x)
+def in_parallel(work, skip_connection, x):
+    """(work(), skip_connection(x)); on a GPU at the same time, as one alone does not fill it."""
+    if isinstance(skip_connection, nn.Identity):
+        return work(), x
+    if not x.is_cuda or torch.compiler.is_compiling():
+        return work(), conv1x1(skip_connection, x)
     here, there = torch.cuda.current_stream(x.device), second_stream(x.device)
     there.wait_stream(here)
     with torch.cuda.stream(there):
-        found = other(x)
+        skip = conv1x1(skip_connection, x)
     done = work()
     here.wait_stream(there)
-    return done, found
+    return done, skip
 
 
 @functools.cache
@@ -171,11 +153,14 @@ def second_stream(device):
 
 
 class Transformer(nn.Module):
-    """A model.SpatialTransformer with one context token, after the block whose sum it takes."""
+    """A model.SpatialTransformer with one context token, and the sum before it.
+
+    attn1's q, k, v are one product; attn2 is a table; proj_out(tokens + ff(y)) is one product.
+    """
     at_view = None          # (rows, c): what attention to the view adds, and a bias
 
     @torch.no_grad()
-    def __init__(self, transformer, before):
+    def __init__(self, transformer, conv_before):
         super().__init__()
         inner, out = transformer.transformer_blocks[0], transformer.proj_out
         self.norm, self.proj_in = transformer.norm, transformer.proj_in
@@ -184,14 +169,13 @@ class Transformer(nn.Module):
         self.gated = inner.ff.net[0].proj
         parts = (inner.attn1.to_q, inner.attn1.to_k, inner.attn1.to_v)
         self.register_buffer("qkv", torch.cat([part.weight for part in parts]))     # (3 c, c)
-        # to one token, attention is its value
-        view = after(inner.attn2.to_v, inner.attn2.to_out[0])
-        self.register_buffer("view", view[0])                                       # (c, e)
-        self.register_buffer("view_bias", (view[1] + self.attn1_out.bias).to(view[0].dtype))
-        # proj_out(tokens + ff(y)) is one product with the tokens and what ff's last layer is given
-        weight, bias = after(inner.ff.net[2], out)
+        # attention to one token is that token's value, see model.Attention
+        weight, bias = fold_linear(inner.attn2.to_v, inner.attn2.to_out[0])
+        self.register_buffer("view", weight)                                        # (c, e)
+        self.register_buffer("view_bias", (bias + self.attn1_out.bias).to(weight.dtype))
+        weight, bias = fold_linear(inner.ff.net[2], out)
         self.register_buffer("last", torch.cat([out.weight.flatten(1), weight], 1))     # (c, 5 c)
-        self.register_buffer("bias", before.out_layers[3].bias.float() + bias)
+        self.register_buffer("bias", conv_before.bias.float() + bias)
         self.register_buffer("shift", -bias[None])      # it is in the sum, but not in what is read
 
     def projected(self, context):
@@ -200,21 +184,20 @@ class Transformer(nn.Module):
 
     def forward(self, x, h):
         """Grids (r, c, h, w) -> the result for x + h + the bias of the conv before."""
-        rows = len(x)
-        total, y = norm.add_norm(self.norm, x, h, self.bias, shift=self.shift.expand(rows, -1))
-        tokens = self.proj_in(y.flatten(2).mT)                                  # (r, n, c)
+        total, y = Sum(x, h, self.bias).normed(self.norm, shift=self.shift.expand(len(x), -1))
+        tokens = conv1x1(self.proj_in, y.flatten(2).mT)                         # (r, n, c)
         c = tokens.shape[2]
         y = F.linear(layer_norm(self.norm1, tokens), self.qkv).unflatten(-1, (3, self.heads, -1))
         y = F.scaled_dot_product_attention(*y.permute(2, 0, 3, 1, 4))           # (r, heads, n, d)
         y = F.linear(y.transpose(1, 2).flatten(2), self.attn1_out.weight)
         both = tokens.new_empty(*tokens.shape[:2], self.last.shape[1])          # (r, n, 5 c)
-        y = layer_norm(self.norm3, tokens, y, self.at_view[-rows:], both[..., :c])
+        y = layer_norm(self.norm3, tokens, y, self.at_view[-len(x):], both[..., :c])
         geglu_into(both[..., c:], F.linear(y, self.gated.weight, self.gated.bias))
         add_product(total.flatten(2).mT, both, self.last)
         return total
 
 
-def after(first, second):
+def fold_linear(first, second):
     """(weight, bias in float32) of two linear layers as one; a 1x1 conv is a linear layer too."""
     weight, bias = second.weight.flatten(1).float(), second.bias.float()
     if first.bias is not None:
@@ -231,16 +214,16 @@ def add_product(x, y, weight):
 
 
 class UNet(nn.Module):
-    """model.UNet, whose modules it takes, for one context token; the tables of its blocks stand in
-    the place of t and context."""
+    """model.UNet, whose parameters it takes, for one context token; the tables of its blocks stand
+    in the place of t and context."""
     def __init__(self, unet):
         super().__init__()
         self.time_embed, self.out = unet.time_embed, unet.out
         self.model_channels = unet.model_channels
-        self.input_blocks = nn.ModuleList(map(taken, unet.input_blocks))
+        self.input_blocks = nn.ModuleList(map(fused_stage, unet.input_blocks))
         first, transformer, second = unet.middle_block
         self.middle_block = nn.Sequential(Block(first, transformer), Block(second))
-        self.output_blocks = nn.ModuleList(map(taken, unet.output_blocks))
+        self.output_blocks = nn.ModuleList(map(fused_stage, unet.output_blocks))
 
     def forward(self, x, t, context):
         grid, skips = Sum(x), []
@@ -249,15 +232,15 @@ class UNet(nn.Module):
             skips.append(grid)
         grid = self.middle_block(grid)
         for block, *upsample in self.output_blocks:
-            grid = block(grid, skips.pop().whole())     # it was taken long ago
+            grid = block(grid, skips.pop().total())     # which was added up when it was read
             for conv in upsample:
                 grid = conv(grid)
-        layer, *_, conv = self.out
-        return conv(grid.normed(layer)[1])
+        norm, *_, conv = self.out
+        return conv(grid.normed(norm, silu=True)[1])
 
 
-def taken(stage):
-    """What stands for a model.Stage."""
+def fused_stage(stage):
+    """The layers of a model.Stage in their fused form."""
     transformer = [layer for layer in stage if isinstance(layer, model.SpatialTransformer)]
     layers = []
     for layer in stage:

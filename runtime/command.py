@@ -1,39 +1,49 @@
-"""What all command lines share. It imports no torch, so that `--help` and a typo are answered at once.
+"""What all command lines share. Without torch, so that `--help` and a typo are answered at once.
 
-A script parses first and imports the rest then:
+A script parses first and imports the rest then, and its last lines run it:
 
     ARGS = command.parse(parser()) if __name__ == "__main__" else None
     import torch
+    ...
+    if __name__ == "__main__":
+        command.run("sample.py", run, ARGS)
 """
 
 import argparse
 import difflib
 import math
+import os
 import re
 import sys
 import time
 
 EVERY = 10.0                    # seconds between lines of progress, where there is no terminal
+STOPPED = 130                   # exit status after Ctrl-C, as shells have it
 
 
 class Parser(argparse.ArgumentParser):
     """`--name value` and `--name=value`, dashes and underscores both; a wrong option is answered
-    in one line with the nearest one, and a value may begin with a minus."""
+    in one line with the nearest one, and a value may begin with a minus. of_numbers: what a number
+    too many is told."""
 
-    def __init__(self, prog, **options):
-        super().__init__(prog, allow_abbrev=False, **options)
+    def __init__(self, prog, of_numbers="", **options):
+        super().__init__(prog, **{"allow_abbrev": False, **options})
+        self.of_numbers = of_numbers
         # argparse takes "-30,0,1" for an option otherwise
         self._negative_number_matcher = re.compile(r"-[\d.].*")
 
     def names(self):
-        """Every option that this command line knows."""
-        return [name for name in self._option_string_actions if name.startswith("--")]
+        """Every option that this command line and its commands know."""
+        commands = [parser for action in self._actions
+                    if isinstance(action, argparse._SubParsersAction)
+                    for parser in action.choices.values()]
+        return sum([parser.names() for parser in commands], list(self._option_string_actions))
 
     def parse_known_args(self, args=None, namespace=None):
-        known = {name.replace("_", "-"): name for name in self.names()}
+        known = {name.replace("_", "-"): name for name in self._option_string_actions}
         spelled = []
-        for text in sys.argv[1:] if args is None else args:
-            name, equals, value = str(text).partition("=")
+        for text in map(str, sys.argv[1:] if args is None else args):
+            name, equals, value = text.partition("=")
             spelled.append(known.get(name.replace("_", "-"), name) + equals + value)
         return super().parse_known_args(spelled, namespace)
 
@@ -41,11 +51,23 @@ class Parser(argparse.ArgumentParser):
         found, rest = self.parse_known_args(args, namespace)
         for text in rest:
             self.error(unknown("option", text.partition("=")[0], self.names())
-                       if text.startswith("-") else f"{text!r} is one argument too many")
+                       if text.startswith("--") else f"{text!r} is one argument too many"
+                       + f"; {self.of_numbers}" * bool(self.of_numbers and is_number(text)))
         return found
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+        self.exit(2, f"{self.prog}: {' '.join(message.split())} (--help lists the options)\n")
+
+
+def parse(parser, argv=None):
+    """The parsed command line. From now on Ctrl-C is one line, during slow imports too."""
+    args = parser.parse_args(argv)
+    if argv is None:
+        others = sys.excepthook
+        sys.excepthook = lambda kind, *rest: (
+            say(f"{parser.prog}: stopped", sys.stderr) if issubclass(kind, KeyboardInterrupt)
+            else others(kind, *rest))
+    return args
 
 
 def unknown(kind, name, choices):
@@ -57,57 +79,25 @@ def unknown(kind, name, choices):
 
 def numbers_of(kind, low, high=math.inf, above=False):
     """A parser of numbers of one kind in [low, high], or in (low, high) with `above`."""
-    def parse(text):
+    bounds = f"above {low:,} and below {high:,}" if above else f"from {low:,} to {high:,}"
+
+    def parse_number(text):
         try:
             value = kind(text)
         except ValueError as err:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from err
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number") from err
         inside = low < value < high if above else low <= value <= high
         if not inside or not math.isfinite(value):
-            bounds = (f"between {low} and {high}" if math.isfinite(high) else
-                      "that are finite" if not math.isfinite(low) else
-                      f"above {low}" if above else f"from {low} on")
-            raise argparse.ArgumentTypeError(f"{text} is not possible, only numbers {bounds}")
+            raise argparse.ArgumentTypeError(f"{text[:40]} is not possible, only numbers {bounds}")
         return value
-    return parse
+    return parse_number
 
 
-def run(name, main, *arguments):
-    """Ends this process with main's exit status; what is wrong with the user's input, files or
-    disk is one line on standard error."""
-    try:
-        sys.exit(main(*arguments))
-    except (ValueError, OSError) as err:
-        # an OSError whose text names no file is about the last one that was written
-        sys.stderr.write(f"{name}: {' '.join(str(err).split())}\n")
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.stderr.write(f"{name}: stopped\n")
-        sys.exit(130)
-
-
-def say(line):
-    """Prints a line; a screen, pipe or file that takes no more ends nothing."""
-    try:
-        print(line, flush=True)
-    except (OSError, ValueError):
-        pass
-
-
-def progress(iterable, label, unit, total=None, quiet=False):
-    """The items of `iterable` under a bar on a terminal, with a line every ten seconds elsewhere."""
-    if quiet or sys.stderr.isatty():
-        from tqdm import tqdm           # a third of a second that --help does not pay
-
-        yield from tqdm(iterable, label, total, unit=f" {unit}", leave=False, disable=quiet)
-        return
-    total = total if total is not None or not hasattr(iterable, "__len__") else len(iterable)
-    spoken = time.monotonic()
-    for count, item in enumerate(iterable, 1):
-        yield item
-        if time.monotonic() - spoken >= EVERY:
-            spoken = time.monotonic()
-            sys.stderr.write(f"{label}: {count}{f' of {total}' if total else ''} {unit}\n")
+def words(text):
+    """A parser of names of files and folders, which are not empty."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("a name is needed, and it is empty")
+    return text
 
 
 def is_number(text):
@@ -116,3 +106,68 @@ def is_number(text):
         return math.isfinite(float(text))
     except ValueError:
         return False
+
+
+def run(name, main, *arguments):
+    """Runs main; what is wrong with the user's input, files or disk is one line on standard error.
+
+    Ends this process unless main's exit status is 0 or None.
+    """
+    try:
+        status = main(*arguments)
+    except (ValueError, OSError) as err:
+        # Python's own text of an OSError begins with a number that says nothing
+        reason = f"{err.filename}: {err.strerror}" if getattr(err, "filename", None) else err
+        say(f"{name}: {' '.join(str(reason).split())}", sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        say(f"{name}: stopped", sys.stderr)
+        status = STOPPED
+    if status:
+        sys.exit(status)
+
+
+def say(line, stream=None):
+    """Prints a line; a screen, pipe or file that takes no more ends nothing."""
+    stream = stream or sys.stdout
+    try:
+        print(line, file=stream, flush=True)
+    except (OSError, ValueError):
+        try:        # what is left in the stream would fail again, with a traceback, at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        except (OSError, ValueError):
+            pass
+
+
+class Progress:
+    """A bar on a terminal, and a line every ten seconds elsewhere, on standard error."""
+    def __init__(self, label, unit, total=None, quiet=False):
+        self.label, self.unit, self.total, self.quiet = label, unit, total, quiet
+        self.count, self.spoken, self.bar = 0, time.monotonic(), None
+        if sys.stderr.isatty() and not quiet:
+            from tqdm import tqdm           # a third of a second that --help does not pay
+
+            self.bar = tqdm(desc=label, total=total, unit=f" {unit}", leave=False)
+
+    def advance(self):
+        self.count += 1
+        if self.bar is not None:
+            self.bar.update()
+        elif not self.quiet and time.monotonic() - self.spoken >= EVERY:
+            self.spoken = time.monotonic()
+            total = f" of {self.total:,}" if self.total else ""
+            say(f"{self.label}: {self.count:,}{total} {self.unit}", sys.stderr)
+
+    def close(self):
+        if self.bar is not None:
+            self.bar.close()
+
+
+def progress(iterable, label, unit, total=None, quiet=False):
+    """The items of `iterable`, with their Progress."""
+    total = total if total is not None or not hasattr(iterable, "__len__") else len(iterable)
+    bar = Progress(label, unit, total, quiet)
+    for item in iterable:
+        yield item
+        bar.advance()
+    bar.close()

@@ -16,6 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+import engine
 import model
 from runtime.ranks import Division
 
@@ -73,6 +74,7 @@ def of(config, ranks, micro_batch):
     bf16 = config.precision == "bf16"
     with torch.device("meta"):
         net = model.build(config).train()
+        engine.convert(net)
     shapes = FakeTensorMode(allow_non_fake_inputs=True)
     with shapes:
         net.to_empty(device="cpu")

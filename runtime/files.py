@@ -5,6 +5,26 @@ import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
+COMPRESSED = {b"\x1f\x8b": ("gzip", "gunzip"), b"BZh": ("bzip2", "bunzip2"),
+              b"\xfd7zXZ": ("xz", "unxz"), b"(\xb5/\xfd": ("zstd", "unzstd")}
+
+
+def mistaken_for(start, path):
+    """(what a file really is that begins with these bytes, the way out), or two empty texts: for
+    what people have in the place of a shard, or but for the zip in that of a checkpoint."""
+    if start.lstrip()[:1] == b"<":
+        return "an HTML or XML page", "a download that went wrong, fetch it again"
+    if start.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS", "`git lfs pull` fetches the file itself"
+    if start.startswith((b"PK\3\4", b"PK\5\6")):
+        return "a zip archive", "unzip it, and tar what comes out"
+    for magic, (kind, program) in COMPRESSED.items():
+        if start.startswith(magic):
+            command = (f"curl -sf {path} | {program} -c" if "://" in str(path) else
+                       f"{program} -c {path}")
+            return f"compressed by {kind}", f"{program} it, or read it as `pipe:{command}`"
+    return "", ""
+
 
 @contextmanager
 def unfinished(path):

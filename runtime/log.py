@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from runtime import cost
-from engine import graph
+import engine
 from diffusion import TIMESTEPS
 
 BANDS = 4                           # of timesteps, each with its own loss
@@ -144,7 +144,7 @@ def summary(config, ranks, device, needs, micro_batch, micro_steps):
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     machine = [f"{ranks.world} x {device.type}", chip or platform.machine(), config.precision]
     machine += ["compiled"] * config.compile
-    machine += ["as a CUDA graph"] * graph.possible(config, ranks, device)
+    machine += ["as a CUDA graph"] * engine.can_capture(config, ranks, device)
     machine += ["moments and average divided"] * (config.divide_optimizer and ranks.world > 1)
     there, gb = cost.available(device), cost.GB
     return "\n".join([

@@ -8,20 +8,20 @@ import math
 
 import torch
 
-from engine import adamw
+import engine
 from runtime import checkpoint
 from runtime.ranks import ALONE, Division
+
+WARMUP_START = 1e-6                     # share of the rate at step 0, the reference's
 
 
 def learning_rate(step, config):
     """The share of the full rate at `step` (from 0): linear warm-up, then constant or cosine."""
     if step < config.warmup_steps:
-        return config.warmup_start + (1 - config.warmup_start) * step / config.warmup_steps
+        return WARMUP_START + (1 - WARMUP_START) * step / config.warmup_steps
     if config.lr_schedule == "cosine":
         done = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
         return 0.5 * (1 + math.cos(math.pi * min(done, 1)))
-    if config.cooldown_steps:
-        return min(1, (config.steps - step) / config.cooldown_steps)
     return 1.0
 
 
@@ -89,7 +89,7 @@ class Optimizer:
         self.adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps,
                                        weight_decay=config.weight_decay,
                                        fused=net.betas.device.type == "cuda")
-        self.one_pass, self.behind = adamw.OnePass(self.adamw), False
+        self.one_pass, self.behind = engine.OnePassAdamW(self.adamw), False
 
     @torch.no_grad()
     def step(self, step, ema=None):
@@ -115,7 +115,7 @@ class Optimizer:
 
     def advance(self, ema):
         """AdamW alone; the names of the averages that took their step with it."""
-        if not self.division.divided and adamw.usable(self.adamw):
+        if not self.division.divided:
             done = self.one_pass.step(self.count + 1, ema)
             if done is not None:
                 self.behind = True

@@ -1,36 +1,33 @@
-"""Where shards lie: files, web addresses, commands' output. Each is read by offset and size.
+"""Files that are read by offset and size, on disk and on the web, and what is wrong with them."""
 
-A shard that comes from a command cannot be read so: it is copied to the cache folder first, once
-for all processes of this machine, and deleted when others take its place.
-"""
-
-import atexit
-import glob
-import hashlib
 import http.client
+import mmap
 import os
-import re
-import subprocess
+import socket
+import struct
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
 import urllib.request
-import uuid
 from collections import OrderedDict
 from pathlib import Path
 
-MAX_SHARDS = 1_000_000              # that one {000..126} pattern may name
 MAX_OPEN = 64                       # files that a process keeps open
 LOCAL_WINDOW, WEB_WINDOW = 1 << 15, 1 << 22     # bytes read at once in a pass over the headers
-WEB_TRIES, WEB_TIMEOUT = 4, 30      # requests for one piece; seconds that each may take
-WEB_TRANSIENT = {408, 425, 429, 500, 502, 503, 504}     # HTTP statuses worth another try
-COPY_BEAT, COPY_STALE = 2, 30       # seconds: between signs of life of a copy, until it is dead
-INDEX_SUFFIX = ".index"             # of the files that index.py keeps beside a shard
+PATIENCE = 300.0                    # seconds without an answer after which a web source stops a run
+WEB_TIMEOUT = 10.0                  # seconds that a reply may stall; later attempts may wait longer
+WEB_SLOWEST = 10_000                # bytes a second below which a reply counts as stalled
+WEB_QUIET = 3.0                     # seconds that an outage may last before it is said
+WEB_PAUSE, WEB_LONGEST_PAUSE = 0.5, 5.0         # seconds between attempts: doubled, up to the second
+WEB_TRANSIENT = {408, 425, 429, 500, 502, 503, 504}     # HTTP statuses worth another attempt
+WEB_REMINDER = 60.0                 # seconds between lines about an outage
 
 
 class TarError(ValueError):
     """An archive that is damaged, or none at all: file, byte offset and what is wrong there."""
+    reason = "damaged archive"
 
     def __init__(self, path, offset, problem):
         super().__init__(path, offset, problem)
@@ -38,6 +35,14 @@ class TarError(ValueError):
 
     def __str__(self):
         return f"{os.path.basename(self.path)}: {self.problem}, at byte {self.offset}"
+
+
+class NotTar(TarError):
+    """A file of another kind: the problem says which, and the way out."""
+    reason = "no tar archive"
+
+    def __str__(self):
+        return f"{os.path.basename(self.path)}: {self.problem}"
 
 
 class Damaged(ValueError):
@@ -51,63 +56,30 @@ class Damaged(ValueError):
         return f"{self.where}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
 
 
-# ---- names
-
-def expand(pattern):
-    """`a{000..012}.tar` -> its names in order; a pattern without braces is itself. ValueError."""
-    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if not match:
-        return [pattern]
-    low, high, width = int(match[1]), int(match[2]), len(match[1])
-    if not 0 <= high - low < MAX_SHARDS:
-        raise ValueError(f"shards {pattern!r}: {match[0]} is empty or more than {MAX_SHARDS}")
-    before, after = pattern[:match.start()], pattern[match.end():]
-    return [name for i in range(low, high + 1) for name in expand(f"{before}{i:0{width}}{after}")]
-
-
-def is_stream(pattern):
-    """Whether shards come from commands, `pipe:gsutil cat gs://bucket/{000..126}.tar`."""
-    return pattern.startswith("pipe:")
-
-
-def find_shards(folder, pattern):
-    """Files of the shards that a pattern names: LocalFile and WebFile.
-
-    pattern: `a-{000..126}.tar`, a glob (`**` is any depth), both relative to `folder`; an
-    `http://` or `https://` address; `-`, one tar on standard input. Several are joined by blanks
-    around a `;`. Raises FileNotFoundError, ValueError.
-    """
-    files = {}
-    for part in pattern.split(" ; "):
-        for name in expand(part.strip()):
-            for file in find(folder, name):
-                files.setdefault(file.path, file)
-    return list(files.values())
-
-
-def find(folder, name):
-    """The files of one expanded name."""
-    if re.match("https?://", name):
-        return [WebFile(name)]
-    if name == "-":
-        return [LocalFile(standard_input())]
-    if re.match(r"\w\w+:", name):       # two letters: C:\ is a file
-        raise ValueError(f"shards {name!r}: only files, http://, https://, pipe: and - can be read")
-    pattern = str(Path(folder) / name)
-    found = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
-    found = [path for path in found if os.path.isfile(path) and INDEX_SUFFIX not in path]
-    if not found:
-        raise FileNotFoundError(f"no shards at {pattern}: `python prepare.py synth` makes some; in "
-                                "training, --data=FOLDER says where they are")
-    return [LocalFile(path) for path in found]
+class Outage(ValueError):
+    """A web source that has not answered for too long: it ends the run, no other pair is taken."""
 
 
 def cache_folder():
-    """Where indexes of read-only folders and copies of streams are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zeronvs"
+    """The folder of copies of streams, and of indexes of read-only folders; it is made at need.
 
+    The first of $XDG_CACHE_HOME, ~/.cache and the system's temporary folder that can be written: a
+    container may have no home. Raises OSError where none can.
+    """
+    home = os.path.expanduser("~")          # itself where there is none
+    temporary = Path(tempfile.gettempdir()) / f"zeronvs-{getattr(os, 'getuid', int)()}"
+    for base in (os.environ.get("XDG_CACHE_HOME"), home != "~" and os.path.join(home, ".cache")):
+        try:
+            if base:
+                folder = Path(base) / "zeronvs"
+                folder.mkdir(parents=True, exist_ok=True)
+                if os.access(folder, os.W_OK):
+                    return folder
+        except OSError:                     # the next one
+            pass
+    temporary.mkdir(mode=0o700, exist_ok=True)
+    return temporary
 
-# ---- files
 
 class LocalFile:
     """A file: `read(offset, size)`, its `size`, and a `stamp` that changes when it does."""
@@ -120,14 +92,14 @@ class LocalFile:
 
     def read(self, offset, size):
         """At most `size` bytes from `offset`; less only where the file ends. Raises OSError."""
-        return opened(self.path, offset, size)
+        return read_open_file(self.path, offset, size)
 
 
 OPEN = OrderedDict()            # (process, path): file; a forked worker has its own
 OPEN_LOCK = threading.Lock()
 
 
-def opened(path, offset, size):
+def read_open_file(path, offset, size):
     """Reads a piece of a file that stays open, up to MAX_OPEN of them."""
     key = os.getpid(), path
     with OPEN_LOCK:
@@ -142,15 +114,18 @@ def opened(path, offset, size):
 
 
 class WebFile:
-    """A file on a web server that serves byte ranges; as LocalFile."""
+    """A file on a web server that serves byte ranges; as LocalFile.
+
+    An outage is said within 15 seconds, and the read goes on when it ends. After `patience` seconds
+    without an answer Outage is raised. What a server refuses for good (404) is an OSError at once.
+    """
     window = WEB_WINDOW
 
-    def __init__(self, url):
+    def __init__(self, url, patience=PATIENCE):
         self.path, self.name = url, url.split("?")[0].rsplit("/", 1)[-1]
+        self.size, self.patience = 0, patience
         try:
             headers, _ = self.request(0, 1)
-        except urllib.error.HTTPError as err:
-            raise FileNotFoundError(f"no shard at {url}: {err}") from err
         except OSError as err:
             raise FileNotFoundError(f"no shard at {url}: {err}") from err
         total = headers.get("Content-Range", "").rpartition("/")[2]
@@ -171,25 +146,65 @@ class WebFile:
         return data
 
     def request(self, offset, size):
-        """(headers, bytes) of a range, tried again after transient failures."""
-        asked = urllib.request.Request(
-            self.path, headers={"Range": f"bytes={offset}-{offset + size - 1}"})
-        for trial in range(1, WEB_TRIES + 1):
+        """(headers, bytes) of a range, asked for again while the server is out of order."""
+        began, pause, attempt, said = time.monotonic(), WEB_PAUSE, 0, False
+        while True:
+            attempt += 1
             try:
-                with urllib.request.urlopen(asked, timeout=WEB_TIMEOUT) as reply:
-                    data = reply.read(size)
-                if len(data) == size:
-                    return reply.headers, data
-                failure = OSError(f"{self.path}: the connection ended early")
+                answer = self.attempt(offset, size, WEB_TIMEOUT * min(attempt, 3))
+                if said:
+                    say_once(f"{self.path} answers again after {time.monotonic() - began:.0f} s", 0)
+                    SAID_AT[:] = bytes(8)       # the next outage is news
+                return answer
             except urllib.error.HTTPError as err:
                 if err.code not in WEB_TRANSIENT:
                     raise
                 failure = err
             except (OSError, http.client.HTTPException) as err:
-                failure = err if isinstance(err, OSError) else OSError(f"{self.path}: {err!r}")
-            if trial < WEB_TRIES:
-                time.sleep(0.5 * 2**trial)
-        raise failure
+                reason = getattr(err, "reason", err)
+                if not self.size and isinstance(reason, (socket.gaierror, ConnectionRefusedError)):
+                    raise               # at start: rather a wrong address than an outage
+                failure = err if isinstance(err, OSError) else repr(err)
+            waited = time.monotonic() - began
+            if waited + pause > self.patience:
+                raise Outage(f"{self.path} has not answered for {waited:.0f} s: {failure}")
+            if waited >= WEB_QUIET:
+                said |= say_once(f"{self.path} does not answer ({failure}): trying again for "
+                                 f"{self.patience - waited:.0f} s", WEB_REMINDER)
+            time.sleep(pause)
+            pause = min(2 * pause, WEB_LONGEST_PAUSE)
+
+    def attempt(self, offset, size, timeout):
+        """(headers, bytes) of a range. Raises OSError and HTTPException."""
+        asked = urllib.request.Request(
+            self.path, headers={"Range": f"bytes={offset}-{offset + size - 1}"})
+        deadline, data = time.monotonic() + timeout + size / WEB_SLOWEST, bytearray()
+        with urllib.request.urlopen(asked, timeout=timeout) as reply:
+            while len(data) < size and (piece := reply.read1(size - len(data))):
+                data += piece
+                if time.monotonic() > deadline:
+                    break
+        if len(data) < size:
+            raise OSError(f"the connection ended after {len(data)} of {size} bytes")
+        return reply.headers, bytes(data)
+
+
+SAID_AT = mmap.mmap(-1, 8)          # when an outage was last said, by this process or a forked one
+
+
+def say_once(line, within):
+    """Prints a line to the screen, unless one was printed within so many seconds by this process or
+    by one that shares its memory: all the workers of a loader meet the same outage."""
+    now, (last,) = time.monotonic(), struct.unpack("d", SAID_AT[:])
+    if last and now - last < within:
+        return False
+    SAID_AT[:] = struct.pack("d", now)
+    try:
+        sys.stderr.write(line + "\n")
+        sys.stderr.flush()
+    except (OSError, ValueError):           # a screen that is gone ends nothing
+        pass
+    return True
 
 
 class Window:
@@ -199,95 +214,9 @@ class Window:
         self.file, self.start, self.data = file, 0, b""
 
     def read(self, offset, size):
+        """At most `size` bytes from `offset`; less only where the file ends. Raises OSError."""
         at = offset - self.start
         if at < 0 or at + size > len(self.data):
             self.start, at = offset, 0
             self.data = self.file.read(offset, max(size, self.file.window))
         return self.data[at:at + size]
-
-
-# ---- copies of what cannot be read by offset
-
-def standard_input():
-    """The path of a copy of standard input, for as long as this process runs. ValueError."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("shards '-': standard input reaches one process only, not all ranks; "
-                         "save it as a file first")
-    path = cache_folder() / "streams" / f"stdin-{uuid.uuid4().hex}.tar"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "xb") as file:
-        while chunk := sys.stdin.buffer.read(WEB_WINDOW):
-            file.write(chunk)
-    here = os.getpid()
-    atexit.register(lambda: os.getpid() == here and path.unlink(missing_ok=True))
-    return path
-
-
-def fetch(command, folder, keep):
-    """The path of a copy, in `folder`, of what a shell command prints.
-
-    The first process that asks makes it, the others wait; the copies used longest ago are deleted,
-    but for `keep`. Raises OSError when the command fails.
-    """
-    path = folder / (hashlib.sha256(command.encode()).hexdigest()[:32] + ".tar")
-    unfinished = path.with_suffix(".part")
-    folder.mkdir(parents=True, exist_ok=True)
-    while True:
-        try:
-            os.utime(path)                  # used now: not the next to be deleted
-            return path
-        except FileNotFoundError:
-            pass
-        try:
-            with open(unfinished, "xb") as file:
-                if path.exists():           # another process has finished it just now
-                    unfinished.unlink()
-                    continue
-                copy(command, file, unfinished)
-            os.replace(unfinished, path)
-            delete_oldest(folder, keep)
-        except FileExistsError:             # another process is at it, or was when it was killed
-            if stale(unfinished):
-                unfinished.unlink(missing_ok=True)
-            else:
-                time.sleep(COPY_BEAT / 10)
-        except BaseException:
-            unfinished.unlink(missing_ok=True)
-            raise
-
-
-def copy(command, file, path):
-    """Runs a command into a file, and touches the file while the command lives."""
-    with subprocess.Popen(command, shell=True, stdin=subprocess.DEVNULL, stdout=file) as process:
-        while True:
-            try:
-                status = process.wait(COPY_BEAT)
-                break
-            except subprocess.TimeoutExpired:
-                os.utime(path)
-            except BaseException:
-                process.kill()
-                raise
-    if status:
-        raise OSError(f"`{command}` failed with status {status}")
-
-
-def stale(path):
-    """Whether nobody has touched a copy for long; a file that is gone is not."""
-    try:
-        return time.time() - path.stat().st_mtime > COPY_STALE
-    except FileNotFoundError:
-        return False
-
-
-def delete_oldest(folder, keep):
-    """Deletes all but the `keep` newest copies, and their indexes."""
-    copies = []
-    for path in folder.glob("*.tar"):
-        try:
-            copies.append((path.stat().st_mtime, path))
-        except FileNotFoundError:           # another process deletes too
-            pass
-    for _, path in sorted(copies)[:-keep]:
-        for file in (path, *folder.glob(path.name + "*" + INDEX_SUFFIX)):
-            file.unlink(missing_ok=True)

@@ -12,7 +12,6 @@ from bisect import bisect_right
 from collections import Counter, OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from itertools import accumulate
 
 import numpy as np
@@ -20,15 +19,14 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from shards.index import DEPTH, IMAGE, EncodedIndex, RawIndex
-from shards.files import Damaged, LocalFile, cache_folder, expand, fetch, find_shards, is_stream
+import camera
+from shards.files import PATIENCE, Damaged, LocalFile, cache_folder
+from shards.index import DEPTH, IMAGE, IMAGE_FORMATS, EncodedIndex, RawIndex
+from shards.streams import expand, fetch, find_shards, is_stream, remove_litter
 
 MAX_SIDE = 1 << 14                  # pixels of an image's long side
 INDEX_THREADS = 8
 NEARPLANE_VIEW, NEARPLANE_SCENE = 0.05, 0.10    # quantiles over a view's depths, over the views
-DEPTH_MODES = ("7dof_quantile_scale", "7dof_metric_scale")      # need the depth of the cond view
-NEARPLANE_MODE = "7dof_stereomag_scale"                         # needs the depth of all views
-LATENT_SHRINK = 8                   # pixels a side of an image to one of its latent
 COPIES_KEPT = 2                     # copies of streams on disk, in windows
 
 
@@ -74,16 +72,19 @@ def centre(pixels, side):
 
 def decode_image(data, side, where="image"):
     """PNG, JPEG or WebP bytes -> uint8 array (s, s, 3), alpha laid over white. Raises Damaged."""
-    image = decode(data, side, ("PNG", "JPEG", "WEBP"), where)
+    image = decode(data, side, IMAGE_FORMATS, where)
     # departs: the reference keeps the alpha channel and cannot read grey images
     if image.mode.startswith("I"):      # 16-bit grey
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if "A" in image.mode or "transparency" in image.info:
+    return centre(np.asarray(over_white(image)), side)
+
+
+def over_white(image):
+    """The RGB version of a Pillow image of 8 bits, transparency laid over white."""
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    if image.mode != "RGB":
-        image = image.convert("RGB")
-    return centre(np.asarray(image), side)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def decode_depth(data, side, scale, where="depth"):
@@ -102,10 +103,11 @@ def decode_depth(data, side, scale, where="depth"):
 
 # ---- the scenes of a source
 
-def open_source(source, folder, image_size, held_out=False):
+def open_source(source, folder, image_size, held_out=False, patience=PATIENCE):
     """The scenes of a configs.Source: RawScenes, EncodedScenes or, of commands, StreamedScenes.
 
-    Raises FileNotFoundError, and ValueError when no scene is usable.
+    patience: seconds without an answer after which web shards stop the run. Raises
+    FileNotFoundError, and ValueError when no scene is usable.
     """
     pattern, format = source.shards, source.format
     if held_out:
@@ -113,15 +115,17 @@ def open_source(source, folder, image_size, held_out=False):
     if not pattern:
         raise ValueError(f"source {source.name!r} has no {'held_out' if held_out else 'shards'}")
     if is_stream(pattern):
+        if held_out:
+            raise ValueError(f"source {source.name!r}: held_out {pattern!r} is a command, which "
+                             "has no fixed pass: scores need shards in files or on the web")
         return StreamedScenes(source, pattern, image_size)
-    return of_files(source.name, format, find_shards(folder, pattern), image_size)
+    return of_files(source.name, format, find_shards(folder, pattern, patience), image_size)
 
 
 def of_files(name, format, files, image_size, keep=True):
     """RawScenes or EncodedScenes, by format, of LocalFiles and WebFiles; keep: their indexes."""
-    if format == "encoded":
-        return EncodedScenes(name, partial(EncodedIndex, keep=keep), files, image_size)
-    return RawScenes(name, partial(RawIndex, layout=format, keep=keep), files, image_size)
+    kind = EncodedScenes if format == "encoded" else RawScenes
+    return kind(name, format, files, image_size, keep)
 
 
 class Scenes:
@@ -131,13 +135,17 @@ class Scenes:
     counts    int64 (scenes): their views
     """
 
-    def __init__(self, name, index, files, image_size):
+    def __init__(self, name, format, files, image_size, keep=True):
         self.name, self.image_size = name, image_size
+        if keep:
+            remove_litter(files)
         # every rank begins elsewhere, and finds what the others have indexed when it comes there
         first = len(files) * int(os.environ.get("RANK", 0)) // int(os.environ.get("WORLD_SIZE", 1))
         with ThreadPoolExecutor(INDEX_THREADS) as pool:
-            shards = list(tqdm(pool.map(index, [*files[first:], *files[:first]]), f"index {name}",
-                               len(files), unit=" shards", delay=1, leave=False))
+            shards = pool.map(lambda file: self.index(file, format, keep),
+                              [*files[first:], *files[:first]])
+            shards = list(tqdm(shards, f"index {name}", len(files), unit=" shards", delay=1,
+                               leave=False))
         self.shards = shards[len(files) - first:] + shards[:len(files) - first]
         self.report, self.problems = Counter(), []
         for where, reason, count in (line for shard in self.shards for line in shard.problems):
@@ -148,7 +156,13 @@ class Scenes:
         self.ends = self.counts.cumsum()
         if not len(self):
             raise ValueError(f"source {name!r}: no usable scene in {len(files)} shards: "
-                             f"{some(self.problems) or 'they are empty'}")
+                             f"{examples(self.problems) or 'they are empty'}")
+        sides = {int(side) for shard in self.shards for side in np.unique(shard.side)} - {0}
+        if sides and image_size not in sides:
+            raise ValueError(
+                f"source {name!r}: its images have a short side of "
+                f"{examples([str(side) for side in sorted(sides)])} pixels, and image_size is "
+                f"{image_size}")
 
     def __len__(self):
         return self.starts[-1]
@@ -172,27 +186,19 @@ class Scenes:
         inside = scene - self.starts[i]
         return self.shards[i], inside, int(self.shards[i].starts[inside])
 
-    def uid(self, scene, cond, target):
-        """`shard.tar:category/scene:cond->target`, views in the order of their frames."""
-        shard, inside, _ = self.locate(scene)
-        return f"{shard.name}:{shard.scenes[inside]}:{cond}->{target}"
-
-    def empty(self, count, mode):
-        """Arrays for a batch of pairs, of what raw and encoded scenes both have."""
-        cameras = np.zeros((2, count, 4, 4))
-        cameras[..., 3, 3] = 1
-        return {"cond_c2w": cameras[0], "target_c2w": cameras[1],
-                **{name: np.full(count, np.nan) for name in ("fov", "radius", "nearplane")}}
-
-    def fill_cameras(self, batch, i, shard, inside, cond_row, target_row):
-        batch["cond_c2w"][i, :3] = shard.c2w[cond_row]
-        batch["target_c2w"][i, :3] = shard.c2w[target_row]
-        batch["radius"][i] = shard.radius[inside]
+    def pair(self, mode, scene, cond, target):
+        """{name: array or number} of two views of a scene, what raw and encoded ones both have; see
+        data.Pairs. Cameras are (3, 4). Raises Damaged."""
+        shard, inside, start = self.locate(scene)
+        return {"cond_c2w": shard.c2w[start + cond], "target_c2w": shard.c2w[start + target],
+                "radius": shard.radius[inside],
+                # views in the order of their frames
+                "uid": f"{shard.name}:{shard.scenes[inside]}:{cond}->{target}"}
 
 
 class RawScenes(Scenes):
     """Scenes of images. `has_depth`: whether every view has a depth image."""
-    kind = "images"
+    kind, index = "images", RawIndex
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -202,8 +208,7 @@ class RawScenes(Scenes):
     def scene(self, scene):
         """The Scene of a number."""
         shard, inside, start = self.locate(scene)
-        c2w = np.zeros((int(self.counts[scene]), 4, 4))
-        c2w[:, :3], c2w[:, 3, 3] = shard.c2w[start:start + len(c2w)], 1
+        c2w = whole_matrices(shard.c2w[start:start + int(self.counts[scene])])
         return Scene(shard.scenes[inside], torch.from_numpy(c2w), float(shard.fov[inside]),
                      float(shard.depth_scale[inside]), float(shard.radius[inside]))
 
@@ -232,27 +237,15 @@ class RawScenes(Scenes):
                 self.depth(scene, view) for view in range(self.counts[scene]))
         return self.nearplanes[scene]
 
-    def empty(self, count, mode):
-        # channels last, as PNGs are stored and convolutions like it
-        s, batch = self.image_size, super().empty(count, mode)
-        for name in ("image_cond", "image_target"):
-            batch[name] = np.empty((count, s, s, 3), np.uint8).transpose(0, 3, 1, 2)
-        if mode in DEPTH_MODES:
-            batch["depth_cond"] = np.empty((count, s, s), np.float32)
-        return batch
-
-    def fill(self, batch, i, mode, scene, cond, target):
-        """Puts the pair of two views in place i of a batch; returns its uid. Raises Damaged."""
-        shard, inside, start = self.locate(scene)
-        for name, view in (("image_cond", cond), ("image_target", target)):
-            batch[name][i] = self.pixels(scene, view).transpose(2, 0, 1)
-        self.fill_cameras(batch, i, shard, inside, start + cond, start + target)
-        batch["fov"][i] = shard.fov[inside]
-        if mode in DEPTH_MODES:
-            batch["depth_cond"][i] = self.depth(scene, cond)
-        if mode == NEARPLANE_MODE:
-            batch["nearplane"][i] = self.nearplane(scene)
-        return self.uid(scene, cond, target)
+    def pair(self, mode, scene, cond, target):
+        """The same with images (s, s, 3), and the cond view's depth where the mode needs it."""
+        shard, inside, _ = self.locate(scene)
+        pair = {"image_cond": self.pixels(scene, cond), "image_target": self.pixels(scene, target),
+                **super().pair(mode, scene, cond, target), "fov": shard.fov[inside],
+                "nearplane": self.nearplane(scene) if camera.MODES[mode].needs_nearplane else math.nan}
+        if camera.MODES[mode].needs_depth:
+            pair["depth_cond"] = self.depth(scene, cond)
+        return pair
 
 
 def nearplane_quantile(depths):
@@ -263,48 +256,49 @@ def nearplane_quantile(depths):
 
 class EncodedScenes(Scenes):
     """Scenes of latents and embeddings."""
-    kind = "encoded views"
+    kind, index = "encoded views", EncodedIndex
 
-    def __init__(self, name, index, files, image_size):
-        super().__init__(name, index, files, image_size)
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
         kinds = np.unique(np.concatenate([shard.latent for shard in self.shards]), axis=0)
-        self.latent = tuple(kinds[0].tolist())
         if len(kinds) > 1:
-            raise ValueError(f"source {name!r}: its shards were encoded in different sizes, "
-                             f"{some([str(tuple(kind)) for kind in kinds.tolist()])}")
-        if self.latent[1] * LATENT_SHRINK != image_size:
-            raise ValueError(f"source {name!r}: its shards hold latents of {self.latent[1]} x "
-                             f"{self.latent[2]}, images of {image_size} pixels have "
-                             f"{image_size // LATENT_SHRINK} x {image_size // LATENT_SHRINK}")
+            raise ValueError(f"source {self.name!r}: its shards were encoded in different sizes, "
+                             f"{examples([str(tuple(kind)) for kind in kinds.tolist()])}")
+        self.latent = tuple(kinds[0].tolist())
 
-    def empty(self, count, mode):
-        c, h, w, d = self.latent
-        batch = super().empty(count, mode)
-        batch["moments_target"] = np.empty((count, c, h, w), np.float16)
-        batch["mean_cond"] = np.empty((count, c // 2, h, w), np.float16)
-        batch["clip_cond"] = np.empty((count, d), np.float16)
-        if mode == "7dof_quantile_scale":
-            batch["scale"] = np.empty(count)
-        return batch
+    def check_blend(self, quantile_blend):
+        """Raises ValueError where the shards' scales were made with the other quantile_blend than
+        the run's. Shards that do not say how they were made pass."""
+        for shard in self.shards:
+            if (shard.blend == (not quantile_blend)).any():
+                raise ValueError(
+                    f"source {self.name!r}: {shard.name} was encoded "
+                    f"{'without' if quantile_blend else 'with'} quantile_blend, which decided the "
+                    f"scales in it: train with --quantile_blend={str(not quantile_blend).lower()}, "
+                    "or encode it again")
 
-    def fill(self, batch, i, mode, scene, cond, target):
-        """Puts the pair of two views in place i of a batch; returns its uid. Raises Damaged."""
+    def pair(self, mode, scene, cond, target):
+        """The same with the target's moments, the cond view's mean, embedding and scale."""
         shard, inside, start = self.locate(scene)
-        uid = self.uid(scene, cond, target)
-        moments, clip = int(shard.moments_at[inside]), int(shard.clip_at[inside])
-        step = batch["moments_target"][i].nbytes
-        for name, at in (("moments_target", moments + target * step),
-                         ("mean_cond", moments + cond * step),      # the mean lies before logvar
-                         ("clip_cond", clip + cond * batch["clip_cond"][i].nbytes)):
-            place = batch[name][i]
-            place.reshape(-1)[:] = np.frombuffer(shard.read(at, place.nbytes, uid), np.float16)
-        self.fill_cameras(batch, i, shard, inside, start + cond, start + target)
-        batch["fov"][i], batch["nearplane"][i] = shard.fov[start + cond], shard.nearplane[inside]
-        if "scale" in batch:
-            batch["scale"][i] = shard.scale[start + cond]
-            if not batch["scale"][i] > 0:
-                raise Damaged(uid, "the scale of the conditioning view is not known")
-        return uid
+        pair = super().pair(mode, scene, cond, target)
+        c, h, w, d = self.latent
+
+        def stored(first, view, count, *shape):
+            """The first numbers, of such a shape, of a view that has `count` of float16."""
+            data = shard.read(int(first[inside]) + view * count * 2, 2 * math.prod(shape),
+                              pair["uid"])
+            return np.frombuffer(data, np.float16).reshape(shape)
+
+        pair |= {"moments_target": stored(shard.moments_at, target, c * h * w, c, h, w),
+                 # the mean lies before logvar
+                 "mean_cond": stored(shard.moments_at, cond, c * h * w, c // 2, h, w),
+                 "clip_cond": stored(shard.clip_at, cond, d, d),
+                 "fov": shard.fov[start + cond], "nearplane": shard.nearplane[inside]}
+        if camera.MODES[mode].unit == "viewer":
+            pair["scale"] = shard.scale[start + cond]
+            if not pair["scale"] > 0:
+                raise Damaged(pair["uid"], "the scale of the conditioning view is not known")
+        return pair
 
 
 class StreamedScenes:
@@ -353,7 +347,7 @@ class StreamedScenes:
                 self.order(visit + self.window, seed), *words[1:3])
 
     def fetch(self, number):
-        """The path of the copy of a shard. Raises OSError."""
+        """The path of the copy of a shard. Raises OSError, ValueError."""
         return fetch(self.commands[number], self.folder, COPIES_KEPT * self.window + 1)
 
     def shard(self, number):
@@ -375,29 +369,31 @@ class StreamedScenes:
         def work():
             try:
                 self.fetch(number)
-            except OSError:
+            except (OSError, ValueError):
                 pass
         if number != self.ahead:
             self.ahead = number
             threading.Thread(target=work, daemon=True).start()
 
-    def empty(self, count, mode):
-        return self.example.empty(count, mode)
-
-    def fill(self, batch, i, mode, number, ahead, *words):
-        """Puts a pair in place i of a batch; returns its uid. Raises Damaged."""
+    def pair(self, mode, number, ahead, *words):
+        """As Scenes.pair, of what `draw` gave."""
         self.prefetch(ahead)
-        try:
-            return self.fill_from(self.shard(number), batch, i, mode, words)
-        except Damaged:
-            shard = self.opened.pop(number, None)
-            if shard is None or os.path.exists(shard.shards[0].file.path):
-                raise
-        # a faster process has deleted the copy
-        return self.fill_from(self.shard(number), batch, i, mode, words)
+        for last in (False, True):
+            scenes = self.opened.get(number)
+            try:
+                scenes = self.shard(number)
+                return scenes.pair(mode, *scenes.draw((0, *words), 0, 1.0, 0))
+            except Damaged:
+                if last or scenes is None or os.path.exists(scenes.shards[0].file.path):
+                    raise
+                del self.opened[number]     # a faster process has deleted the copy
 
-    def fill_from(self, scenes, batch, i, mode, words):
-        return scenes.fill(batch, i, mode, *scenes.draw((0, *words), 0, 1.0, 0))
+
+def whole_matrices(c2w):
+    """(..., 3, 4) -> (..., 4, 4) with the last row of a camera."""
+    whole = np.zeros((*c2w.shape[:-2], 4, 4))
+    whole[..., :3, :], whole[..., 3, 3] = c2w, 1
+    return whole
 
 
 def distinct(number, n):
@@ -406,7 +402,7 @@ def distinct(number, n):
     return cond, target + (target >= cond)
 
 
-def some(lines, shown=5):
+def examples(lines, shown=5):
     """The first of many lines, joined."""
     more = f"; and {len(lines) - shown} more" if len(lines) > shown else ""
     return "; ".join(lines[:shown]) + more

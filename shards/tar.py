@@ -2,7 +2,8 @@
 
 import re
 
-from shards.files import TarError
+from runtime.files import mistaken_for
+from shards.files import NotTar, TarError
 
 BLOCK = 512                         # headers and data begin at multiples of it
 MAX_HEADER = 1 << 20                # bytes of a long name or a PAX header
@@ -45,6 +46,9 @@ def tar_members(window):
                     yield own_name if name is None else name, at + BLOCK, body
                 name = size = None
         except ValueError as err:
+            what, way_out = mistaken_for(header, file.path) if not at else ("", "")
+            if what:
+                raise NotTar(file.path, at, f"no tar, but {what}: {way_out}") from err
             raise TarError(file.path, at, str(err)) from err
         at += BLOCK + -(-body // BLOCK) * BLOCK
 

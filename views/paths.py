@@ -14,24 +14,12 @@ import torch
 
 from camera import look_at
 from runtime.files import write_text
+from views import MOTIONS, STEEPEST
 from views.cameras import RIGID, read as read_cameras
 
-# name: (default of --by, what it does, with that default)
-MOTIONS = {
-    "orbit": (360.0, "circle around the scene, by 360 degrees"),
-    "swing": (20.0, "circle to and fro, by 20 degrees to each side"),
-    "spiral": (0.25, "two turns in front of the scene, out to 0.25 and back"),
-    "dolly": (0.4, "forwards by 0.4"),
-    "truck": (0.4, "to the right by 0.4"),
-    "pedestal": (0.3, "upwards by 0.3"),
-    "pan": (30.0, "turn to the right on the spot, by 30 degrees"),
-    "tilt": (20.0, "turn upwards on the spot, by 20 degrees"),
-    "zoom": (1.5, "stay, and narrow the field of view until things look 1.5 times as large"),
-}
 SPIRAL_TURNS = 2
 GRID_AZIMUTHS = (-40.0, -20.0, 0.0, 20.0, 40.0)
 GRID_ELEVATIONS = (20.0, 0.0, -20.0)
-STEEPEST = 89.0                     # degrees of elevation; straight above, no direction is "up"
 SHARE_DIGITS = 5                    # of a share of the photo's side, less than a pixel
 
 
@@ -91,7 +79,8 @@ def motion(name, views, by, fov, elevation):
     by: how far, in degrees, in distances to the origin, or (zoom) times as large; a negative one
     goes the other way. fov in radians, elevation of the photo's camera in degrees.
     """
-    check_views(views)
+    if views < 1:
+        raise ValueError(f"a path of {views} views: it needs at least 1")
     closed = name in ("spiral", "swing") or name == "orbit" and by != 0 and by % 360 == 0
     s = torch.arange(views, dtype=torch.float64) / (views if closed else max(views - 1, 1))
     cond, fovs = around(0.0, elevation, 1.0), torch.full((views,), fov, dtype=torch.float64)
@@ -161,11 +150,6 @@ def poses(texts, fov, elevation):
         numbers.append((azimuth, elevation + rise, radius))
     fovs = torch.full((len(numbers),), fov, dtype=torch.float64)
     return Cameras(around(0.0, elevation, 1.0), around(*zip(*numbers)), fovs, fov)
-
-
-def check_views(views):
-    if views < 1:
-        raise ValueError(f"a path of {views} views: it needs at least 1")
 
 
 # ---- files of poses

@@ -1,10 +1,14 @@
-"""What views start from: a photo, or a held-out view of a run's own scenes.
+"""What views start from: a photo, or a held-out view of scenes that were kept from training.
 
 A photo is made what the network saw in training: upright, opaque, square, of its size. The scale
 says how many units of the paths (distances to what the photo looks at) the model takes as one.
 """
 
+import io
 import math
+import os
+import stat
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,15 +19,17 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 import camera
 import depth
-import model
-from views import pictures
+from runtime import networks
+from runtime.command import say
 from shards import scenes
+from views import FOV, SCALE, paths, pictures
 
-FOV = 52.55                     # degrees; what ZeroNVS's own inference takes a photo to have
-SCALE = 0.7                     # ZeroNVS's own inference
 WHITE, NEARLY_WHITE = (255, 255, 255), 250      # background: all channels at least this
 OBJECT_SHARE = 200 / 256        # zero123: the longer side of an object, in image sides
-SIXTEEN_BITS = 65535
+MOST_BYTES = 2**26              # of a picture that came over a connection
+MOST_SIDE = 4096                # pixels a side that are kept; a larger photo is reduced at once
+MEGAPIXELS = 178                # twice Pillow's MAX_IMAGE_PIXELS, beyond which it opens nothing
+OTHER_PROGRAMS = ("EPS",)       # formats for which Pillow runs another program
 DEPTH_SIZE = 256                # pixels a side that the depth network sees
 LEVEL = 0.05                    # largest slant of a level camera's right vector
 
@@ -54,47 +60,92 @@ class HeldOut(Photo):
     view: int
     scene_scale: float          # the length in the scene's unit that the model takes as one
 
+    def others(self, count):
+        """At most `count` other views: their numbers, their paths.Cameras, their true images."""
+        scene = self.reader.scene(self.number)
+        views = [i for i in range(len(scene.c2w)) if i != self.view]
+        views = pictures.evenly_spaced(views, count)
+        fov = torch.full((len(views),), scene.fov, dtype=torch.float64)
+        return (views, paths.Cameras(scene.c2w[self.view], scene.c2w[views], fov, scene.fov),
+                [pictures.image(scenes.images(self.reader.image(self.number, i))) for i in views])
+
 
 # ---- a file
 
-def from_file(path, size, crop="", isolate=False):
-    """The Photo in an image file; `read` says how. What a file cannot tell is ZeroNVS's default."""
-    return Photo(read(path, crop, isolate), size, math.radians(FOV), 0.0, SCALE)
+def from_file(source, size, crop="", isolate=False):
+    """The Photo in an image file or its bytes; `read` says how. What a file cannot tell is
+    ZeroNVS's default."""
+    return Photo(read(source, crop, isolate), size, math.radians(FOV), 0.0, SCALE)
 
 
-def read(path, crop="", isolate=False):
-    """The square RGB image that is used of a file.
+def read(source, crop="", isolate=False):
+    """The square RGB image that is used of a file, named by its path, or of the bytes of one.
 
     Upright as EXIF says, transparency over white, the centre square (or `crop`, "left,top,side" in
-    pixels). isolate: an object on white or transparent ground is centred as zero123 expects, in
-    place of the crop.
-    Raises FileNotFoundError, or ValueError for what is no image or a crop outside it.
+    pixels). isolate: an object on white or transparent ground is centred as zero123 expects.
+    Memory is bounded: a side of more than MOST_SIDE pixels is reduced by a whole number.
+    Raises FileNotFoundError, or ValueError for what is no image, a crop outside it, more than
+    MEGAPIXELS, or more than MOST_BYTES at once.
     """
+    name = "the picture" if isinstance(source, bytes) else source
     try:
-        with Image.open(path) as opened:
-            upright = ImageOps.exif_transpose(opened)
-            picture = over_white(upright)
+        if isinstance(source, bytes):
+            if len(source) > MOST_BYTES:
+                raise ValueError(f"{name} has {len(source):,} bytes, at most {MOST_BYTES:,} can be "
+                                 "sent: make it smaller first")
+            source = io.BytesIO(source)
+        elif not stat.S_ISREG(os.stat(source).st_mode):     # a pipe would be waited for
+            raise ValueError(f"{name} is a folder, a pipe or a device, not an image file")
+        Image.init()
+        with warnings.catch_warnings():
+            # one's own large photo is no attack; what is too large is an error, and told below
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(source, formats=[x for x in Image.ID if x not in OTHER_PROGRAMS]
+                            ) as image:
+                return square(image, crop, isolate, name)
     except FileNotFoundError as err:
-        raise FileNotFoundError(f"no image {path}") from err
-    except (UnidentifiedImageError, IsADirectoryError) as err:
-        raise ValueError(f"{path} is not an image that Pillow can read") from err
-    except (OSError, SyntaxError, Image.DecompressionBombError) as err:
-        raise ValueError(f"{path} cannot be read as an image: {err}") from err
-    if isolate:
-        picture = centred_object(picture)
-    return picture.crop(crop_box(picture.size, crop))
+        raise FileNotFoundError(f"no image {name}") from err
+    except UnidentifiedImageError as err:
+        raise ValueError(f"{name} is not an image that Pillow can read") from err
+    except Image.DecompressionBombError as err:
+        raise ValueError(f"{name} has more than {MEGAPIXELS} megapixels: make it smaller first"
+                         ) from err
+    except (OSError, SyntaxError) as err:
+        raise ValueError(f"{name} cannot be read as an image: {err}") from err
 
 
-def over_white(picture):
-    """RGB version of any Pillow image, transparency over white, 16-bit grey in 8 bits."""
-    if picture.mode.startswith(("I", "F")):
-        values = np.nan_to_num(np.asarray(picture, dtype=np.float64))
-        # floats do not tell what is white
-        whole = (SIXTEEN_BITS if picture.mode != "F" or values.max() > 255 else
-                 255 if values.max() > 1 else 1)
-        picture = Image.fromarray((values / whole * 255).clip(0, 255).astype(np.uint8))
-    picture = picture.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", picture.size, WHITE), picture).convert("RGB")
+def square(image, crop, isolate, name):
+    """The square RGB image of an opened one, see `read`."""
+    times = math.ceil(min(image.size) / MOST_SIDE)
+    if times > 1 and not crop:      # JPEG is decoded at a half, a quarter or an eighth for it
+        image.draft(None, (image.width // times, image.height // times))
+    ImageOps.exif_transpose(image, in_place=True)
+    box = crop_box(image.size, crop) if crop or not isolate else (0, 0, *image.size)
+    if image.mode.startswith("I;"):
+        image = eight_bits(image, name)
+    times = math.ceil(math.sqrt((box[2] - box[0]) * (box[3] - box[1])) / MOST_SIDE)
+    if times > 1 and image.mode in ("1", "P", "PA"):        # whose numbers have no mean
+        image = image.convert("RGBA" if "transparency" in image.info else "RGB")
+    image = image.reduce(times, box) if times > 1 else image.crop(box)
+    if image.mode in ("I", "F"):
+        image = eight_bits(image, name)
+    image = scenes.over_white(image)
+    return centred_object(image) if isolate else image
+
+
+def eight_bits(image, name):
+    """The grey image of 8 bits of one of 16 bits or of floats, which do not tell what is white."""
+    values = np.asarray(image)
+    if image.mode.startswith("I"):
+        return Image.fromarray((values.clip(0, 65535) // 257).astype(np.uint8))     # 65535 / 255
+    finite = np.isfinite(values)
+    if not finite.all():
+        say(f"{name}: {values.size - finite.sum():,} pixels are not finite: infinite ones become "
+            "white, the others black")
+    largest = values[finite].max(initial=0)
+    white = 65535 if largest > 255 else 255 if largest > 1 else 1
+    values = np.nan_to_num(values.astype(np.float64), nan=0, posinf=white, neginf=0)
+    return Image.fromarray((values / white * 255).clip(0, 255).astype(np.uint8))
 
 
 def crop_box(size, crop):
@@ -123,9 +174,9 @@ def centred_object(picture):
     box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
     width, height = box[2] - box[0], box[3] - box[1]
     side = max(math.ceil(max(width, height) / OBJECT_SHARE), 1)
-    square = Image.new("RGB", (side, side), WHITE)
-    square.paste(picture.crop(box), ((side - width) // 2, (side - height) // 2))
-    return square
+    canvas = Image.new("RGB", (side, side), WHITE)
+    canvas.paste(picture.crop(box), ((side - width) // 2, (side - height) // 2))
+    return canvas
 
 
 def reduce(picture, size, share=1.0):
@@ -154,8 +205,10 @@ def scale_of(picture, weights):
     """
     if not weights:
         raise ValueError("--scale auto needs --depth-weights dpt_swin2_tiny_256.pt")
+    if not Path(weights).is_file():
+        raise FileNotFoundError(f"no file of depth weights {weights}")
     with torch.no_grad():
-        disparity = depth.load(weights)(pictures.tensor(picture.resize((DEPTH_SIZE, DEPTH_SIZE))))
+        disparity = networks.load_depth(weights)(pictures.tensor(picture.resize((DEPTH_SIZE, DEPTH_SIZE))))
     far = 1 / disparity.clamp(min=1e-3 * disparity.max().item())
     return (camera.quantile_scale(far)[0] / middle(far[0]).median()).item()
 
@@ -169,15 +222,17 @@ def middle(image):
 # ---- a held-out view
 
 def held_out(config, number):
-    """The HeldOut view in the middle of a run's held-out scene.
+    """The HeldOut view in the middle of a held-out scene of a Config, whose sources the user named.
 
-    Raises ValueError or FileNotFoundError where the run has no such scene.
+    Raises ValueError or FileNotFoundError where there is no such scene.
     """
     sources = [source for source in config.sources if source.held_out]
     if not sources:
-        raise ValueError("the run has no held-out scenes with images: give an IMAGE")
+        raise ValueError("the configuration names no held-out scenes with images: give an IMAGE")
     asked, known = number, 0
     for source in sources:
+        if scenes.is_stream(source.held_out):
+            raise ValueError(f"source {source.name!r}: held-out shards are files, not commands")
         reader = scenes.open_source(source, config.data, config.image_size, held_out=True)
         known += len(reader)
         if asked < known:
@@ -204,18 +259,19 @@ def scale_in_scene(config, reader, number, known, image):
     known (s, s): the view's depth, 0 unknown; image (3, s, s), whose holes the run's depth network
     fills. Without that network the scale is that of the depths that are known.
     """
-    if config.mode == "7dof":
+    unit = camera.MODES[config.mode].unit
+    if unit == "cameras":
         return reader.scene(number).radius
-    if config.mode == "7dof_stereomag_scale":
+    if unit == "nearplane":
         return camera.stereomag_scale(torch.tensor(reader.nearplane(number))).item()
-    if config.mode not in scenes.DEPTH_MODES:
+    if unit == "scene":
         return 1.0
     weights = config.depth_weights
-    filler = depth.load(weights) if weights and Path(weights).is_file() else None
+    filler = networks.load_depth(weights) if weights and Path(weights).is_file() else None
     if filler is None and not (known > 0).any():
         return 1.0
     blend = config.quantile_blend or filler is None
-    scale = model.viewer_scale(known[None], image[None], filler, blend).item()
+    scale = depth.viewer_scale(known[None], image[None], filler, blend).item()
     return known[known > 0].quantile(camera.QUANTILE).item() if math.isnan(scale) else scale
 
 

@@ -1,4 +1,4 @@
-"""Pictures out: views to sheets, animations and a map of their path.
+"""Pictures out: views to sheets, films and a map of their path.
 
 Images are Pillow's, square RGB, outside of `tensor` and `image`.
 """
@@ -12,12 +12,17 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from camera import look_at, relative_pose
+from runtime.command import say
+from shards.scenes import images
 
 WHITE, GREY, BLACK, RED = (255, 255, 255), (200, 200, 200), (30, 30, 30), (214, 40, 40)
 FIRST, LAST = (33, 102, 172), (120, 198, 121)       # colours of a path's first and last camera
 SMALLEST_CELL = 128             # pixels a side; smaller views are enlarged by an integer
+SMALLEST_FRAME = 256            # the same, of a film
 LABEL, GAP = 16, 4              # pixels: height of a label, space between pictures
-FRAMES_PER_SECOND = 12
+FRAMES_PER_SECOND = 12          # at most: a film of few frames is slower
+SHORTEST_FILM = 2.0             # seconds
+LEGEND = "red: the photo; blue to green: first view to last; cross: what the photo looks at"
 
 
 def evenly_spaced(things, count):
@@ -28,8 +33,8 @@ def evenly_spaced(things, count):
 
 def tensor(picture):
     """RGB image -> float32 (1, 3, h, w) in [-1, 1]."""
-    values = np.asarray(picture.convert("RGB"), dtype=np.float64) / 255 * 2 - 1
-    return torch.from_numpy(values.astype(np.float32)).permute(2, 0, 1)[None]
+    pixels = torch.from_numpy(np.array(picture.convert("RGB")))
+    return images(pixels).permute(2, 0, 1)[None]
 
 
 def image(x):
@@ -38,12 +43,10 @@ def image(x):
     return Image.fromarray(values.permute(1, 2, 0).numpy())
 
 
-def enlarged(picture):
-    """The image, times the smallest integer that makes it SMALLEST_CELL pixels wide."""
-    times = math.ceil(SMALLEST_CELL / picture.width)
-    if times == 1:
-        return picture
-    return picture.resize((times * picture.width, times * picture.height), Image.Resampling.BICUBIC)
+def enlarged(picture, side=SMALLEST_CELL):
+    """The image, times the smallest integer that makes it `side` pixels wide; pixels stay sharp."""
+    times = math.ceil(side / picture.width)
+    return picture.resize((times * picture.width, times * picture.height), Image.Resampling.NEAREST)
 
 
 def blank(picture):
@@ -51,44 +54,50 @@ def blank(picture):
     return Image.new("RGB", picture.size, WHITE)
 
 
-def sheet(rows):
-    """One picture of rows of (label, image) pairs, all images of one size, labels above them."""
-    cell = enlarged(rows[0][0][1]).width
+def sheet(rows, title="", side=SMALLEST_CELL):
+    """One picture of rows of (label, image) pairs, all images of one size, labels above them, and
+    a line on top that says what they are."""
+    cell = enlarged(rows[0][0][1], side).width
     columns = max(len(row) for row in rows)
-    size = columns * (cell + GAP) + GAP, len(rows) * (cell + LABEL + GAP) + GAP
+    top = LABEL * bool(title)
+    size = columns * (cell + GAP) + GAP, len(rows) * (cell + LABEL + GAP) + GAP + top
     canvas = Image.new("RGB", size, WHITE)
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=11)
+    pen.text((GAP + 1, 1), title, fill=BLACK, font=font)
     for i, row in enumerate(rows):
         for j, (label, picture) in enumerate(row):
-            x, y = GAP + j * (cell + GAP), GAP + i * (cell + LABEL + GAP)
+            x, y = GAP + j * (cell + GAP), top + GAP + i * (cell + LABEL + GAP)
             pen.text((x + 1, y), label, fill=BLACK, font=font)
-            canvas.paste(enlarged(picture), (x, y + LABEL))
+            canvas.paste(enlarged(picture, side), (x, y + LABEL))
     return canvas
 
 
-def animate(views, closed, stem):
-    """Writes `stem`.gif, and `stem`.mp4 if ffmpeg is on the path. Returns their names.
+def film(views, closed, stem):
+    """Writes images as `stem`.gif, and as `stem`.mp4 if ffmpeg is on the path. Returns their names.
 
-    An open path is played forth and back, so that the animation has no jump.
+    An open path is played there and back, so that the film has no jump. It lasts SHORTEST_FILM at
+    least, and its frames have SMALLEST_FRAME pixels a side at least.
     """
-    frames = [enlarged(view) for view in views]
+    frames = [enlarged(view, SMALLEST_FRAME) for view in views]
     if not closed:
         frames += frames[-2:0:-1]
-    gif = stem.with_suffix(".gif")
+    rate = min(FRAMES_PER_SECOND, len(frames) / SHORTEST_FILM)
+    gif, mp4 = stem.with_suffix(".gif"), stem.with_suffix(".mp4")
     frames[0].save(gif, save_all=True, append_images=frames[1:], loop=0,
-                   duration=round(1000 / FRAMES_PER_SECOND))
+                   duration=math.ceil(100 / rate) * 10)     # GIF counts hundredths of a second
     ffmpeg = shutil.which("ffmpeg")
     if not ffmpeg:
         return [gif.name]
-    mp4, (width, height) = stem.with_suffix(".mp4"), frames[0].size
+    width, height = frames[0].size
     command = [ffmpeg, "-y", "-loglevel", "error", "-f", "rawvideo", "-pix_fmt", "rgb24",
-               "-s", f"{width}x{height}", "-r", str(FRAMES_PER_SECOND), "-i", "-",
+               "-s", f"{width}x{height}", "-r", str(rate), "-i", "-",
                # yuv420p, which every player knows, needs even sides
                "-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2", "-pix_fmt", "yuv420p", str(mp4)]
     done = subprocess.run(command, input=b"".join(frame.tobytes() for frame in frames),
                           capture_output=True, check=False)
     if done.returncode:
-        print(f"no {mp4.name}: ffmpeg says {done.stderr.decode(errors='replace').strip()[-200:]}")
+        mp4.unlink(missing_ok=True)
+        say(f"no {mp4.name}: ffmpeg says {done.stderr.decode(errors='replace').strip()[-200:]}")
         return [gif.name]
     return [gif.name, mp4.name]
 
@@ -106,6 +115,7 @@ def path_picture(cameras, size=320):
     """Two maps of a paths.Cameras: from above, the photo's camera looking up the page; from right.
 
     The photo's camera is red, the others go from blue to green; their wings open as the view does.
+    A line below says so.
     """
     frame = standing(cameras.cond_c2w)
     everything = relative_pose(frame, torch.cat([cameras.cond_c2w[None], cameras.c2w]))
@@ -114,7 +124,7 @@ def path_picture(cameras, size=320):
     points = torch.cat([everything[:, :3, 3], target[None]])
     low, high = points.amin(0), points.amax(0)
     middle, reach = (low + high) / 2, max((high - low).max().item(), 1e-6)
-    canvas = Image.new("RGB", (2 * size + GAP, size + LABEL), WHITE)
+    canvas = Image.new("RGB", (2 * size + GAP, size + 2 * LABEL), WHITE)
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=11)
     # panel: (label, the axis to the right of the page, the axis up the page), as (index, sign)
     panels = [("from above", (0, 1), (2, -1)), ("from the right", (2, -1), (1, 1))]
@@ -144,4 +154,5 @@ def path_picture(cameras, size=320):
                     [(-wing, 0, -1), (wing, 0, -1), (0, -wing, -1), (0, wing, -1)]]
             sides = ends[:2] if panel == 0 else ends[2:]
             pen.line([place(sides[0]), place(eye), place(sides[1])], fill=color, width=2 + (i == 0))
+    pen.text((2, LABEL + size + 1), LEGEND, fill=BLACK, font=font)
     return canvas

@@ -1,5 +1,10 @@
 """A model made ready for sampling, and its views of a photo.
 
+    render = Render(*load("out/synth", "cpu", "fp32"))
+    render.start_from(photos.from_file(data, render.size, crop="0,0,256"))  # a path, or bytes
+    for view in render(cameras, steps=4): ...       # a preview, image by image
+    for view in render(cameras): ...                # from the same noise, in all steps
+
 Letters: `b` batch, `n` views, `s` side of the square images in pixels.
 """
 
@@ -8,70 +13,87 @@ import sys
 import time
 
 import torch
-from tqdm import tqdm
 
-import diffusion
 import camera
-from runtime import checkpoint
 import configs
+import diffusion
+import engine
 import model
+from runtime import checkpoint
+from runtime.command import Progress
 from views import pictures
-from engine.sampling import Fast
-from diffusion import encoded_views
 
 CLIP_WIDTH = 768
-MODE_OF_WIDTH = {4: "3dof", 19: "7dof_quantile_scale"}      # of the published checkpoints
+MODE_OF_WIDTH = {mode.width: name for name, mode in camera.MODES.items() if mode.weights}
 MEGABYTE = 2**20
 
 
 # ---- the model
 
-def load(path, device, precision):
+def read(path, init=""):
+    """checkpoint.read; the networks that a run keeps in the file it started from are read from
+    `init`, which the user names."""
+    tensors = checkpoint.read(path)
+    if not init:
+        return tensors
+    frozen = {name: entry for name, entry in checkpoint.read(init).entries.items()
+              if name.startswith(checkpoint.FROZEN)}
+    return checkpoint.StateDict(tensors.path, frozen | tensors.entries, tensors.meta)
+
+
+def load(path, device, precision, init=""):
     """(ZeroNVS, Config) of a run's folder, or of a published zero123 or ZeroNVS checkpoint; `path`
-    may be what checkpoint.read gave for it.
+    may be what `read` gave for it.
 
     The UNet has its averaged weights where the file has them; `place` says what `precision` does.
+    Every weight that is used is read once, straight to the device in the precision it is used in.
     Raises FileNotFoundError or ValueError, one line, for what is no such checkpoint.
     """
-    tensors = checkpoint.read(path)
+    tensors = path if isinstance(path, checkpoint.StateDict) else read(path, init)
     config = config_of(tensors)
-    ema = any(name.startswith(checkpoint.EMA) for name in tensors)
-    frozen = any(name.startswith("first_stage_model.") for name in tensors)
-    if config.latent == "vae" and "config" in tensors.meta and not frozen:
-        # a run saves what it trains; the frozen networks are those of the file it started from
-        if not config.init:
-            raise ValueError(f"{tensors.path} has no autoencoder, and its run names no init that "
-                             "has one")
+    if (config.latent == "vae" and "config" in tensors.meta
+            and not any(name.startswith(checkpoint.FROZEN) for name in tensors)):
+        raise ValueError(f"{tensors.path} holds what a run trained, without autoencoder and the "
+                         "image encoder: --init FILE names the file that it started from"
+                         + f" ({config.init}, it says)" * bool(config.init))
+    with torch.device("meta"):
         net = model.build(config)
-        checkpoint.load_model(net, config.init, finetune=True)
-        stored = {name: checkpoint.ema_name(name) for name in net.state_dict()}
-        net.load_state_dict({name: tensors[average if average in tensors else name]
-                             for name, average in stored.items()
-                             if name in tensors or average in tensors}, strict=False)
-    else:
-        with torch.device("meta"):
-            net = model.build(config)
-        fresh = checkpoint.load_model(net, tensors, ema=ema).fresh
-        schedule = diffusion.schedule_buffers()
-        for name in fresh:
-            setattr(net, name, schedule[name])
+    for name in net.state_dict().keys() & set(checkpoint.LEFTOVERS):    # nothing here uses them
+        owner, _, leaf = name.rpartition(".")
+        delattr(net.get_submodule(owner), leaf)
+    entries = {name: entry for name, entry in tensors.entries.items()
+               if name not in checkpoint.LEFTOVERS}
+    to_precision(net, precision)
+    # what is on "meta" gets memory that nobody fills before the file does
+    net._apply(lambda x: torch.empty_like(x, device=device) if x.is_meta else x.to(device))
+    fresh = checkpoint.load_model(
+        net, checkpoint.StateDict(tensors.path, entries, tensors.meta, tensors.others),
+        ema=any(name.startswith(checkpoint.EMA) for name in entries)).fresh
+    schedule = diffusion.schedule_buffers()
+    for name in fresh:
+        setattr(net, name, schedule[name].to(device))
     return place(net, device, precision), config
 
 
 def place(net, device, precision):
     """The ZeroNVS on its device: UNet and image decoder in `precision`, fp32, bf16 or fp16.
 
-    Photos are encoded in fp32. No more than what stays there is on the device at any time.
+    Photos are encoded in fp32.
     """
-    net.eval().requires_grad_(False)
-    autoencoder = dict(net.first_stage_model.named_children())      # none, of pixels
-    decoding = [autoencoder[name] for name in ("decoder", "post_quant_conv") if name in autoencoder]
-    for part in (net.model, *decoding):
-        part.to(device, checkpoint.PRECISIONS[precision], memory_format=torch.channels_last)
-    net.to(device)
+    engine.convert(net)
+    net.eval().requires_grad_(False).to(device)
+    for part in to_precision(net, precision):
+        part.to(memory_format=torch.channels_last)
     # convolutions of one view are small, and which kernel is best for them is not to be guessed
     torch.backends.cudnn.benchmark = torch.device(device).type == "cuda"
     return net
+
+
+def to_precision(net, precision):
+    """Turns UNet and image decoder to their precision. Returns them."""
+    autoencoder = dict(net.first_stage_model.named_children())      # none, of pixels
+    decoding = [autoencoder[name] for name in ("decoder", "post_quant_conv") if name in autoencoder]
+    return [part.to(checkpoint.PRECISIONS[precision]) for part in (net.model, *decoding)]
 
 
 def config_of(tensors):
@@ -94,7 +116,7 @@ def config_of(tensors):
 def pose_vectors(mode, cond_c2w, c2w, fov, scale):
     """Pose vectors (n, d) float32 of cameras c2w (n, 4, 4), fov (n,); `scale` counts as one."""
     cond_c2w, c2w = cond_c2w.repeat(len(c2w), 1, 1), c2w.clone()
-    if mode in camera.UNSCALED:     # so that --scale, where it is given, means the same everywhere
+    if camera.MODES[mode].unscaled:     # so that --scale, where it is given, means the same everywhere
         cond_c2w[:, :3, 3] /= scale
         c2w[:, :3, 3] /= scale
     return camera.conditioning(mode, cond_c2w, c2w, fov, torch.full_like(fov, scale)).float()
@@ -103,15 +125,26 @@ def pose_vectors(mode, cond_c2w, c2w, fov, scale):
 # ---- views
 
 class Render:
-    """Views of a Photo by one model, `batch` at a time; `options` are those of `encoded_views`.
+    """A loaded model, and a photo that its views start from.
 
-    Changes the model: see fast.Fast.
+    options   those of `diffusion.novel_views`; a call may give others for its own views
+    batch     views made together, at most; same_noise: all from one noise, or each from its own
+    graphs    whether CUDA graphs are recorded, which takes seconds and pays with several batches
+
+    Changes the model: see engine.Sampler. One call at a time, from whatever thread.
     """
-    def __init__(self, net, mode, photo, options, batch, same_noise, compile=False):
-        self.net, self.mode, self.photo, self.options = net, mode, photo, options
-        self.batch, self.same_noise, self.fast = batch, same_noise, Fast(net, compile)
+    def __init__(self, net, config, options=None, batch=16, same_noise=True, compile=False,
+                 graphs=True):
+        self.net, self.mode, self.size = net, config.mode, config.image_size
+        self.options = {"sampler": config.sampler, "steps": config.sample_steps, "eta": config.eta,
+                        "guidance": config.guidance, **(options or {})}
+        self.batch, self.same_noise = batch, same_noise
+        self.sampler = engine.Sampler(net, compile, graphs)
         self.seconds, self.views, self.evaluations = 0.0, 0, 0
-        self.encoded = {}           # share of the photo's side: its latent and embedding
+
+    def start_from(self, photo):
+        """Makes a photos.Photo what all views start from."""
+        self.photo, self.encoded = photo, {}    # share of the photo's side: latent and embedding
         self.encode(1.0)
 
     def encode(self, share):
@@ -121,50 +154,60 @@ class Render:
             self.encoded[share] = self.net.encode(image)[0], self.net.embed(image)
         return self.encoded[share]
 
-    def __call__(self, cameras, scale, label, keep):
-        """Images of n paths.Cameras. keep: a list that gets (t, z_0) after every step of the view
-        in the middle of the path, z_0 the clean latent that it promises.
+    def __call__(self, cameras, scale=0.0, label="views", watch=None, **options):
+        """Yields the images of n paths.Cameras, in their order, a batch as soon as it is drawn.
+
+        scale: the photo's own, unless given. watch(first, t, z_0) sees every step of the batch that
+        begins with view `first`, z_0 (b, c, h, w) the clean latents that it promises; what it
+        raises ends the call, and the next one is as good as the first. options: instead of
+        the renderer's own, for example steps=4, seed=1.
 
         Models have learnt of pairs with one field of view. A narrower view is therefore made from
         the part of the photo that has its field of view, a wider one from all of it; the scale is
         the whole photo's.
         """
-        T = pose_vectors(self.mode, cameras.cond_c2w, cameras.c2w, cameras.fov, scale)
-        shares = [min(share, 1.0) for share in cameras.shares()]
-        n, views, started = len(T), [], time.perf_counter()
-        before = self.fast.preparing
+        options = {**self.options, **options}
+        T = pose_vectors(self.mode, cameras.cond_c2w, cameras.c2w, cameras.fov,
+                         scale or self.photo.scale)
+        shares, n = [min(share, 1.0) for share in cameras.shares()], len(T)
         # batches of one size, for which things are prepared once; the last repeats its last view
-        size = math.ceil(n / math.ceil(n / self.batch))
-        with tqdm(total=n, unit="view", desc=label, leave=False) as bar:
-            for start in range(0, n, size):
-                rows = [min(i, n - 1) for i in range(start, start + size)]
-                numbers = [0] * size if self.same_noise else rows
-                done = []
+        batches = math.ceil(n / self.batch)
+        size = math.ceil(n / batches)
+        t, _ = diffusion.plan(self.net.alphas_cumprod, options["sampler"], options["steps"],
+                              options.get("spacing", "auto"))
+        self.evaluations, bar = len(t), Progress(label, "steps", batches * len(t))
+        try:
+            for first in range(0, n, size):
+                rows = [min(i, n - 1) for i in range(first, first + size)]
+                yield from self.draw(T[rows], rows, [shares[i] for i in rows], bar, watch,
+                                     options)[:n - first]
+        finally:
+            bar.close()
 
-                def watch(k, t, z_t, z_0):
-                    done.append(t)
-                    bar.set_postfix_str(f"step {len(done)} of {self.options['steps']}")
-                    if n // 2 in rows:
-                        keep.append((t, z_0[n // 2 - start, None]))
+    def draw(self, T, rows, shares, bar, watch, options):
+        """The images of a batch: the views of these numbers, with pose vectors T (b, d)."""
+        def step(k, t, z_t, z_0):
+            bar.advance()
+            if watch is not None:
+                watch(rows[0], t, z_0)
 
-                z_cond, embedding = map(torch.cat, zip(*(self.encode(shares[i]) for i in rows)))
-                images = encoded_views(self.net, z_cond, embedding, T[rows], numbers, watch=watch,
-                                       fast=self.fast, **self.options)
-                views += [pictures.image(image) for image in images[:n - start]]
-                bar.update(min(size, n - start))
-                self.evaluations = len(done)
-        self.seconds += time.perf_counter() - started - (self.fast.preparing - before)
-        self.views += n
-        return views
+        started, before = time.perf_counter(), self.sampler.preparing
+        z_cond, embedding = map(torch.cat, zip(*map(self.encode, shares)))
+        images = diffusion.encoded_views(
+            self.net, z_cond, embedding, T, [0] * len(rows) if self.same_noise else rows,
+            watch=step, fast=self.sampler, **options)
+        images = [pictures.image(image) for image in images]
+        self.views += len(set(rows))
+        self.seconds += time.perf_counter() - started - (self.sampler.preparing - before)
+        return images
 
     def report(self):
         """Time, steps and memory, as one line."""
-        where = self.net.betas.device
-        options = self.options
+        where, options = self.net.betas.device, self.options
         line = (f"{self.seconds / self.views:.3g} s a view ({self.views} views, {self.evaluations} "
                 f"steps of {options['sampler']}, guidance {options['guidance']:g}, {where})")
-        if self.fast.preparing:
-            line += f", {self.fast.preparing:.1f} s of preparation"
+        if self.sampler.preparing:
+            line += f", {self.sampler.preparing:.1f} s of preparation"
         if where.type == "cuda":
             return line + f", {torch.cuda.max_memory_allocated() / MEGABYTE:,.0f} MB of GPU memory"
         try:

@@ -17,11 +17,12 @@ from test_metrics import weight_files
 from torch.testing import assert_close
 
 from runtime import checkpoint
-import clip
+from analysis import captions
 import configs
 import data
 import evaluate
 from analysis import metrics
+import depth
 import model
 import prepare
 from analysis import tables
@@ -140,7 +141,7 @@ def test_a_seed_gives_its_pairs_and_another_seed_others(a_run, evaluated, tmp_pa
 
 def test_lpips_and_clip_are_there_when_their_weights_are_given(a_run, tmp_path):
     torch.manual_seed(0)
-    tower = clip.CLIP(embed_dim=16, image_resolution=32, vision_layers=1, vision_width=64,
+    tower = captions.CLIP(embed_dim=16, image_resolution=32, vision_layers=1, vision_width=64,
                       vision_patch_size=16, context_length=8, vocab_size=32, transformer_width=64,
                       transformer_heads=1, transformer_layers=1)
     torch.save(tower.state_dict(), tmp_path / "clip.pt")
@@ -205,15 +206,15 @@ def test_a_missing_checkpoint_and_shards_of_another_size_are_one_line(shards, tm
 def test_what_is_known_of_a_pair_that_replaces_a_damaged_one_is_its_own(shards, monkeypatch):
     config = small(shards, mode="7dof_quantile_scale")      # its pairs bring their depth
     pairs = evaluate.held_out_pairs(config, 8)
-    right, fails = scenes.RawScenes.fill, set()
+    right, fails = scenes.RawScenes.pair, set()
 
-    def fill(reader, batch, i, mode, *place):
+    def pair(reader, mode, *place):
         if len(fails) < 8 and place not in fails:
             fails.add(place)
             raise shards_file.Damaged("here", "damaged")
-        return right(reader, batch, i, mode, *place)
+        return right(reader, mode, *place)
 
-    monkeypatch.setattr(scenes.RawScenes, "fill", fill)
+    monkeypatch.setattr(scenes.RawScenes, "pair", pair)
     replaced = 0
     for place in range(8):
         item, known = evaluate.case(pairs, place)
@@ -268,7 +269,7 @@ def test_one_scene_has_no_error_and_no_verdict():
 def oracle(broken):
     """Views of a perfect model that believes what `broken` makes of its pose vectors, mode 7dof."""
     def views_of(net, batch, config, depth_net=None):
-        T = broken(model.pose_vector(batch, config.mode), batch["radius"])
+        T = broken(depth.pose_vector(batch, config.mode), batch["radius"])
         pose = T[:, :16].view(-1, 4, 4).double()
         views = []
         for i, uid in enumerate(batch["uid"]):

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from runtime import checkpoint
 import clip
+import depth
 import diffusion
 import model
 import prepare
@@ -33,7 +34,7 @@ def small_networks(depth_net=None, blend=True):
     torch.manual_seed(0)
     autoencoder = vae.AutoencoderKL(ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1)
     embedder = clip.CLIP(embed_dim=24, image_resolution=32, vision_layers=1, vision_width=64,
-                         vision_patch_size=16, transformer_layers=0)
+                         vision_patch_size=16)
     return encode.Frozen(autoencoder, embedder, depth_net, blend).eval().requires_grad_(False)
 
 
@@ -74,21 +75,21 @@ def test_every_view_is_what_the_networks_make_of_it(rendered, encoded, format):
     assert made.counts.tolist() == raw.counts.tolist() and len(raw) == 3
     networks = small_networks()
     for scene in range(len(raw)):
-        known, batch = raw.scene(scene), made.empty(1, MODE)
+        known = raw.scene(scene)
         for view in range(3):
-            uid = made.fill(batch, 0, MODE, scene, view, view)
-            assert known.name in uid
+            pair = made.pair(MODE, scene, view, view)
+            assert known.name in pair["uid"]
             image = encode.images(raw.image(scene, view))[None]
-            depth = torch.from_numpy(raw.depth(scene, view))[None]
-            moments, embedding, scale = networks(image, depth)
+            sparse_depth = torch.from_numpy(raw.depth(scene, view))[None]
+            moments, embedding, scale = networks(image, sparse_depth)
             # rounded to half a unit in the last of float16's eleven bits
-            np.testing.assert_allclose(batch["moments_target"], moments, rtol=2**-11, atol=1e-6)
-            np.testing.assert_allclose(batch["mean_cond"], moments[:, :4], rtol=2**-11, atol=1e-6)
-            np.testing.assert_allclose(batch["clip_cond"], embedding, rtol=2**-11, atol=1e-6)
-            assert batch["scale"][0] == scale.item()
-            assert np.array_equal(batch["target_c2w"][0], known.c2w[view])
-            assert batch["fov"][0] == known.fov and batch["radius"][0] == known.radius
-        assert batch["nearplane"][0] == raw.nearplane(scene)
+            np.testing.assert_allclose(pair["moments_target"][None], moments, rtol=2**-11, atol=1e-6)
+            np.testing.assert_allclose(pair["mean_cond"][None], moments[:, :4], rtol=2**-11, atol=1e-6)
+            np.testing.assert_allclose(pair["clip_cond"][None], embedding, rtol=2**-11, atol=1e-6)
+            assert pair["scale"] == scale.item()
+            assert np.array_equal(pair["target_c2w"], known.c2w[view, :3])
+            assert pair["fov"] == known.fov and pair["radius"] == known.radius
+        assert pair["nearplane"] == raw.nearplane(scene)
 
 
 @pytest.mark.parametrize("mode", ["7dof_quantile_scale", "7dof", "7dof_stereomag_scale", "3dof"])
@@ -118,7 +119,7 @@ def test_the_networks_come_out_of_a_whole_checkpoint(tmp_path, monkeypatch):
                tmp_path / "w.ckpt")
     autoencoder, embedder = networks.first_stage_model, networks.cond_stage_model.model
     monkeypatch.setattr(encode.vae, "AutoencoderKL", lambda: copy.deepcopy(autoencoder))
-    monkeypatch.setattr(encode.clip, "CLIP", lambda transformer_layers: copy.deepcopy(embedder))
+    monkeypatch.setattr(encode.clip, "CLIP", lambda: copy.deepcopy(embedder))
     found = encode.load(tmp_path / "w.ckpt", "", True, torch.device("cpu")).state_dict()
     assert all(torch.equal(found[name], value) for name, value in networks.state_dict().items())
 
@@ -286,9 +287,9 @@ def test_holes_of_depth_need_the_depth_network(rendered, tmp_path, capsys):
     assert "no scale" not in capsys.readouterr().out
     raw = read_source(tmp_path / "raw", "a.tar", side=SIDE)
     made = read_source(tmp_path / "with", "a.tar", format="encoded", side=SIDE)
-    image, depth = encode.images(raw.image(0, 1))[None], torch.from_numpy(raw.depth(0, 1))[None]
-    expected = model.viewer_scale(depth, image, filled.depth_net, True)
-    assert (depth == 0).any()
+    image, known = encode.images(raw.image(0, 1))[None], torch.from_numpy(raw.depth(0, 1))[None]
+    expected = depth.viewer_scale(known, image, filled.depth_net, True)
+    assert (known == 0).any()
     assert made.shards[0].scale[1] == pytest.approx(expected.item(), rel=1e-6)
 
 

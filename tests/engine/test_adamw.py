@@ -1,4 +1,4 @@
-"""adamw.py: steps of the kernel against the two passes of PyTorch in float64. Without a GPU it runs
+"""engine/adamw.py: steps of the kernel against the two passes of PyTorch in float64. Without a GPU it runs
 in Triton's interpreter (conftest.py); without Triton those tests are skipped."""
 
 import copy
@@ -18,7 +18,7 @@ from runtime.optimizer import Ema, Optimizer
 needs_triton = pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CONFIG = replace(configs.Config((configs.Source("co3d", "co3d", "train.tar", 1.0),)), lr=1e-2,
-                 lr_projection=3e-2, warmup_steps=2, warmup_start=0.5, weight_decay=0.1)
+                 lr_projection=3e-2, warmup_steps=2, weight_decay=0.1)
 # float32 keeps values below 8 to 2.4e-7 a rounding: some in each of a few steps
 BOUND = 2e-6
 
@@ -240,10 +240,10 @@ def test_the_kernel_is_for_float32_on_a_gpu_outside_of_graphs(monkeypatch):
         group = {"capturable": capturable, "params": [p]}
         return adamw.usable(types.SimpleNamespace(param_groups=[group]))
 
-    monkeypatch.setattr(kernels, "enabled", True)
+    monkeypatch.setitem(kernels.enabled, "adamw", True)
     assert usable() and not usable(capturable=True)
     assert not usable(is_cuda=False) and not usable(dtype=torch.bfloat16)
-    monkeypatch.setattr(kernels, "enabled", False)
+    monkeypatch.setitem(kernels.enabled, "adamw", False)
     assert not usable()
 
 

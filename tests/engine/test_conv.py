@@ -1,12 +1,12 @@
-"""conv.py: the kernels against PyTorch in float64. Without a GPU they run in Triton's interpreter
+"""engine/conv.py: the kernels against PyTorch in float64. Without a GPU they run in Triton's interpreter
 (conftest.py); without Triton they are skipped."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from engine import conv
-from engine import kernels
+import engine
+from engine import conv, kernels
 
 needs_triton = pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -33,7 +33,7 @@ def conv_in_float64(x, weight, bias):
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("dtype", TYPES)
 def test_the_first_convolution_rounds_once(shape, last, dtype, monkeypatch):
-    monkeypatch.setattr(kernels, "usable", lambda x, types: x.dtype in types)   # without a GPU too
+    monkeypatch.setattr(kernels, "usable", lambda file, x, types: x.dtype in types)
     x, weight, bias = image(shape, dtype)
     x = x.contiguous(memory_format=torch.channels_last) if last else x
     found = conv.first_conv(x, weight.float(), bias.float())
@@ -96,3 +96,15 @@ def test_taps_summed_beforehand_give_the_convolution_of_the_upsampled_grid(shape
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(torch.autograd.grad(found, given, back),
                                torch.autograd.grad(wanted, given, back), rtol=1e-12, atol=1e-12)
+
+
+def test_a_1x1_convolution_and_one_of_patches_are_products():
+    given = torch.randn(2, 5, 6, 9, dtype=torch.float64, device=DEVICE)
+    layer = torch.nn.Conv2d(5, 7, 1).double().to(DEVICE)
+    torch.testing.assert_close(conv.conv1x1(layer, given), layer(given), rtol=1e-12, atol=1e-12)
+    tokens = conv.conv1x1(layer, given.flatten(2).mT)
+    torch.testing.assert_close(tokens, layer(given).flatten(2).mT, rtol=1e-12, atol=1e-12)
+    patches = torch.nn.Conv2d(5, 7, 3, stride=3).double().to(DEVICE)
+    wanted = patches(given)
+    assert engine.convert(patches) == {"PatchConv": 1}
+    torch.testing.assert_close(patches(given), wanted, rtol=1e-12, atol=1e-12)

@@ -1,12 +1,11 @@
-"""geglu.py: the kernels against PyTorch in float64. Without a GPU they run in Triton's interpreter
+"""engine/geglu.py: the kernels against PyTorch in float64. Without a GPU they run in Triton's interpreter
 (conftest.py); without Triton those tests are skipped."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from engine import geglu
-from engine import kernels
+from engine import geglu, kernels
 
 needs_triton = pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

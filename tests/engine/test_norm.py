@@ -1,14 +1,11 @@
-"""norm.py: the kernels against PyTorch's GroupNorm in float64. Without a GPU they run in Triton's
+"""engine/norm.py: the kernels against PyTorch's GroupNorm in float64. Without a GPU they run in Triton's
 interpreter (conftest.py); without Triton these tests are skipped."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-import model
-from engine import kernels
-from engine import norm
-import vae
+from engine import kernels, norm
 
 needs_triton = pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -49,8 +46,8 @@ def worst(found, inputs, dy, *options):
                for a, b in zip(found, wanted, strict=True))
 
 
-PATHS = {"whole": {}, "blocks": {"WHOLE": 0},
-         "long blocks": {"WHOLE": 0, "MOMENTS": (2, 16, 512, 1),
+PATHS = {"small": {}, "blocks": {"SMALL": 0},
+         "long blocks": {"SMALL": 0, "MOMENTS": (2, 16, 512, 1),
                          "WRITTEN": (4, 4, 512, 1), "SUMS": (2, 16, 128, 1)}}
 
 
@@ -119,84 +116,29 @@ def test_torch_library_finds_nothing_wrong_with_the_operators():
                                                  moments, 8, True), test_utils=checks)
 
 
-@needs_triton
-def test_a_network_with_kernels_learns_as_one_without(monkeypatch):
-    """UNet output and every gradient; with the kernels on, on any device."""
-    torch.manual_seed(0)
-    unet = model.UNet(8, 4, 32, (1, 2), 1, (1,), 2, 8, norm_groups=8).to(DEVICE)
-    for parameter in unet.parameters():
-        torch.nn.init.normal_(parameter, 0.0, 0.1)
-    x, context = torch.randn(2, 8, 4, 4, device=DEVICE), torch.randn(2, 1, 8, device=DEVICE)
-    results = []
-    for enabled in (False, True):
-        if enabled:
-            monkeypatch.setattr(norm, "group_norm", lambda x, w, b, groups, eps, silu, shift, sums:
-                                norm.kernel_forward(x, w, b, shift, groups, eps, silu)[0])
-        monkeypatch.setattr(kernels, "enabled", enabled)
-        unet.zero_grad()
-        out = unet(x, torch.tensor([3, 500], device=DEVICE), context)
-        out.square().mean().backward()
-        results.append([out, *(p.grad for p in unet.parameters() if p.grad is not None)])
-    for plain, kernel in zip(*results, strict=True):
-        # rounding of float32 through some thirty layers
-        torch.testing.assert_close(kernel, plain, rtol=0, atol=1e-4 * plain.abs().max().item())
-
-
-@needs_triton
-@torch.no_grad()
-def test_an_autoencoder_with_kernels_codes_as_one_without(monkeypatch):
-    """Sums that are written with a residual, and the norms that take them."""
-    torch.manual_seed(0)
-    net = vae.AutoencoderKL(32, (1, 2)).to(DEVICE)
-    image, latent = torch.randn(1, 3, 8, 8, device=DEVICE), torch.randn(1, 4, 4, 4, device=DEVICE)
-    monkeypatch.setattr(kernels, "enabled", False)
-    plain, given = [*net.encode(image), net.decode(latent)], []
-
-    def kernels_norm(x, w, b, groups, eps, silu, shift, sums):
-        given.append(sums is not None)
-        return norm.kernel_forward(x, w, b, shift, groups, eps, silu, sums)[0]
-
-    monkeypatch.setattr(norm, "group_norm", kernels_norm)
-    monkeypatch.setattr(vae, "add", lambda h, bias, x=None, summed=True:
-                        norm.kernel_add(h, x, bias) if summed else (h + bias[:, None, None] + x,
-                                                                    None))
-    for found, expected in zip([*net.encode(image), net.decode(latent)], plain, strict=True):
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
-    assert any(given) and not all(given)
-
-
 def test_the_plain_form_is_group_norm_and_silu_bit_for_bit():
     x, weight, bias, shift = (tensor.cpu() for tensor in drawn(2, 32, 5, 4)[0])
-    found = norm.group_norm(x, weight, bias, 8, EPS, True, shift)
+    layer = layer_of(weight, bias, 8)
     moved = x + shift[:, :, None, None]
-    assert torch.equal(found, F.silu(F.group_norm(moved, 8, weight, bias, EPS)))
-    assert torch.equal(norm.group_norm(x, weight, bias, 8, EPS),
-                       F.group_norm(x, 8, weight, bias, EPS))
+    assert torch.equal(norm.group_norm(layer, x, True, shift), F.silu(layer(moved)))
+    assert torch.equal(norm.group_norm(layer, x), layer(x))
 
 
-@needs_triton
-@pytest.mark.parametrize("path", PATHS)
-def test_a_sum_says_the_moments_of_what_it_wrote(path, monkeypatch):
-    for name, value in PATHS[path].items():
-        monkeypatch.setattr(norm, name, value)
-    (x, weight, bias, _), h = drawn(2, 96, 12, 13, torch.bfloat16, mean=3.0)
-    total, sums = norm.kernel_add(x, h, bias)
-    wanted = x.double() + h.double() + bias.double()[:, None, None]
-    assert (total - wanted).abs().max() < 8e-3 * wanted.abs().max()
-    found = norm.kernel_forward(total, weight, bias, None, 32, EPS, True, sums)
-    torch.testing.assert_close(found, norm.kernel_forward(total, weight, bias, None, 32, EPS, True),
-                               rtol=8e-3, atol=1e-4)        # two ways to the same moments
-    checks = "test_schema", "test_faketensor"
-    torch.library.opcheck(norm.kernel_add, (x, h, bias), test_utils=checks)
+def layer_of(weight, bias, groups):
+    layer = torch.nn.GroupNorm(groups, len(weight), EPS).to(weight.device, weight.dtype)
+    layer.weight.data, layer.bias.data = weight, bias
+    return layer
 
 
-@pytest.mark.parametrize("with_x", [True, False])
-def test_a_plain_sum_has_no_sums(with_x):
+@pytest.mark.parametrize("with_h", [True, False])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_a_plain_sum_is_added_up_once_and_leaves_its_parts(with_h, with_bias):
     x, h = torch.randn(2, 2, 8, 3, 4)
-    x = x if with_x else None
-    total, sums = norm.add(h.clone(), torch.arange(8.0), x)
-    assert sums is None
-    torch.testing.assert_close(total, h + torch.arange(8.0)[:, None, None] + (x if with_x else 0))
+    before, bias = (x.clone(), h.clone()), torch.arange(8.0) if with_bias else None
+    grid = norm.Sum(x, h if with_h else None, bias)
+    wanted = x + with_h * h + with_bias * torch.arange(8.0)[:, None, None]
+    assert torch.equal(grid.total(), wanted) and torch.equal(grid.total(), wanted)
+    assert torch.equal(x, before[0]) and torch.equal(h, before[1])
 
 
 def parts_of(kind, dtype=torch.float32):
@@ -206,7 +148,7 @@ def parts_of(kind, dtype=torch.float32):
     skip = drawn(2, c_skip, 9, 7, dtype)[0][0].flip(0)
     h, bias = (h, bias) if kind != "skip alone" else (None, None)
     skip, shift = (None, shift) if kind == "sum" else (skip, None)
-    layer = norm.GroupNorm(32, c + (0 if skip is None else c_skip), EPS, silu=True).to(DEVICE)
+    layer = torch.nn.GroupNorm(32, c + (0 if skip is None else c_skip), EPS).to(DEVICE)
     torch.nn.init.normal_(layer.weight), torch.nn.init.normal_(layer.bias)
     return (x, h, bias, skip, shift), layer
 
@@ -219,8 +161,9 @@ def test_a_sum_and_its_norm_are_those_of_float64(kind, path, monkeypatch):
     for name, value in PATHS[path].items():
         monkeypatch.setattr(norm, name, value)
     given, layer = parts_of(kind)
-    found = norm.kernel_add_norm(*given, layer.weight, layer.bias, 32, EPS, True)
-    wanted = norm.add_norm(layer.double(), *(None if p is None else p.double() for p in given))
+    found = norm.kernel_sum_norm(*given, layer.weight, layer.bias, 32, EPS, True)
+    x, h, bias, skip, shift = (None if part is None else part.double() for part in given)
+    wanted = norm.Sum(x, h, bias).normed(layer.double(), True, skip, shift)
     for grid, exact_grid in zip(found, wanted, strict=True):
         assert grid.is_contiguous(memory_format=torch.channels_last)
         assert (grid - exact_grid).abs().max() < 3e-6 * exact_grid.abs().max()
@@ -233,10 +176,10 @@ def test_one_shift_for_all_samples_need_not_be_copied(path, monkeypatch):
     for name, value in PATHS[path].items():
         monkeypatch.setattr(norm, name, value)
     (x, h, bias, _, shift), layer = parts_of("sum")
-    found = [norm.kernel_add_norm(x, h, bias, None, one, layer.weight, layer.bias, 32, EPS, True)[1]
+    found = [norm.kernel_sum_norm(x, h, bias, None, one, layer.weight, layer.bias, 32, EPS, True)[1]
              for one in (shift[:1].expand(2, -1), shift[:1].expand(2, -1).contiguous())]
     assert torch.equal(*found)
-    other = norm.kernel_add_norm(x, h, bias, None, shift, layer.weight, layer.bias, 32, EPS, True)
+    other = norm.kernel_sum_norm(x, h, bias, None, shift, layer.weight, layer.bias, 32, EPS, True)
     assert (found[0] - other[1])[1].abs().max() > 0.1
 
 
@@ -247,7 +190,7 @@ def test_a_norm_of_a_sum_in_bf16_is_that_of_the_sum_as_it_is_written(path, monke
     for name, value in PATHS[path].items():
         monkeypatch.setattr(norm, name, value)
     given, layer = parts_of("sum and skip", torch.bfloat16)
-    total, y = norm.kernel_add_norm(*given, layer.weight, layer.bias, 32, EPS, True)
-    wanted = layer.double()(total.double())
+    total, y = norm.kernel_sum_norm(*given, layer.weight, layer.bias, 32, EPS, True)
+    wanted = F.silu(layer.double()(total.double()))
     assert total.dtype == y.dtype == torch.bfloat16
     assert (y - wanted).abs().max() < 4e-3 * wanted.abs().max()     # its own rounding, once

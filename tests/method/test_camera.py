@@ -38,14 +38,13 @@ CASES = sorted({key.split("/")[1] for key in GOLDEN if key.startswith("f64/")})
 @pytest.mark.parametrize("variant", CASES)
 def test_pose_vector_equals_the_reference(variant, precision):
     dtype = torch.float64 if precision == "f64" else torch.float32
-    mode = max((name for name in camera.T_WIDTH if variant.startswith(name)), key=len)
+    mode = max((name for name in camera.MODES if variant.startswith(name)), key=len)
     T = camera.conditioning(mode, GOLDEN["in/cond_cam2world"].to(dtype),
                             GOLDEN["in/target_cam2world"].to(dtype),
                             torch.deg2rad(GOLDEN["in/fov_deg"].to(dtype)),
                             golden_scale(mode, variant, dtype))
-    assert T.dtype == dtype and T.shape == (DESCRIPTION["batch_size"], camera.T_WIDTH[mode])
-    uses_float32_depth = (mode in ("7dof_quantile_scale", "7dof_metric_scale")
-                          and "precomputed" not in variant)
+    assert T.dtype == dtype and T.shape == (DESCRIPTION["batch_size"], camera.MODES[mode].width)
+    uses_float32_depth = camera.MODES[mode].needs_depth and "precomputed" not in variant
     exact = precision == "f64" and not uses_float32_depth
     golden.assert_close(T, GOLDEN[f"{precision}/{variant}"], relative=1e-12 if exact else 1e-5)
 
@@ -118,7 +117,7 @@ def test_scaled_modes_do_not_see_the_unit_of_a_scene():
     scale = torch.linspace(0.5, 2, 8, dtype=torch.float64)
     unit = torch.tensor([1.0, 1, 1, 7], dtype=torch.float64) * torch.ones(4, 1)
     unit[3] = 1
-    for mode in ("7dof", "7dof_stereomag_scale", "7dof_quantile_scale", "7dof_metric_scale"):
+    for mode in (name for name, mode in camera.MODES.items() if not mode.unscaled):
         torch.testing.assert_close(
             camera.conditioning(mode, cond, target, fov, scale),
             camera.conditioning(mode, cond * unit, target * unit, fov, 7 * scale))

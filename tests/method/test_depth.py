@@ -6,6 +6,8 @@ import golden
 import pytest
 import torch
 
+from runtime.networks import load_depth
+
 NETWORK = "midas_dpt_swin2_tiny_256"
 STAGES = (1, 2, 3, 4)
 # every part of the full network in small: shifted windows at two sizes, one window for all at two
@@ -272,6 +274,40 @@ def test_images_that_are_not_rgb_batches_are_refused():
             network(torch.zeros(shape))
 
 
+def test_depth_is_not_estimated_in_bf16():
+    network = torch.nn.Conv2d(3, 1, 3, padding=1)
+    image, sparse_depth = torch.rand(2, 3, 16, 16), torch.zeros(2, 16, 16)
+    sparse_depth[:, :2] = torch.rand(2, 2, 16) + 1
+
+    def disparity(image):
+        return network(image)[:, 0] + 2
+    wanted = depth.viewer_scale(sparse_depth, image, disparity)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(depth.viewer_scale(sparse_depth, image, disparity), wanted)
+    with pytest.raises(ValueError, match="depth network alone, and there is none: --depth_weights"):
+        depth.viewer_scale(sparse_depth, image, None, blend=False)
+
+
+def test_every_mode_takes_its_own_length_from_a_batch():
+    near = torch.full((1, 8, 8), 3.0, dtype=torch.float64)
+    pose = torch.eye(4, dtype=torch.float64)[None]
+    batch = {"cond_c2w": pose, "target_c2w": pose.clone(), "fov": torch.ones(1, dtype=pose.dtype),
+             "radius": torch.tensor([5.0]), "nearplane": torch.tensor([4.0]), "depth_cond": near,
+             "image_cond": torch.zeros(1, 3, 8, 8), "uid": ["shard.tar:bowl/70:0->1"]}
+    batch["target_c2w"][:, 0, 3] = 1
+    found = {name: depth.scale_of(batch, name).item() for name, mode in camera.MODES.items()
+             if not mode.unscaled and mode.unit != "metric"}
+    assert found == {"7dof": 5, "7dof_stereomag_scale": 4, "7dof_quantile_scale": 3}
+    assert depth.pose_vector(batch, "7dof")[0, 3].item() == pytest.approx(1 / 5)
+    assert depth.pose_vector(batch, "7dof_unscaled")[0, 3].item() == 1
+    assert depth.scale_of({**batch, "scale": torch.tensor([2.0])}, "7dof_quantile_scale") == 2
+    near[:, 0, 0] = 0
+    with pytest.raises(ValueError, match="shard.tar:bowl/70:0->1: the depth .* has holes"):
+        depth.pose_vector(batch, "7dof_quantile_scale")
+    with pytest.raises(ValueError, match="needs a metric depth network"):
+        depth.pose_vector(batch, "7dof_metric_scale")
+
+
 def save(path, tensors):
     """A weight file as MiDaS's is: a pickled state dict. Returns its path."""
     torch.save(tensors, path)
@@ -279,7 +315,7 @@ def save(path, tensors):
 
 
 def test_loaded_network_is_frozen_and_has_the_file_s_weights(tmp_path, network):
-    loaded = depth.load(save(tmp_path / "dpt_swin2_tiny_256.pt", network.state_dict()))
+    loaded = load_depth(save(tmp_path / "dpt_swin2_tiny_256.pt", network.state_dict()))
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
     for name, w in network.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], w), name
@@ -290,7 +326,7 @@ def test_buffers_that_timm_versions_store_or_not_do_not_matter(tmp_path, network
     tensors = network.state_dict()
     expected = tensors.pop(f"{attn}_mask")
     tensors[f"{attn}.relative_position_index"] = torch.zeros(1)
-    loaded = depth.load(save(tmp_path / "newer_timm.pt", tensors))
+    loaded = load_depth(save(tmp_path / "newer_timm.pt", tensors))
     assert torch.equal(loaded.get_buffer(f"{attn}_mask"), expected)
 
 
@@ -310,6 +346,6 @@ def test_weights_of_another_network_are_refused_with_the_names_that_misfit(tmp_p
         change(tensors)
         path = save(tmp_path / "other.pt", tensors)
         with pytest.raises(ValueError) as error:
-            depth.load(path)
+            load_depth(path)
         assert str(error.value) == (
             f"{path}: not DPT_SwinV2_T_256 (dpt_swin2_tiny_256.pt): {message}")

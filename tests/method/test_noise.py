@@ -1,10 +1,12 @@
-"""noise.py: known answers of Philox, and draws that are functions of seed and number alone."""
+"""diffusion.py: known answers of Philox, and draws that are functions of seed and number alone;
+engine/noise.py draws the same."""
 
 import pytest
 import torch
 
-from engine import kernels
 import diffusion
+import engine
+from engine import kernels, noise
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -29,7 +31,8 @@ def test_draws_of_a_pair_do_not_depend_on_its_batch():
 
 def test_draws_differ_between_seeds_streams_and_pairs():
     drawn = [diffusion.normal(seed, stream, torch.tensor([number]), (4, 8, 8))
-             for seed in (0, 1) for stream in (diffusion.NOISE, diffusion.SAMPLE, diffusion.SAMPLE + 1)
+             for seed in (0, 1) for stream in (diffusion.NOISE, diffusion.SAMPLE,
+                                                     diffusion.SAMPLE + 1)
              for number in (3, 4, 3 + 2**32)]
     for i, a in enumerate(drawn):
         for b in drawn[:i]:
@@ -46,14 +49,21 @@ def test_draws_have_the_right_distribution():
     assert abs((draws.u < 0.1).float().mean() - 0.1) < 5 * (0.09 / 4000)**0.5
 
 
+def test_the_engine_draws_what_the_method_draws():
+    numbers = torch.tensor([5, 2**33 + 1, 7], device=DEVICE)
+    ours, theirs = (vars(door.draw(3, numbers, (4, 5, 3))) for door in (engine, diffusion))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert torch.equal(engine.normal(3, 9, numbers, (7,)), diffusion.normal(3, 9, numbers, (7,)))
+
+
 @pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
 @pytest.mark.parametrize("seed", [0, 1, 2**31 + 5, 2**40 + 3])
 @pytest.mark.parametrize("count", [1, 6, 4096])
-def test_the_kernel_draws_the_same_bits(seed, count, monkeypatch):
+def test_the_kernel_draws_the_same_bits(seed, count):
     numbers = torch.tensor([0, 1, 2**31 + 1, 2**33 + 7], device=DEVICE)
     streams = torch.tensor([0, 3, 55, 2**20], device=DEVICE)
-    monkeypatch.setattr(kernels, "enabled", False)
     for stream in (0, 1, 7, streams):
-        found = diffusion.kernel_uniform(seed, stream, numbers, count)
+        found = noise.kernel_uniform(seed, stream, numbers, count)
         assert torch.equal(found, diffusion.uniform(seed, stream, numbers, count))
         assert (found > 0).all() and (found < 1).all()

@@ -218,8 +218,8 @@ def test_what_any_rank_finds_damaged_is_counted_and_named(shards, tmp_path):
 ORPHAN = """
 import functools, multiprocessing, os, signal, sys
 import numpy as np, torch
-import data
-data.ORPHANED = 0.2
+from runtime import workers
+workers.ORPHANED = 0.2
 class Items(torch.utils.data.Dataset):
     def __len__(self): return 50
     def __getitem__(self, k): return np.zeros(200_000, np.uint8)
@@ -228,7 +228,7 @@ if __name__ == "__main__":
     batches = iter(torch.utils.data.DataLoader(
         Items(), batch_size=1, num_workers=1, collate_fn=lambda items: items[0],
         multiprocessing_context="fork",
-        worker_init_fn=functools.partial(data.start_worker, event)))
+        worker_init_fn=functools.partial(workers.start_worker, event)))
     next(batches)
     print(batches._workers[0].pid, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)

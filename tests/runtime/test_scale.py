@@ -234,8 +234,7 @@ def test_every_number_of_gpus_shares_the_same_pairs_in_a_check():
 
 @pytest.mark.parametrize("encoders, wanted", [
     ((model.Pixels, model.NoEmbedding), ["UNet"]),      # nothing is frozen
-    ((lambda: vae.AutoencoderKL(32, (1,)), lambda: clip.CLIP(transformer_layers=0,
-                                                             **encode.TINY_CLIP)),
+    ((lambda: vae.AutoencoderKL(32, (1,)), lambda: clip.CLIP(**encode.TINY_CLIP)),
      ["UNet", "encode", "encode_image"])])
 def test_the_unet_and_the_frozen_encoders_are_compiled_not_the_decoder(encoders, wanted,
                                                                        monkeypatch):

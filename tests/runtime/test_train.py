@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import types
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import golden
@@ -29,6 +29,7 @@ import configs
 from runtime import cost
 import data
 from runtime import ranks as distributed
+import depth
 import model
 import prepare
 from runtime import log as report
@@ -51,12 +52,13 @@ def sliced(tensor, key):
 
 
 @pytest.mark.parametrize("name", ["training_step", "training_step_short_warmup"])
-def test_three_training_steps_equal_the_reference(name):
+def test_three_training_steps_equal_the_reference(name, monkeypatch):
     case, expected = golden.case(name)
     net = small_model().train()
     config = replace(configs.Config(SOURCES), weight_decay=case["optimizer"]["weight_decay"])
     if name == "training_step_short_warmup":
-        config = replace(config, warmup_steps=2, warmup_start=0.1)
+        config = replace(config, warmup_steps=2)
+        monkeypatch.setattr("runtime.optimizer.WARMUP_START", 0.1)
     optimizer = Optimizer(net, config)
     ema = Ema(net.model.diffusion_model, config.ema_decay)
     before = {n: p.detach().clone() for n, p in net.named_parameters()}
@@ -77,7 +79,7 @@ def test_three_training_steps_equal_the_reference(name):
                  "fov": torch.deg2rad(first[f"step{k}/in/fov_deg"]),
                  "radius": torch.ones(4), "image_cond": image_cond,
                  "depth_cond": first[f"step{k}/in/depth_cond"][..., 0]}
-        T = model.pose_vector(batch, "7dof_quantile_scale",
+        T = depth.pose_vector(batch, "7dof_quantile_scale",
                               lambda image: first[f"step{k}/in/depth_model_disparity"], blend=True)
         draws = diffusion.Draws(torch.tensor(row["t"]), torch.tensor(row["uniform_draws"]),
                             *(golden.network_input(f"train/step{k}/{n}", (4, 4, 8, 8))
@@ -283,12 +285,10 @@ def test_training_lowers_the_loss(shards, tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"lr_schedule": "cosine"}, [1, 1, 0.853553, 0.5, 0.146447]),
-    ({"cooldown_steps": 2}, [1, 1, 1, 1, 0.5]),
-    ({"warmup_steps": 2, "warmup_start": 0.5}, [0.5, 0.75, 1, 1, 1])])
+    ({"lr_schedule": "cosine"}, [1, 0.904508, 0.654508, 0.345492, 0.095492]),
+    ({"warmup_steps": 2}, [1e-6, 0.5 + 5e-7, 1, 1, 1])])
 def test_the_rate_follows_its_schedule(change, message):
-    config = replace(configs.Config(SOURCES), **{"steps": 5, "warmup_steps": 1, "warmup_start": 1.0,
-                                                 **change})
+    config = replace(configs.Config(SOURCES), **{"steps": 5, "warmup_steps": 0, **change})
     rates = [learning_rate(step, config) for step in range(5)]
     np.testing.assert_allclose(rates, message, atol=1e-6)
 
@@ -471,23 +471,6 @@ def test_two_ranks_say_that_they_share_the_optimizer_and_keep_half_of_it(ranked)
     said = ranked[2]["dry"]
     assert "moments and average divided" in said and said.count("machine") == 1
     assert not (ranked[0] / "dry").exists()
-
-
-@pytest.mark.parametrize("option, says", [
-    ("--betas=0.9", "two numbers"), ("--betas=2,3", "two numbers"), ("--max_damaged=-1", "[0, 1]"),
-    ("--channel_mult=", "channel_mult is ()"), ("--channel_mult=1,0", "each at least 1"),
-    ("--attention_resolutions=1,3", "3 is no power of 2"), ("--num_heads=99", "num_heads 99"),
-    ("--sample_steps=2000", "it must be 1 to 1000"), ("--seed=-1", "0 or more")])
-def test_what_no_run_can_have_is_refused_at_the_gate(shards, tmp_path, option, says):
-    with pytest.raises(ValueError, match=re.escape(says)):
-        configs.load([*tiny(shards, tmp_path), option])
-
-
-def test_the_references_sampler_has_its_own_bounds(shards, tmp_path):
-    for steps in (1, 501):
-        with pytest.raises(ValueError, match="must be 2 to 500"):
-            configs.load([*tiny(shards, tmp_path), "--sampler=reference",
-                          f"--sample_steps={steps}"])
 
 
 # ---- memory
@@ -724,7 +707,7 @@ def test_another_configuration_in_the_same_folder_is_refused_with_what_differs(s
     ({"init": "/nowhere.ckpt"}, "/nowhere.ckpt"),
     ({"init": "/nowhere.ckpt", "data": "/no/data/either"}, "/nowhere.ckpt"),    # before the data
     ({"latent": "vae"}, "needs --init=FILE"),
-    ({"batchsize": 8}, "Did you mean 'batch_size'?"),
+    ({"batchsize": 8}, "did you mean --batch_size?"),
 ])
 def test_bad_input_is_refused_with_what_is_wrong(shards, tmp_path, change, message):
     if change.get("device") == "cuda" and torch.cuda.is_available():
@@ -757,17 +740,3 @@ def test_a_rank_makes_its_own_gpu_the_current_one(monkeypatch):
     assert made_current == [1]
     assert distributed.own_device(torch.device("cpu")) == torch.device("cpu")
     assert made_current == [1]
-
-
-# ---- configuration
-
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("[!_]*.py")), ids=lambda p: p.name)
-def test_every_config_file_loads_and_survives_being_stored(path):
-    config = configs.load([str(path)])
-    assert configs.from_dict(json.loads(json.dumps(asdict(config)))) == config
-    assert train.split(config, 1)[0] * train.split(config, 1)[1] == config.batch_size
-
-
-def test_sources_whose_probabilities_do_not_sum_to_one_are_refused():
-    with pytest.raises(ValueError, match="sum to 0.5, not 1: co3d 0.5"):
-        configs.Config(SOURCES[:1])

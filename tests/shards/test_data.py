@@ -14,6 +14,7 @@ import subprocess
 import sys
 import zlib
 from collections import Counter
+from pathlib import Path
 
 import golden
 import numpy as np
@@ -30,8 +31,9 @@ import camera
 import data
 from shards import index, scenes, files
 from configs import Source
-from runtime.foreign import write_safetensors
 
+HERE = os.path.dirname(__file__)
+PATH = [os.path.dirname(data.__file__), os.path.dirname(HERE), HERE]    # of a process that we start
 SHARDS = golden.FOLDER / "shards"
 GEOMETRY, GEOMETRY_ARRAYS = golden.case("geometry")
 BOUNDED = settings(max_examples=80, deadline=None, derandomize=True, database=None,
@@ -40,9 +42,13 @@ BOUNDED = settings(max_examples=80, deadline=None, derandomize=True, database=No
 
 def pair_of(reader, scene, cond, target, mode):
     """One pair of two given views, as Pairs gives it."""
-    batch = reader.empty(1, mode)
-    uid = reader.fill(batch, 0, mode, scene, cond, target)
-    return {**{name: torch.from_numpy(values)[0] for name, values in batch.items()}, "uid": uid}
+    pair = reader.pair(mode, scene, cond, target)
+    for name in ("cond_c2w", "target_c2w"):
+        pair[name] = scenes.whole_matrices(pair[name])
+    for name in ("image_cond", "image_target"):
+        pair[name] = pair[name].transpose(2, 0, 1)
+    return {name: value if name == "uid" else torch.as_tensor(np.array(value))
+            for name, value in pair.items()}
 
 
 def indexed(path):
@@ -191,7 +197,7 @@ def test_bytes_become_floats_exactly():
 # ---- damage
 
 LEFT_OUT = {        # found in the index: the scene is never drawn
-    "bad_missing_depth": "depth is missing for some views",
+    "bad_missing_depth": index.WITHOUT_DEPTH,       # this view alone
     "bad_image_without_camera": "the images are not those of the cameras",
     "bad_camera_without_image": "the images are not those of the cameras",
     "bad_bad_frame_name": "the images are not those of the cameras",
@@ -230,7 +236,9 @@ def test_a_bad_scene_is_skipped_and_the_others_are_delivered(golden_shards, shar
         assert {tuple(line[:2]) for line in damage} == {("here", REPLACED[shard])}
         assert all(line[2].startswith(f"{shard}.tar: {names[1]}") for line in damage)
     # An unreadable image spoils its own pairs alone: two of the three views of that scene are good.
-    assert seen == ({*names} if shard == "bad_image_not_png" else {names[0], names[2]})
+    # So does a view without the depth that the other two have.
+    partly = shard in ("bad_image_not_png", "bad_missing_depth")
+    assert seen == ({*names} if partly else {names[0], names[2]})
 
 
 def test_a_member_of_another_name_is_ignored_and_counted(golden_shards):
@@ -276,6 +284,9 @@ def test_a_scene_of_one_view_is_left_out(tmp_path):
     (re10k_metadata(extrinsics=np.diag([1.0, 1, 1, 2]).tolist()), "a camera is not rigid"),
     (re10k_metadata(intrinsics=np.zeros((3, 3)).tolist()), "intrinsics are singular"),
     (re10k_metadata(intrinsics=np.diag([1.0, 1, 1]).tolist()), "field of view is not positive"),
+    (re10k_metadata(intrinsics=np.diag([1e200, 1, 1e-200]).tolist()), "pixels are not square"),
+    (co3d_metadata(T=[1e300, 0.0, 1.0]), "a camera is farther than 1e.12 from the origin"),
+    (co3d_metadata(R=(1e200 * np.eye(3)).tolist()), "a camera is not rigid"),
 ])
 def test_a_bad_camera_spoils_its_scene(tmp_path, metadata, reason):
     re10k = "extrinsics" in metadata
@@ -460,14 +471,14 @@ def test_an_index_is_read_from_its_cache(tmp_path, monkeypatch):
 def test_ranks_begin_with_different_shards_and_keep_their_order(tmp_path, monkeypatch, rank, first):
     for i in range(7):
         write_tar(tmp_path / f"{i}.tar", scene_members(f"a/{i}"))
-    asked, index = [], scenes.RawIndex
+    asked = []
     monkeypatch.setattr(scenes, "INDEX_THREADS", 1)
-    monkeypatch.setattr(scenes, "RawIndex", lambda file, **how: asked.append(file.path) or
-                        index(file, **how))
+    monkeypatch.setattr(scenes.RawScenes, "index", lambda scenes, file, *how: asked.append(file.path)
+                        or index.RawIndex(file, *how))
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("WORLD_SIZE", "4")
     source = Source("here", "co3d", "*.tar", 1.0)
-    reader = scenes.open_source(source, str(tmp_path), 16)
+    reader = scenes.open_source(source, str(tmp_path), SIDE)
     names = [os.path.basename(path) for path in asked]
     assert names == [f"{(first + i) % 7}.tar" for i in range(7)]
     assert [reader.scene(i).name for i in range(7)] == [f"a/{i}" for i in range(7)]
@@ -505,16 +516,78 @@ def test_an_index_goes_to_the_cache_folder_when_its_own_is_read_only(tmp_path, m
     (tmp_path / "shards").mkdir()
     path = write_tar(tmp_path / "shards" / "a.tar", scene_members("a/b"))
 
-    def read_only(place, *arguments):       # a superuser may write anywhere: refuse here
+    def read_only(place, content, real=Path.write_bytes):   # a superuser may write anywhere
         if place.parent == path.parent:
             raise PermissionError(13, "Permission denied", str(place))
-        return write_safetensors(place, *arguments)
+        return real(place, content)
 
-    monkeypatch.setattr(index, "write_safetensors", read_only)
+    monkeypatch.setattr(Path, "write_bytes", read_only)
     indexed(path)
     assert [file.name for file in (tmp_path / "shards").iterdir()] == ["a.tar"]
     assert len(list((tmp_path / "cache" / "zeronvs").iterdir())) == 1
     forbid_reading(monkeypatch)
+    assert indexed(path).scenes == ["a/b"]
+
+
+def test_a_flipped_bit_of_a_kept_index_is_noticed(tmp_path):
+    path = write_tar(tmp_path / "a.tar", scene_members("a/b", views=2))
+    built, kept = indexed(path), tmp_path / "a.tar.co3d.index"
+    content = kept.read_bytes()
+    for bit in range(3, 8 * len(content), 211):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        kept.write_bytes(flipped)
+        assert same_index(built, indexed(path)) and kept.read_bytes() == content
+
+
+MANY = """
+import resource, sys
+sys.path[:0] = {path!r}
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+from shards import index
+from made import read_source
+index.SMALL_INDEX = {small}
+print(len(read_source({folder!r}, "*.tar")))
+"""
+
+
+@pytest.mark.parametrize("small", [index.SMALL_INDEX, 0])
+def test_many_shards_start_again_with_few_descriptors(tmp_path, small):
+    members = scene_members("a/b", views=2)
+    for i in range(150):
+        write_tar(tmp_path / f"{i}.tar", members)
+    reader = read_source(tmp_path, "*.tar")
+    code = MANY.format(path=PATH, folder=str(tmp_path), small=small)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == f"{len(reader)}\n", done.stderr
+    kept = tmp_path / "0.tar.co3d.index"
+    assert kept.stat().st_mtime_ns < max(os.stat(path).st_mtime_ns for path in tmp_path.iterdir())
+
+
+def test_what_is_left_of_killed_index_writes_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "cache" / "zeronvs").mkdir(parents=True)
+    write_tar(tmp_path / "a.tar", scene_members("a/b"))
+    old, new = tmp_path / "a.tar.co3d.index.0123abcd", tmp_path / "b.tar.co3d.index.0123abcd"
+    cached, users = tmp_path / "cache" / "zeronvs" / "x.co3d.index.89abcdef", tmp_path / "a.index.txt"
+    for path in (old, new, cached, users):
+        path.write_text("half")
+        os.utime(path, (0, 0) if path != new else None)
+    read_source(tmp_path, "a.tar")
+    assert [path.exists() for path in (old, new, cached, users)] == [False, True, False, True]
+
+
+def test_without_a_home_an_index_is_kept_beside_the_shard_or_in_the_temporary_folder(
+        tmp_path, monkeypatch):
+    monkeypatch.setattr(files.os.path, "expanduser", lambda path: path)     # nobody's entry
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert files.cache_folder().parent == tmp_path
+    path = write_tar(tmp_path / "a.tar", scene_members("a/b"))
+    assert indexed(path).scenes == ["a/b"] and (tmp_path / "a.tar.co3d.index").exists()
+    monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(tmp_path / "gone"))
+    (tmp_path / "a.tar.co3d.index").unlink()
+    monkeypatch.setattr(Path, "write_bytes", lambda place, content: open(tmp_path, "wb"))
     assert indexed(path).scenes == ["a/b"]
 
 
@@ -594,7 +667,7 @@ def test_the_sequence_is_the_same_for_any_ranks_workers_and_restarts(pairs):
         assert {number: pair for part in parts for number, pair in part.items()} == whole
     # Two ranks with four workers each are killed after three steps, of two micro-batches each; one
     # rank goes on, without workers.
-    path, seen = [os.path.dirname(data.__file__), os.path.dirname(os.path.dirname(__file__))], {}
+    path, seen = PATH, {}
     for rank in range(2):
         with subprocess.Popen([sys.executable, "-c", RANK.format(path=path, rank=rank)], text=False,
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
@@ -624,8 +697,7 @@ except (RuntimeError, ChildProcessError) as err:
 
 
 def test_a_loader_process_that_dies_ends_the_loop(pairs):
-    path = [os.path.dirname(data.__file__), os.path.dirname(os.path.dirname(__file__))]
-    done = subprocess.run([sys.executable, "-c", DYING.format(path=path)], timeout=60,
+    done = subprocess.run([sys.executable, "-c", DYING.format(path=PATH)], timeout=60,
                           input=pickle.dumps(pairs), capture_output=True)
     assert done.stdout == b"True\n", done.stderr
     assert not data.is_dead_worker(RuntimeError("CUDA out of memory"))
@@ -781,6 +853,36 @@ def test_sources_that_cannot_be_used_are_refused(tmp_path):
         scenes.open_source(Source("here", "co3d", "a.tar", 1.0), tmp_path, SIDE, held_out=True)
     with pytest.raises(ValueError, match="no usable scene .*member of another name, ignored"):
         read_source(tmp_path, "a.tar", format="encoded")
+
+
+@pytest.mark.parametrize("held_out", ["pipe:touch run", "pipe:cat a.tar"])
+def test_a_command_in_held_out_shards_is_refused_and_not_run(tmp_path, monkeypatch, held_out):
+    monkeypatch.chdir(tmp_path)
+    source = Source("here", "co3d", "train.tar", 1.0, held_out=held_out)
+    with pytest.raises(ValueError, match="'here': held_out 'pipe:.* is a command, which has no fix"):
+        scenes.open_source(source, tmp_path, SIDE, held_out=True)
+    assert not any(tmp_path.iterdir())
+
+
+def test_images_of_another_size_are_refused_at_start_with_both_sizes(tmp_path):
+    write_tar(tmp_path / "a.tar", scene_members("a/b", side=64))
+    line = "^source 'here': its images have a short side of 64 pixels, and image_size is 32$"
+    for _ in range(2):              # built, and kept
+        with pytest.raises(ValueError, match=line):
+            read_source(tmp_path, "a.tar", side=32)
+    write_tar(tmp_path / "b.tar", scene_members("a/c", side=32))    # others are: damage, as it comes
+    assert len(read_source(tmp_path, "*.tar", side=32)) == 2
+
+
+def test_a_view_without_the_depth_that_others_have_is_left_out(tmp_path):
+    members = scene_members("a/b", views=5) | scene_members("a/c", views=3)
+    for name in ("a/b/frame000001", "a/b/frame000004", "a/c/frame000001", "a/c/frame000002"):
+        del members[f"{name}_depth.png"]
+    write_tar(tmp_path / "a.tar", members)
+    reader = read_source(tmp_path, "a.tar")
+    assert reader.counts.tolist() == [3] and reader.has_depth
+    assert reader.shards[0].frames.tolist() == [2, 3, 5]
+    assert reader.report == {index.WITHOUT_DEPTH: 2, "fewer than two views have depth": 1}
 
 
 def test_held_out_shards_are_read_for_scores(tmp_path):

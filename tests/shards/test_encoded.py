@@ -1,6 +1,7 @@
 """Encoded shards: what is written is read, by slices, and what does not fit is refused."""
 
 import json
+import math
 import struct
 
 from captures import encode
@@ -89,6 +90,15 @@ def with_header(content, change):
     (lambda header: header["moments"].update(data_offsets=[0, 10**9]), "moments is F16"),
     (lambda header: header["moments"].update(data_offsets=[-5, 1019]), "moments is F16"),
     (lambda header: header["c2w"].update(shape=["4", 4, 4]), "not of 4 views"),
+    (lambda header: header["c2w"].update(shape=[]), "its header is not that of an encoded scene"),
+    (lambda header: header["c2w"].update(shape=[4.0, 4, 4]), "not of 4.0 views"),
+    (lambda header: header["c2w"].update(data_offsets=[2**31, 2**31 + 512]), "c2w is F64"),
+    (lambda header: header["fov"].update(data_offsets=[0.5, 32.5]), "fov is F64"),
+    (lambda header: header["moments"].update(shape=[4, 2**31, 0, 0], data_offsets=[0, 0]), "moments"),
+    (lambda header: header["moments"].update(shape=[4, 8, 0, 4], data_offsets=[0, 0]), "not .n, 2c"),
+    (lambda header: header["__metadata__"].update(radius="inf"), "is not finite"),
+    (lambda header: header["__metadata__"].update(nearplane="far"), "could not convert"),
+    (lambda header: header.update(__metadata__=[1]), "its header is not that of an encoded scene"),
 ])
 def test_a_damaged_scene_is_left_out_and_the_others_are_read(tmp_path, change, reason):
     good, bad = (encode.member(**encoded_scene(seed)) for seed in (0, 1))
@@ -110,11 +120,37 @@ def test_bytes_that_are_no_safetensors_are_left_out(tmp_path):
 
 def test_latents_of_another_size_are_refused(tmp_path):
     write_encoded(tmp_path / "a.tar", [0])
-    with pytest.raises(ValueError, match="latents of 4 x 4, images of 64 pixels have 8 x 8"):
+    with pytest.raises(ValueError, match="short side of 32 pixels, and image_size is 64"):
         read_source(tmp_path, "a.tar", format="encoded", side=64)
     write_encoded(tmp_path / "b.tar", [1], width=7)
     with pytest.raises(ValueError, match=r"in different sizes, \(8, 4, 4, 6\); \(8, 4, 4, 7"):
         open_encoded(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"c2w": 1e200}, {"c2w": 1e13}, {"fov": 4.0}, {"scale": math.inf}])
+def test_a_camera_or_scale_that_cannot_be_used_is_left_out(tmp_path, change):
+    scene = encoded_scene(0)
+    (name, value), = change.items()
+    scene[name][(1, 0, 3) if name == "c2w" else 1] = value
+    write_tar(tmp_path / "a.tar", {"a/b.safetensors": encode.member(**scene)})
+    with pytest.raises(ValueError, match="no usable scene in 1 shards: a.tar: a/b.safetensors: .*"
+                       "(farther than|between 0 and pi|not finite)"):
+        open_encoded(tmp_path)
+
+
+def test_shards_encoded_with_another_quantile_blend_are_refused(tmp_path):
+    write_tar(tmp_path / "a.tar", {"a/b.safetensors": encode.member(**encoded_scene(0), blend=False)})
+    source = open_encoded(tmp_path)
+    source.check_blend(False)
+    with pytest.raises(ValueError, match="'here': a.tar was encoded without quantile_blend, .* train "
+                       "with --quantile_blend=false, or encode it again$"):
+        source.check_blend(True)
+    def forget(header):
+        del header["__metadata__"]["quantile_blend"]
+    write_tar(tmp_path / "a.tar", {"a/b.safetensors": with_header(
+        encode.member(**encoded_scene(0)), forget)})
+    open_encoded(tmp_path).check_blend(True)        # of an earlier version: not known
+    open_encoded(tmp_path).check_blend(False)
 
 
 def test_raw_and_encoded_sources_do_not_mix(tmp_path):

@@ -1,6 +1,7 @@
 """shards.py against Python's tarfile, a web server and commands."""
 
 import functools
+import gzip
 import hashlib
 import http.server
 import io
@@ -12,6 +13,7 @@ import sys
 import tarfile
 import threading
 import time
+import types
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -24,8 +26,9 @@ from hypothesis import strategies as st
 from made import SIDE, all_pairs, read_source, scene_members, write_source, write_tar
 
 import configs
+import fuzz_tars
 from configs import Source
-from shards import files, scenes, tar
+from shards import files, scenes, streams, tar
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 BOUNDED = settings(max_examples=80, deadline=None, derandomize=True, database=None,
@@ -37,11 +40,11 @@ BOUNDED = settings(max_examples=80, deadline=None, derandomize=True, database=No
 def test_patterns_name_their_shards_in_order(tmp_path):
     for name in ("a-08.tar", "a-09.tar", "a-10.tar", "b.tar"):
         write_tar(tmp_path / name, scene_members("a/b"))
-    names = [file.name for file in files.find_shards(tmp_path, "a-{08..10}.tar")]
+    names = [file.name for file in streams.find_shards(tmp_path, "a-{08..10}.tar")]
     assert names == ["a-08.tar", "a-09.tar", "a-10.tar"]
     read_source(tmp_path, "*")          # writes indexes, which are no shards
-    assert len(files.find_shards(tmp_path, "*")) == 4
-    assert files.expand("{0..1}/{9..10}") == ["0/9", "0/10", "1/9", "1/10"]
+    assert len(streams.find_shards(tmp_path, "*")) == 4
+    assert streams.expand("{0..1}/{9..10}") == ["0/9", "0/10", "1/9", "1/10"]
 
 
 @pytest.mark.parametrize("pattern, error, message", [
@@ -51,16 +54,43 @@ def test_patterns_name_their_shards_in_order(tmp_path):
     ("b-{3..0}.tar", ValueError, r"\{3..0\} is empty or more than 1000000"),
     ("b-{0..99999999999}.tar", ValueError, "is empty or more than 1000000"),
     ("http://127.0.0.1:9/a.tar", FileNotFoundError, "no shard at http://127.0.0.1:9/a.tar: "),
+    ("folder", ValueError, r"shards .*folder is a folder: `.*folder/\*.tar` names the shards in it"),
+    ("fifo", ValueError, "shards .*fifo is no regular file: `pipe:cat .*fifo` reads it once"),
+    ("b-0.tar ; pipe:cat x", ValueError, "pipe: stands alone"),
     ("gs://bucket/a.tar", ValueError, "only files, http://, https://, pipe: and - can be read"),
 ])
 def test_shards_that_cannot_be_found_are_one_clear_line(tmp_path, pattern, error, message):
     write_tar(tmp_path / "b-0.tar", scene_members("a/b"))
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "fifo")
     with pytest.raises(error, match=message) as caught:
         read_source(tmp_path, pattern)
     assert "\n" not in str(caught.value)
 
 
 # ---- tar
+
+@pytest.mark.parametrize("content, what", [
+    (gzip.compress(bytes(range(256)) * 9), "compressed by gzip: gunzip it, or read it as `pipe:gunzip"),
+    (b"BZh91AY&SY" * 99, "compressed by bzip2: bunzip2 it"),
+    (b"\n<!DOCTYPE html><html>Quota exceeded</html>" * 20, "an HTML or XML page: a download that"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS: `git lfs"),
+    (b"PK\3\4" * 300, "a zip archive: unzip it, and tar what comes out"),
+])
+def test_a_file_that_is_no_tar_says_what_it_is_and_the_way_out(tmp_path, content, what):
+    (tmp_path / "a.tar").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"a.tar: no tar, but {what}.*: no tar archive$"):
+        read_source(tmp_path, "a.tar")
+    write_tar(tmp_path / "b.tar", scene_members("a/b"))     # it does not stop the others
+    reader = read_source(tmp_path, "*.tar")
+    assert len(reader) == 1 and reader.report == {"no tar archive": 1}
+
+
+def test_a_tar_whose_first_name_looks_like_something_else_is_read(tmp_path):
+    for name in ("<a>/b", "BZh/b"):
+        write_tar(tmp_path / "a.tar", scene_members(name))
+        assert read_source(tmp_path, "a.tar").shards[0].scenes == [name]
+
 
 PARTS = st.text(st.characters(codec="utf-8", exclude_characters="\0/"), min_size=1, max_size=40)
 NAMES = st.lists(PARTS.filter(lambda part: part not in (".", "..")), min_size=1, max_size=8)
@@ -329,12 +359,61 @@ def test_transient_failures_of_a_server_are_tried_again(web, monkeypatch):
     folder, address, handler = web
     monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
     write_tar(folder / "x.tar", scene_members("a/b"))
-    handler.fails = files.WEB_TRIES - 1
+    handler.fails = 20
     reader = read_source("/nowhere", address + "/x.tar")
-    handler.fails = files.WEB_TRIES
-    with pytest.raises(files.Damaged, match="x.tar: a/b.*cannot be read .*503"):
-        reader.image(0, 0)
+    assert handler.fails == 0 and reader.image(0, 0).shape == (3, SIDE, SIDE)
+
+
+def test_an_outage_is_said_once_and_its_end_too_and_one_that_lasts_stops_with_the_address(
+        web, monkeypatch, capfd):
+    folder, address, handler = web
+    write_tar(folder / "x.tar", scene_members("a/b"))
+    reader, now = read_source("/nowhere", address + "/x.tar"), [0.0]
+    monkeypatch.setattr(files.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: now.append(now.pop() + seconds))
+    files.SAID_AT[:] = bytes(8)
+    handler.fails = 6               # 0, 0.5, 1.5, 3.5, 7.5, 12.5 s
     assert reader.image(0, 0).shape == (3, SIDE, SIDE)
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 2 and lines[0].startswith(f"{address}/x.tar does not answer (HTTP Error 503")
+    assert lines[1] == f"{address}/x.tar answers again after 18 s"
+    handler.fails, began = 10**6, now[0]
+    with pytest.raises(files.Outage, match=f"^{address}/x.tar has not answered for 29. s: HTTP Er"):
+        reader.image(0, 0)
+    assert now[0] - began <= reader.shards[0].file.patience == 300
+    assert 2 <= len(capfd.readouterr().err.splitlines()) <= 5
+    handler.fails = 10**6           # the same at start, where the limit is told to it
+    with pytest.raises(ValueError, match="has not answered for"):
+        scenes.open_source(Source("here", "co3d", address + "/x.tar", 1.0), "", SIDE, patience=1.0)
+
+
+@pytest.mark.parametrize("kind", ["stalls", "is short", "drips"])
+def test_a_reply_that_stalls_or_ends_early_is_an_outage_too(web, monkeypatch, kind):
+    folder, address, handler = web
+    write_tar(folder / "x.tar", scene_members("a/b"))
+    monkeypatch.setattr(files, "WEB_TIMEOUT", 0.2)
+    monkeypatch.setattr(files, "WEB_SLOWEST", 1e6)
+    file = files.WebFile(address + "/x.tar", patience=1.0)
+
+    def bad(self):
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes 0-511/{file.size}")
+        self.send_header("Content-Length", "512")
+        self.end_headers()
+        self.wfile.write(b"x" * 100)
+        for _ in range({"stalls": 1, "is short": 0, "drips": 30}[kind]):
+            time.sleep(1.0 if kind == "stalls" else 0.05)
+            try:
+                self.wfile.write(b"x")
+                self.wfile.flush()
+            except OSError:
+                return
+        self.close_connection = True
+    handler.do_GET = bad
+    began = time.monotonic()
+    with pytest.raises(files.Outage, match=f"^{address}/x.tar has not answered for"):
+        file.read(0, 512)
+    assert time.monotonic() - began < 10
 
 
 def test_a_reply_that_is_no_http_is_tried_again(web, monkeypatch):
@@ -351,8 +430,9 @@ def test_a_reply_that_is_no_http_is_tried_again(web, monkeypatch):
             answer(self)
     handler.do_GET = garbled
     assert reader.image(0, 0).shape == (3, SIDE, SIDE)
-    bad += [1] * files.WEB_TRIES
-    with pytest.raises(files.Damaged, match="BadStatusLine"):
+    bad += [1] * 1000
+    reader.shards[0].file.patience = 0
+    with pytest.raises(files.Outage, match="BadStatusLine"):
         reader.image(0, 0)
 
 
@@ -413,11 +493,11 @@ def test_streams_are_copied_once_for_all_and_few_are_kept(stream, tmp_path):
     for k in range(0, 400, 10):
         narrow[k]
     for _ in range(100):            # a copy may be under way, for pairs to come
-        if not list(tmp_path.rglob("*.part")):
+        if not list(tmp_path.rglob(".unf*")):
             break
         time.sleep(0.1)
     assert len(list(narrow.readers[0].folder.glob("*.tar"))) == scenes.COPIES_KEPT + 1
-    assert not list(tmp_path.rglob("*.part"))
+    assert not list(tmp_path.rglob(".unf*"))
 
 
 def test_a_copy_that_was_deleted_is_made_again(stream, tmp_path):
@@ -440,19 +520,19 @@ def test_a_stream_that_fails_is_replaced_and_named(stream, tmp_path):
         open_stream("pipe:exit 3")
 
 
-def test_a_copy_whose_maker_was_killed_is_made_by_another(stream, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "COPY_STALE", 0.5)
+def test_a_copy_whose_maker_was_killed_is_made_by_another(tmp_path):
     folder = tmp_path / "copies"
     folder.mkdir()
     command = "echo whole"
     name = hashlib.sha256(command.encode()).hexdigest()[:32]
-    (folder / f"{name}.part").write_bytes(b"half")
-    assert files.fetch(command, folder, 4).read_bytes() == b"whole\n"
+    (folder / f".unfinished_{name}.tar").write_bytes(b"half")
+    (folder / f"{name}.tar.lock").write_bytes(b"")
+    assert streams.fetch(command, folder, 4).read_bytes() == b"whole\n"
 
 
 def test_a_copy_that_another_finishes_meanwhile_is_not_made_again(tmp_path, monkeypatch):
     command = f"echo x >> {shlex.quote(str(tmp_path))}/log; echo whole"
-    path = files.fetch(command, tmp_path / "copies", 4)
+    path = streams.fetch(command, tmp_path / "copies", 4)
     looks = iter([FileNotFoundError])               # the first look was before it was finished
 
     def utime(path, real=os.utime):
@@ -460,10 +540,10 @@ def test_a_copy_that_another_finishes_meanwhile_is_not_made_again(tmp_path, monk
             raise failure
         real(path)
 
-    monkeypatch.setattr(files.os, "utime", utime)
-    assert files.fetch(command, tmp_path / "copies", 4).read_bytes() == b"whole\n"
+    monkeypatch.setattr(streams.os, "utime", utime)
+    assert streams.fetch(command, tmp_path / "copies", 4).read_bytes() == b"whole\n"
     assert (tmp_path / "log").read_text() == "x\n"
-    assert list((tmp_path / "copies").iterdir()) == [path]
+    assert list((tmp_path / "copies").glob("*.tar")) == [path]
 
 
 def test_a_stream_has_no_fixed_pass(stream):
@@ -482,7 +562,26 @@ def test_standard_input_is_read_as_one_tar(tmp_path):
     with open(path, "rb") as file:
         done = subprocess.run(command, stdin=file, env=environment, capture_output=True, text=True)
     assert done.stdout == "['a/b']\n", done.stderr
-    assert not list((tmp_path / "cache").rglob("*.tar"))
-    done = subprocess.run(command, env={**environment, "WORLD_SIZE": "2"}, capture_output=True,
-                          text=True, stdin=subprocess.DEVNULL)
-    assert "standard input reaches one process only" in done.stderr
+    assert not list((tmp_path / "cache").rglob("stdin*"))       # nor an index of it
+
+
+def test_copies_of_standard_input_that_killed_processes_left_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(streams.sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(b"text")))
+    folder = tmp_path / "zeronvs" / "streams"
+    folder.mkdir(parents=True)
+    for name in ("stdin-used.tar", "stdin-old.tar", "stdin-old.tar.co3d.index"):
+        (folder / name).write_bytes(b"")
+    with open(folder / "stdin-used.tar", "rb") as user:
+        assert streams.lock(user)
+        path = streams.standard_input()
+    assert path.read_bytes() == b"text"
+    assert {*folder.iterdir()} == {folder / "stdin-used.tar", path}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="standard input reaches one process only"):
+        streams.standard_input()
+
+
+def test_mutated_shards_are_read_or_refused_in_one_line(tmp_path):
+    read_well, refused = fuzz_tars.fuzz(150, 1, tmp_path)
+    assert read_well > 20 and refused > 20

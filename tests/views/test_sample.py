@@ -4,8 +4,12 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 import warnings
+import zlib
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +22,9 @@ from runtime import checkpoint
 import clip
 import configs
 import golden
+import depth
 import model
+from views import folder
 from views import paths
 from views import photos
 from views import pictures
@@ -30,6 +36,7 @@ import vae
 from shards import scenes
 
 SIZE = 16                   # pixels a side of the small run's images
+SCENES = {}                 # "data": the folder of the small run's shards, as a user names it
 
 
 # ---- the golden small model
@@ -42,7 +49,8 @@ def golden_model(about):
                       u["num_res_blocks"], u["attention_resolutions"], u["num_heads"],
                       u["context_dim"])
     autoencoder = vae.AutoencoderKL(v["ch"], v["ch_mult"], v["num_res_blocks"])
-    tower = clip.CLIP(**{**about["clip_config"], "transformer_layers": 0})
+    tower = clip.CLIP(**{name: size for name, size in about["clip_config"].items()
+                         if name not in ("transformer_heads", "transformer_layers")})
     net = model.ZeroNVS(unet, autoencoder, tower, "7dof_quantile_scale", vae.SCALE_FACTOR, 768, 768)
     golden.fill(net.eval())
     return golden.fill(net.model, "model.", golden.SALT + "ema/") and net
@@ -111,6 +119,7 @@ def small_run(tmp_path_factory):
         image_size=SIZE, model_channels=32, channel_mult=(1,), num_res_blocks=1, mode="7dof",
         attention_resolutions=(), num_heads=1, context_dim=8, sample_steps=2)
     save(config, golden.fill(model.build(config)))
+    SCENES["data"] = folder / "data"
     return folder / "out"
 
 
@@ -124,14 +133,15 @@ def save(config, net, **more):
 
 def sampled(run, out, *options):
     """Runs sample.py for the small run; the files that it leaves, by name."""
-    sample.main(["--checkpoint", str(run), "--out", str(out), "--device", "cpu", *options])
+    sample.main(["--checkpoint", str(run), "--out", str(out), "--device", "cpu",
+                 "--data", str(SCENES["data"]), *options])
     return {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
 
 
 def refused(capsys, *options):
     """The one line on which sample.py gives up, with exit code 2."""
     with pytest.raises(SystemExit) as stop:
-        sample.main(list(map(str, options)))
+        sample.main(["--data", str(SCENES["data"]), *map(str, options)])
     assert stop.value.code == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("sample.py: "), lines
@@ -140,14 +150,16 @@ def refused(capsys, *options):
 
 def test_a_bare_command_makes_views_of_a_scene_that_was_held_out(run, tmp_path, capsys):
     files = sampled(run, tmp_path, "--views", "3")
-    assert files == {"sheet.png", "orbit.gif", "path.png", "cameras.json", "cond.png", "truth.png",
-                     "views/000.png", "views/001.png", "views/002.png"} | mp4()
+    assert files == {"sheet.png", "swing.gif", "truth.gif", "path.png", "cameras.json", "cond.png",
+                     "truth.png", "views/000.png", "views/001.png", "views/002.png"} | mp4()
     said = capsys.readouterr().out
     assert "held-out scene" in said and "s a view" in said and str(tmp_path) in said
     assert all(name.split("/")[0] in said for name in files)
     views = [Image.open(tmp_path / f"views/00{i}.png") for i in range(3)]
     assert all(view.size == (SIZE, SIZE) for view in views)
-    assert Image.open(tmp_path / "orbit.gif").size == (128, 128)
+    assert Image.open(tmp_path / "swing.gif").size == (256, 256)
+    # photo, truth and model, side by side
+    assert Image.open(tmp_path / "truth.gif").width == 3 * 256 + 4 * pictures.GAP
     cameras = paths.read(tmp_path / "cameras.json", 1.0)
     assert len(cameras) == 4
     # the conditioning view is a stored image of the shards, and truth.png shows others
@@ -159,7 +171,7 @@ def test_a_bare_command_makes_views_of_a_scene_that_was_held_out(run, tmp_path, 
 
 
 def mp4():
-    return {"orbit.mp4"} if pictures.shutil.which("ffmpeg") else set()
+    return {"swing.mp4", "truth.mp4"} if pictures.shutil.which("ffmpeg") else set()
 
 
 def test_a_damaged_newest_step_is_told_of_once_and_the_one_before_is_used(run, tmp_path):
@@ -210,7 +222,7 @@ def test_scale_sweep_is_a_sheet_with_a_row_for_each_scale(run, tmp_path):
     assert files == {"scale-sweep.png"}
     cell = 128 + pictures.LABEL + pictures.GAP
     height = Image.open(tmp_path / "scale-sweep.png").height
-    assert height == len(sample.SWEEP) * cell + pictures.GAP
+    assert height == len(folder.SWEEP) * cell + pictures.GAP + pictures.LABEL
 
 
 def test_progress_is_a_strip_that_ends_in_the_view(run, tmp_path):
@@ -218,7 +230,7 @@ def test_progress_is_a_strip_that_ends_in_the_view(run, tmp_path):
     strip = np.asarray(Image.open(tmp_path / "progress.png"))
     view = np.asarray(pictures.enlarged(Image.open(tmp_path / "views/001.png")))
     assert strip.shape[1] == 4 * (128 + pictures.GAP) + pictures.GAP
-    last = strip[pictures.LABEL + pictures.GAP:][:128, -128 - pictures.GAP:-pictures.GAP]
+    last = strip[2 * pictures.LABEL + pictures.GAP:][:128, -128 - pictures.GAP:-pictures.GAP]
     # the last promise is the view but for rounding, which the enlargement spreads
     assert abs(last.astype(int) - view).max() <= 2
 
@@ -272,13 +284,13 @@ def test_an_mp4_is_made_where_ffmpeg_is_found(run, tmp_path, monkeypatch, capsys
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{fake.parent}{os.pathsep}{os.environ['PATH']}")
     files = sampled(run, tmp_path / "out", "--dolly", "--views", "3", "--steps", "1")
-    assert "orbit.mp4" in files and "orbit.mp4" in capsys.readouterr().out
+    assert "dolly.mp4" in files and "dolly.mp4" in capsys.readouterr().out
     # an open path goes forth and back: views 0, 1, 2, 1
-    assert int((tmp_path / "out/orbit.mp4").read_text()) == 4 * 128 * 128 * 3
-    assert Image.open(tmp_path / "out/orbit.gif").n_frames == 4
+    assert int((tmp_path / "out/dolly.mp4").read_text()) == 4 * 256 * 256 * 3
+    assert Image.open(tmp_path / "out/dolly.gif").n_frames == 4
     fake.write_text("#!/bin/sh\necho no such codec >&2\nexit 1\n")
     files = sampled(run, tmp_path / "other", "--dolly", "--views", "2", "--steps", "1")
-    assert "orbit.mp4" not in files and "no such codec" in capsys.readouterr().out
+    assert "dolly.mp4" not in files and "no such codec" in capsys.readouterr().out
 
 
 # ---- bad input
@@ -295,7 +307,10 @@ def test_an_mp4_is_made_where_ffmpeg_is_found(run, tmp_path, monkeypatch, capsys
     (["--elevation", "90"], "--elevation"), (["--scene", "99"], "scenes 0 to 3"),
     (["--orbit", "--dolly"], "--dolly"), (["--pose", "1,2"], "--pose"), (["--obrit"], "--obrit"),
     (["--path", "nowhere.json"], "nowhere.json"), (["--device", "mps"], "mps"),
-    (["--zoom", "--by", "-1"], "zoom"), (["--zoom", "--by", "1e300", "--fov", "1e-30"], "no field"),
+    (["--zoom", "--by", "-1"], "zoom"), (["--by", "1e300"], "1e300"),
+    (["--views", "10001"], "10,000"), (["--batch", "1" + 99 * "0"], "--batch"),
+    (["--seed", str(2**64)], "--seed"), (["--scale", "1e-9"], "--scale"),
+    (["--views", 5000 * "9"], "--views"), (["--out="], "--out"), (["--sclae=1"], "--scale"),
     (["--spiral", "--elevation", "80"], "over the pole"), (["nowhere.jpg"], "nowhere.jpg"),
     (["--crop", "0,0,99"], "")])
 def test_bad_options_end_in_one_line_before_anything_is_written(run, tmp_path, capsys, options,
@@ -346,7 +361,7 @@ def test_what_views_start_from_is_not_written_over(run, tmp_path, capsys):
         sampled(run, tmp_path / "other", *map(str, given))
 
 
-@pytest.mark.parametrize("name", ["truth.png", "orbit.gif", "views"])
+@pytest.mark.parametrize("name", ["truth.png", "swing.gif", "views"])
 def test_what_stands_in_the_way_of_a_file_is_found_before_the_views_are_made(
         run, tmp_path, capsys, monkeypatch, name):
     monkeypatch.setattr(sample, "Render", None)
@@ -366,30 +381,6 @@ def test_held_out_scenes_of_all_sources_are_reached(run):
         photos.held_out(config, 4)
 
 
-def test_options_that_nothing_looks_at_are_named(capsys):
-    for options, named in (
-            (["a.png", "--grid", "--views", "5"], ["--views"]),
-            (["a.png", "--pose", "0,0,1", "--by", "9"], ["--by"]),
-            (["a.png", "--object", "--crop", "0,0,8"], ["--crop"]),
-            (["a.png", "--scene", "0", "--depth-weights", "x"], ["--scene", "--depth-weights"]),
-            (["a.png", "--scale-sweep", "--scale", "1", "--progress"], ["--scale", "--progress"]),
-            (["a.png", "--eta", "1"], ["--eta"]), (["--crop", "0,0,8"], ["--crop"]),
-            (["--object"], ["--object"]),
-            (["a.png", "--views", "5", "--by", "9", "--crop", "0,0,8", "--scale", "auto",
-              "--depth-weights", "x", "--progress"], []),
-            (["a.png", "--path", "p", "--fov", "40", "--elevation", "9"],
-             ["--elevation", "--fov"]),
-            (["a.png", "--path", "p", "--fov", "50"], []),
-            (["a.png", "--path", "p", "--fov", "45"], [])):
-        cameras = paths.motion("orbit", 2, 10, math.radians(50), 0.0)
-        if "45" in options:         # of a file that tells the second camera's alone
-            cameras.fov[0] = math.radians(45)
-        sample.say_ignored(sample.parser().parse_args(options), "dpm++", cameras)
-        said = capsys.readouterr().err.splitlines()
-        assert [line.split()[1] for line in said] == named
-        assert all(" has no effect here: " in line for line in said)
-
-
 def test_a_3dof_model_is_asked_for_what_it_knows_alone(run, tmp_path, capsys):
     config = render.load(run, "cpu", "fp32")[1]
     config = replace(config, mode="3dof", out=str(tmp_path / "run"))
@@ -406,15 +397,15 @@ def test_a_3dof_model_is_asked_for_what_it_knows_alone(run, tmp_path, capsys):
 
 def test_a_distance_without_by_is_explained(run, capsys):
     for words in (["--pan", "10"], ["photo.png", "--pan", "10"]):
-        assert "is told by --by" in refused(capsys, "--checkpoint", run, *words)
-    assert "told by" not in refused(capsys, "--checkpoint", run, "photo.png", "more.png")
+        assert sample.BY in refused(capsys, "--checkpoint", run, *words)
+    assert "--by" not in refused(capsys, "--checkpoint", run, "photo.png", "more.png")
 
 
 @pytest.mark.parametrize("err, says", [
     (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), "Tried --batch 4 needs less"),
     (OSError(28, "No space left on device"), "out: No space left on device")])
 def test_what_ends_a_run_is_one_line(err, says, run, tmp_path, monkeypatch, capsys):
-    def fail(*given):
+    def fail(*given, **more):
         raise err
     monkeypatch.setattr(sample, "Render", fail)
     assert says in refused(capsys, "--checkpoint", run, "--out", tmp_path / "out", "--batch", "8")
@@ -454,7 +445,7 @@ def test_a_photo_for_a_model_without_a_scale_has_none(tmp_path):
     for mode, scale in (("3dof", 1.0), ("7dof_unscaled", 1.0), ("7dof_quantile_scale", 0.7)):
         config = configs.Config(sources=(source,), mode=mode)
         args = sample.parser().parse_args([str(tmp_path / "photo.png")])
-        assert sample.photo_of(args, config).scale == scale
+        assert sample.photo_of(args, config, "").scale == scale
 
 
 def test_the_scale_of_a_held_out_view_is_that_of_training(monkeypatch):
@@ -465,9 +456,9 @@ def test_the_scale_of_a_held_out_view_is_that_of_training(monkeypatch):
     far[12:20, 12:20] = torch.linspace(2, 3, 8)[:, None]
     far[::4, ::4] += 1
     known, image = far.where(far < 5, torch.tensor(0.0)), torch.zeros(3, 32, 32)
-    monkeypatch.setattr(photos.depth, "load", lambda path: lambda x: (100 / far)[None])
+    monkeypatch.setattr(photos.networks, "load_depth", lambda path: lambda x: (100 / far)[None])
     for seen in (known, far, torch.zeros(32, 32)):
-        wanted = model.viewer_scale(seen[None], image[None], lambda x: (100 / far)[None]).item()
+        wanted = depth.viewer_scale(seen[None], image[None], lambda x: (100 / far)[None]).item()
         assert photos.scale_in_scene(config, None, 0, seen, image) == pytest.approx(wanted)
     without = replace(config, depth_weights="")
     assert photos.scale_in_scene(without, None, 0, known, image) == pytest.approx(
@@ -500,7 +491,7 @@ def test_published_checkpoints_are_told_apart_by_their_pose_width():
     assert render.config_of(of_width(19)).mode == "7dof_quantile_scale"
 
 
-def test_a_run_takes_the_frozen_networks_from_the_file_it_started_from(tmp_path, monkeypatch):
+def test_a_run_takes_the_frozen_networks_from_the_file_that_the_user_names(tmp_path, monkeypatch):
     about, _ = golden.case("sample_zero123")
     small = golden_model(about)
     frozen = ("first_stage_model.", "cond_stage_model.")
@@ -508,14 +499,16 @@ def test_a_run_takes_the_frozen_networks_from_the_file_it_started_from(tmp_path,
     weights = {name: w.contiguous() for name, w in small.state_dict().items()}
     pytest.importorskip("safetensors.torch").save_file(weights, init)
     source = configs.Source("none", "co3d", "none", 1.0)
-    config = configs.Config(sources=(source,), out=str(tmp_path / "run"), init=str(init))
+    config = configs.Config(sources=(source,), out=str(tmp_path / "run"), init="xl/gone.ckpt")
     trained = {name: 3 * w for name, w in weights.items() if not name.startswith(frozen)}
     average = {name: 2 * w for name, w in trained.items() if name.startswith(checkpoint.UNET)}
     meta = {"step": 5, "ema_updates": 1, "config": asdict(config)}
     checkpoint.save(config.out, 5, trained, average, {}, meta)
     blank = golden.fill(golden_model(about), salt="other/")
     monkeypatch.setattr(model, "build", lambda config: blank)
-    net, _ = render.load(config.out, "cpu", "fp32")
+    with pytest.raises(ValueError, match=r"--init FILE .* \(xl/gone.ckpt, it says\)"):
+        render.load(config.out, "cpu", "fp32")
+    net, _ = render.load(config.out, "cpu", "fp32", str(init))
     for name, w in net.state_dict().items():
         times = 6 if name.startswith(checkpoint.UNET) else 1 if name.startswith(frozen) else 3
         torch.testing.assert_close(w, times * weights[name])
@@ -535,7 +528,7 @@ def test_bf16_is_of_the_network_alone(run):
     assert 0 < (views - exact).abs().mean() < 0.05
 
 
-@pytest.mark.parametrize("mode", configs.MODES)
+@pytest.mark.parametrize("mode", camera.MODES)
 def test_scale_divides_lengths_in_every_mode(mode):
     cameras = paths.motion("orbit", 5, 90, 1.0, 20.0)
     found = render.pose_vectors(mode, cameras.cond_c2w, cameras.c2w, cameras.fov, 0.5)
@@ -561,19 +554,120 @@ def test_a_held_out_view_has_the_pose_vectors_of_training(run, mode):
     batch = photo.reader.empty(1, mode)
     photo.reader.fill(batch, 0, mode, photo.number, photo.view, 4)
     batch = {name: torch.from_numpy(values) for name, values in batch.items()}
-    trained = model.pose_vector(batch, mode)
+    trained = depth.pose_vector(batch, mode)
     c2w = photo.reader.scene(photo.number).c2w
     fov = torch.tensor([photo.fov], dtype=torch.float64)
     found = render.pose_vectors(mode, c2w[photo.view], c2w[4:5], fov, photo.scene_scale)
     torch.testing.assert_close(found, trained, rtol=1e-5, atol=1e-6)
     # in the unit of the paths, where what is in the middle of the photo is one away
-    depth = photos.middle(torch.from_numpy(photo.reader.depth(photo.number, photo.view))).median()
+    far = photos.middle(torch.from_numpy(photo.reader.depth(photo.number, photo.view))).median()
     c2w = c2w.clone()
-    c2w[:, :3, 3] /= depth
+    c2w[:, :3, 3] /= far
     found = render.pose_vectors(mode, c2w[photo.view], c2w[4:5], fov, photo.scale)
     torch.testing.assert_close(found, trained, rtol=1e-5, atol=1e-6)
     upright = paths.motion("orbit", 1, 0, photo.fov, photo.elevation).cond_c2w
     assert upright[2, 2].item() == pytest.approx(c2w[photo.view, 2, 2].item(), abs=1e-6)
+
+
+# ---- nothing that a checkpoint names is opened
+
+@pytest.mark.parametrize("pattern", ["pipe:touch {}", "pipe:touch {} #.tar", "{}",
+                                     "http://127.0.0.1:9/{}.tar", "../{}", "co3d/../../{}", "-"])
+def test_shards_that_a_checkpoint_names_are_neither_run_nor_fetched(tmp_path, capsys, monkeypatch,
+                                                                    run, pattern):
+    mark = tmp_path / "mark"
+    source = configs.Source("co3d", "co3d", "none", 1.0, pattern.format(mark))
+    config = replace(render.load(run, "cpu", "fp32")[1], sources=(source,),
+                     out=str(tmp_path / "run"))
+    save(config, golden.fill(model.build(config)))
+    monkeypatch.setattr(scenes, "open_source", None)
+    for options in ([], ["--data", tmp_path]):
+        with pytest.raises(SystemExit):
+            sample.main(["--checkpoint", config.out, "--out", str(tmp_path / "out"),
+                         *map(str, options)])
+        said = capsys.readouterr().err
+        assert "are not opened" in said and "--config FILE" in said and said.count("\n") == 1
+    assert not mark.exists()
+
+
+def test_scenes_are_those_of_the_users_own_configuration(run, tmp_path, monkeypatch, capsys):
+    """The bare command: both the run and its configuration are the command line's own defaults."""
+    file = tmp_path / "own.py"
+    file.write_text(f"""
+from configs import Config, Source
+config = Config(sources=(Source("re10k", "re10k", "x", 1.0, "re10k/held-out-*.tar"),),
+                data={str(SCENES["data"])!r})
+""")
+    for name, value in (("RUN", str(run)), ("CONFIG", str(file))):
+        monkeypatch.setattr(sample, name, value)
+    wanted = photos.held_out(replace(render.load(run, "cpu", "fp32")[1],
+                                     sources=configs.load([str(file)]).sources), 0)
+    for options in ([], ["--checkpoint", str(run), "--config", str(file)]):
+        sample.main(["--out", str(tmp_path / "out"), "--views=1", "--steps=1", *options])
+        assert wanted.reader.scene(0).name in capsys.readouterr().out
+
+
+def test_commands_among_held_out_shards_are_refused(run):
+    source = configs.Source("s", "co3d", "none", 1.0, "pipe:cat x.tar")
+    config = replace(render.load(run, "cpu", "fp32")[1], sources=(source,))
+    with pytest.raises(ValueError, match="files, not commands"):
+        photos.held_out(config, 0)
+
+
+# ---- a model that is held
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_is_loaded_on_meta_is_what_a_built_model_is_filled_with(run, precision):
+    tensors = checkpoint.read(run)
+    net, config = render.load(tensors, "cpu", precision)
+    slow = model.build(config)
+    checkpoint.load_model(slow, tensors, ema=True)
+    render.place(slow, "cpu", precision)
+    for (name, w), (other, wanted) in zip(net.state_dict().items(), slow.state_dict().items(),
+                                          strict=True):
+        assert name == other and w.dtype == wanted.dtype and torch.equal(w, wanted)
+        assert w.stride() == wanted.stride()
+
+
+def test_loading_a_model_does_not_import_the_compiler(run):
+    """It takes four seconds; arithmetic on "meta" tensors would import it."""
+    code = ("import sys; from views import render; render.load(sys.argv[1], 'cpu', 'fp32'); "
+            "sys.exit('torch._dynamo' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code, run], cwd=Path(sample.__file__).parent,
+                          timeout=120, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def held(run, size=32):
+    """A Render of the small run, with a photo."""
+    found = render.Render(*render.load(run, "cpu", "fp32"), {"eta": 0.0, "steps": 6}, batch=2)
+    found.start_from(photos.Photo(gradient(size, size), SIZE, 0.9, 0.0, 1.0))
+    return found
+
+
+def test_a_preview_and_the_result_begin_with_the_same_noise(run):
+    drawn, cameras = held(run), paths.motion("orbit", 3, 30, 0.9, 0.0)
+    full, few, other = (np.stack([np.asarray(x, dtype=int) for x in drawn(cameras, **options)])
+                        for options in ({}, {"steps": 3}, {"seed": 9}))
+    assert full.shape == (3, SIZE, SIZE, 3)
+    assert abs(few - full).mean() < abs(other - full).mean() / 2
+    again = [np.asarray(x) for x in drawn(cameras)]
+    assert np.array_equal(full, again)
+
+
+def test_views_come_as_they_are_drawn_and_a_request_can_be_given_up(run):
+    drawn, cameras = held(run), paths.motion("orbit", 4, 30, 0.9, 0.0)
+    wanted, seen = [np.asarray(x) for x in drawn(cameras)], []
+    views = drawn(cameras, watch=lambda first, t, z_0: seen.append((first, len(z_0))))
+    next(views)
+    assert seen == 6 * [(0, 2)]
+    views.close()
+
+    def give_up(first, t, z_0):
+        raise InterruptedError
+    with pytest.raises(InterruptedError):
+        list(drawn(cameras, watch=give_up))
+    assert np.array_equal(wanted, [np.asarray(x) for x in drawn(cameras)])
 
 
 # ---- photos
@@ -590,6 +684,65 @@ def test_a_photo_is_turned_as_its_exif_says(tmp_path):
     exif[0x0112] = 6                        # the camera was held so that the top is on the right
     upright.rotate(90, expand=True).save(file, exif=exif)
     assert np.array_equal(np.asarray(photos.read(file)), np.asarray(upright))
+
+
+def png_header(width, height):
+    """A PNG file of a few bytes that says how large it is."""
+    def chunk(kind, data):
+        return (len(data).to_bytes(4, "big") + kind + data
+                + zlib.crc32(kind + data).to_bytes(4, "big"))
+    size = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size + bytes([8, 0, 0, 0, 0]))
+            + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+
+
+def test_a_large_photo_is_reduced_without_a_warning_and_a_larger_one_refused(tmp_path, recwarn):
+    """Of 90 megapixels Pillow warns of an attack; a crop of it keeps all its pixels."""
+    file, side = tmp_path / "large.png", 9500
+    large = Image.new("L", (side, side), 200)
+    large.paste(0, (0, 0, 100, side))
+    large.save(file, compress_level=1)
+    found = photos.read(file)
+    assert found.size == (3167, 3167) and found.mode == "RGB"
+    assert found.getpixel((31, 0)) == (0, 0, 0) and found.getpixel((35, 0)) == (200, 200, 200)
+    crop = photos.read(file, "90,5,20")
+    assert crop.size == (20, 20) and crop.getpixel((9, 0)) == (0, 0, 0)
+    assert crop.getpixel((10, 0)) == (200, 200, 200)
+    assert not recwarn.list
+    for source in (file, png_header(20000, 10000)):
+        if source is file:
+            file.write_bytes(png_header(20000, 10000))
+        with pytest.raises(ValueError, match="more than 178 megapixels: make it smaller first"):
+            photos.read(source)
+
+
+def test_what_is_no_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", tmp_path, "/dev/zero"):
+        with pytest.raises(ValueError, match="a folder, a pipe or a device"):
+            photos.read(path)
+
+
+def test_bytes_are_read_as_a_file_of_them_is(tmp_path):
+    file, exif = tmp_path / "photo.jpg", Image.Exif()
+    exif[0x0112] = 6
+    gradient(40, 30).save(file, exif=exif)
+    wanted = np.asarray(photos.read(file, "2,5,20"))
+    assert np.array_equal(np.asarray(photos.read(file.read_bytes(), "2,5,20")), wanted)
+    assert photos.from_file(file.read_bytes(), 16).picture.size == (16, 16)
+    with pytest.raises(ValueError, match="at most 67,108,864"):
+        photos.read(bytes(photos.MOST_BYTES + 1))
+    with pytest.raises(ValueError, match="the picture is not an image"):
+        photos.read(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+
+
+def test_floats_that_are_not_finite_are_told_and_spoil_nothing(tmp_path, capsys):
+    values = np.full((8, 8), 0.4, np.float32)
+    values[0, :3] = np.inf, np.nan, -np.inf
+    Image.fromarray(values).save(tmp_path / "photo.tiff")
+    found = np.asarray(photos.read(tmp_path / "photo.tiff"))[..., 0]
+    assert "3 pixels are not finite" in capsys.readouterr().out
+    assert found[0, :4].tolist() == [255, 0, 0, 102] and (found[1:] == 102).all()
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "1", "L", "CMYK", "I;16", "F", "F255", "RGB"])
@@ -708,8 +861,10 @@ def test_the_elevation_of_a_level_scene_is_read_from_its_cameras():
 def test_depth_network_gives_the_scale_by_the_middle_of_the_picture(monkeypatch):
     disparity = torch.full((1, 256, 256), 0.25)
     disparity[:, 85:-85, 85:-85] = 0.1      # ten away in the middle, four around it
-    monkeypatch.setattr(photos.depth, "load", lambda weights: lambda image: disparity)
-    assert photos.scale_of(gradient(64, 64), "weights.pt") == pytest.approx(0.4)
+    monkeypatch.setattr(photos.networks, "load_depth", lambda weights: lambda image: disparity)
+    with pytest.raises(FileNotFoundError, match="nowhere.pt"):
+        photos.scale_of(gradient(64, 64), "nowhere.pt")
+    assert photos.scale_of(gradient(64, 64), __file__) == pytest.approx(0.4)
 
 
 # ---- pictures
@@ -719,6 +874,20 @@ def test_images_and_tensors_are_each_others_inverse():
     x = pictures.tensor(picture)
     assert x.shape == (1, 3, 20, 20) and x.min() == -1 and x.max() <= 1
     assert np.array_equal(np.asarray(pictures.image(x[0])), np.asarray(picture))
+
+
+def test_a_film_is_large_sharp_there_and_back_and_lasts_two_seconds(tmp_path):
+    views = [gradient(20, 20), Image.new("RGB", (20, 20)), Image.new("RGB", (20, 20), "white")]
+    pictures.film(views, False, tmp_path / "pan")
+    film = Image.open(tmp_path / "pan.gif")
+    assert film.size == (260, 260) and film.n_frames == 4
+    lengths = []
+    for number in range(4):
+        film.seek(number)
+        lengths.append(film.info["duration"])
+    assert 2000 <= sum(lengths) < 2100
+    enlarged = np.asarray(pictures.enlarged(views[0], 256))
+    assert np.array_equal(enlarged, np.asarray(views[0]).repeat(13, 0).repeat(13, 1))
 
 
 def test_a_sheet_holds_every_picture_in_its_place():
@@ -733,7 +902,7 @@ def test_a_sheet_holds_every_picture_in_its_place():
 
 def test_the_map_shows_the_photo_below_its_target_and_truck_to_the_right():
     truck = pictures.path_picture(paths.motion("truck", 5, 1.0, 0.8, 30.0), 300)
-    pixels = np.asarray(truck)[pictures.LABEL:, :300].astype(int)
+    pixels = np.asarray(truck)[pictures.LABEL:, :300][:300].astype(int)
     photo = np.argwhere((abs(pixels - pictures.RED) < 9).all(-1)).mean(0)
     last = np.argwhere((abs(pixels - pictures.LAST) < 9).all(-1)).mean(0)
     target = np.argwhere((pixels == pictures.BLACK).all(-1)).mean(0)

@@ -1,14 +1,12 @@
-"""fused.py: the network with sums left to norms is model.UNet's, by PyTorch and by the kernels.
+"""engine/unet.py: the network whose norms add up the sums is model.UNet, by PyTorch and by kernels.
 Without a GPU these run in Triton's interpreter (conftest.py); without Triton they are skipped."""
 
 import pytest
 import torch
 
-from engine import unet as fused
-from engine import geglu
 import model
-from engine import kernels
-from engine import norm
+from engine import kernels, norm
+from engine import unet as fused
 
 needs_triton = pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -84,30 +82,24 @@ def fuse(unet, t, context):
 def test_the_network_is_the_plain_one(channels_last, by_kernels, monkeypatch):
     unet, x, context = networks(channels_last)
     t = torch.tensor([500], device=DEVICE)
-    monkeypatch.setattr(kernels, "enabled", False)
     wanted = unet(x, t.expand(len(x)), context)
-    used = []
-    if by_kernels:
-        def add_norm(layer, x, h=None, bias=None, skip=None, shift=None):
-            if h is None and bias is None and skip is None:
-                return x, layer(x)
-            used.append((h is not None, bias is not None, skip is not None))
-            return norm.kernel_add_norm(x, h, bias, skip, shift, layer.weight, layer.bias,
-                                        layer.num_groups, layer.eps, layer.silu)
+    used, kernel = [], norm.kernel_sum_norm
 
-        monkeypatch.setattr(norm, "add_norm", add_norm)
-        monkeypatch.setattr(fused, "layer_norm", lambda layer, x, h=None, row=None, s=None:
-                            fused.kernel_layer_norm(x, h, row, s, layer.weight, layer.bias,
-                                                    layer.eps))
-        monkeypatch.setattr(fused, "geglu_into", geglu.kernel_into)
+    def sum_norm(x, h, bias, skip, *rest):
+        used.append((h is not None, bias is not None, skip is not None))
+        return kernel(x, h, bias, skip, *rest)
+
+    monkeypatch.setattr(norm, "kernel_sum_norm", sum_norm)
+    monkeypatch.setattr(kernels, "usable", lambda file, x, types=kernels.TYPES: by_kernels
+                        and x.dtype in types)
     found = fuse(unet, t, context)(x, None, None)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4 * wanted.abs().max().item())
     # sums of two grids, of one with the bias that its conv has left, each alone or joined
     assert not by_kernels or set(used) == {(True, True, False), (False, True, False),
                                            (False, True, True), (False, False, True),
                                            (True, True, True)}
-    few = fuse(unet, t, context)(x[2:], None, None)         # the last rows of the tables
-    torch.testing.assert_close(few, wanted[2:], rtol=0, atol=1e-4 * wanted.abs().max().item())
+    last = fuse(unet, t, context)(x[2:], None, None)        # the last rows of the tables
+    torch.testing.assert_close(last, wanted[2:], rtol=0, atol=1e-4 * wanted.abs().max().item())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="bf16 is what GPUs sample in")
@@ -133,5 +125,5 @@ def test_torch_library_finds_nothing_wrong_with_the_operators():
                   for c in (16, 16, 8))
     bias, weight, beta = (torch.randn(c, device=DEVICE) for c in (16, 24, 24))
     for given in ((x, h, bias, skip), (x, None, None, skip)):
-        torch.library.opcheck(norm.kernel_add_norm, (*given, None, weight, beta, 8, 1e-5, True),
+        torch.library.opcheck(norm.kernel_sum_norm, (*given, None, weight, beta, 8, 1e-5, True),
                               test_utils=checks)

@@ -1,20 +1,20 @@
-"""fast.py: what it computes beforehand changes no number, for any sampler, batch or view."""
+"""engine.Sampler: what it computes beforehand changes no number, for any sampler, batch or view."""
 
 import golden
 import pytest
 import torch
 from test_sample import golden_model
 
-import model
 import diffusion
-from engine.sampling import Fast
+import engine
+import model
 
 
 @pytest.fixture(scope="module")
 def networks():
-    """(a small whole model, the same made fast)."""
+    """(a small whole model, an engine.Sampler of the same)."""
     about, _ = golden.case("sample_zero123")
-    return golden_model(about), Fast(golden_model(about))
+    return golden_model(about), engine.Sampler(golden_model(about))
 
 
 def conditions(name, views):
@@ -75,6 +75,11 @@ def test_step_noise_is_that_of_its_step_and_view_in_any_order():
         assert torch.equal(noise(k), expected)
 
 
+def test_a_sampler_of_the_unfused_network_makes_the_same_views(networks):
+    about, _ = golden.case("sample_zero123")
+    assert_same_views((networks[0], engine.Sampler(golden_model(about), fuse=False)), "view", 2)
+
+
 def test_modules_that_are_not_evaluated_are_not_asked_again(networks):
     """A step runs neither cross-attention nor the timestep's projections."""
     _, fast = networks
@@ -84,7 +89,7 @@ def test_modules_that_are_not_evaluated_are_not_asked_again(networks):
     follow = fast.guided(z_cond, fast.net.context(embedding, T), 3.0, (0, 1000), [9, 5])
     asked = []
     handles = [module.register_forward_hook(lambda *_: asked.append(1))
-               for module in [fast.unet.time_embed, *(m.block.emb_layers for m in fast.by_time)]]
+               for module in [fast.unet.time_embed, *(m.emb_layers for m in fast.by_time)]]
     with torch.no_grad():
         follow(torch.zeros(1, 4, 4, 4), 5)
     for handle in handles:
@@ -95,7 +100,7 @@ def test_modules_that_are_not_evaluated_are_not_asked_again(networks):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are CUDA's")
 def test_graphs_replay_the_views_of_the_plain_network():
     about, _ = golden.case("sample_zero123")
-    plain, fast = golden_model(about).cuda(), Fast(golden_model(about).cuda())
+    plain, fast = golden_model(about).cuda(), engine.Sampler(golden_model(about).cuda())
     for name, views, guidance in (("view", 2, 3.0), ("other", 2, 5.0), ("view", 3, 1.0)):
         given = *(x.cuda() for x in conditions(name, views)), list(range(views))
         options = {"steps": 4, "eta": 0.5, "guidance": guidance}

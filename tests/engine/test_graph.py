@@ -1,4 +1,4 @@
-"""graph.py: passes that are replayed train as passes that are run."""
+"""engine/graph.py: passes that are replayed train as passes that are run."""
 
 import types
 
@@ -8,6 +8,7 @@ import torch
 from test_train import assert_same_state, logged, run, shards, tiny  # noqa: F401
 
 import configs
+import engine
 from engine import graph
 from runtime.ranks import ALONE
 
@@ -16,7 +17,7 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
 
 def stand_in(parameters):
-    """graph.record without a GPU: a replay runs the function, and writes what it gives where the
+    """graph.capture_graph without a GPU: a replay runs the function, and writes what it gives where the
     first result and the first gradients lie."""
     def record(function):
         result = function()
@@ -33,7 +34,7 @@ def stand_in(parameters):
 def test_gradients_are_written_where_there_are_none_and_added_to_where_there_are(monkeypatch):
     net = torch.nn.Linear(3, 2)
     parameters = list(net.parameters())
-    monkeypatch.setattr(graph, "record", stand_in(parameters))
+    monkeypatch.setattr(graph, "capture_graph", stand_in(parameters))
 
     def passes(x, scale):
         losses = scale * net(x).pow(2).mean(1)
@@ -62,31 +63,31 @@ def test_gradients_are_written_where_there_are_none_and_added_to_where_there_are
 def test_a_run_that_replays_is_the_run_that_does_not(shards, tmp_path, micro_batch,  # noqa: F811
                                                      monkeypatch):
     run(tiny(shards, tmp_path / "plain", micro_batch=micro_batch))
-    monkeypatch.setattr(graph, "possible", lambda config, ranks, device: config.graph)
+    monkeypatch.setattr(engine, "can_capture", lambda config, ranks, device: config.graph)
     # what the loop hands over as parameters is what the stand-in writes to
-    monkeypatch.setattr(graph.Recorded, "begin", begin_with_stand_in(graph.Recorded.begin))
+    monkeypatch.setattr(graph.Recorded, "capture", with_stand_in(graph.Recorded.capture))
     run(tiny(shards, tmp_path / "replayed", micro_batch=micro_batch, graph=True))
     assert logged(tmp_path / "plain") == logged(tmp_path / "replayed")
     assert_same_state(tmp_path / "plain", tmp_path / "replayed", 6)
 
 
-def begin_with_stand_in(begin):
+def with_stand_in(capture):
     def changed(self, tensors):
-        original, graph.record = graph.record, stand_in(self.parameters)
+        original, graph.capture_graph = graph.capture_graph, stand_in(self.parameters)
         try:
-            begin(self, tensors)
+            capture(self, tensors)
         finally:
-            graph.record = original
+            graph.capture_graph = original
     return changed
 
 
 def test_passes_are_recorded_on_one_gpu_where_it_is_asked_for():
     asked, not_asked = types.SimpleNamespace(graph=True), types.SimpleNamespace(graph=False)
     two = types.SimpleNamespace(world=2)
-    assert graph.possible(asked, ALONE, CUDA)
-    assert not graph.possible(asked, ALONE, CPU)
-    assert not graph.possible(asked, two, CUDA)
-    assert not graph.possible(not_asked, ALONE, CUDA)
+    assert engine.can_capture(asked, ALONE, CUDA)
+    assert not engine.can_capture(asked, ALONE, CPU)
+    assert not engine.can_capture(asked, two, CUDA)
+    assert not engine.can_capture(not_asked, ALONE, CUDA)
     assert not configs.Config.graph
 
 

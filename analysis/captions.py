@@ -1,0 +1,212 @@
+"""Captions: which of a few texts does CLIP see in a photo. It checks weights by eye.
+
+    python -m analysis.captions chair.jpg --text "a chair" "a dog" --weights ViT-L-14.pt
+
+zero123 checkpoints hold the image tower and a few parameters of the text side, but not the text
+transformer: `--weights zero123-xl.ckpt ViT-L-14.pt` takes from the second what the first lacks.
+
+b batch, n tokens, c channels of the text tower, d width of the embedding.
+"""
+
+from runtime import command
+
+VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"      # its first lines after the header are the merges
+
+
+def parser():
+    """The command line."""
+    p = command.Parser("python -m analysis.captions",
+                       description="Which of the texts does CLIP see in the image?")
+    p.add_argument("image", help="an image file")
+    p.add_argument("--text", nargs="+", required=True, help="what may be in it")
+    p.add_argument("--weights", nargs="+", required=True,
+                   help="OpenAI's ViT-L-14.pt; or a zero123 checkpoint, then OpenAI's")
+    p.add_argument("--vocabulary", help=f"{VOCABULARY}; found in open_clip or clip by itself")
+    return p
+
+
+ARGS = parser().parse_args() if __name__ == "__main__" else None
+
+import gzip                                      # noqa: E402, the command line is parsed first
+import html                                      # noqa: E402
+import sys                                       # noqa: E402
+import zlib                                      # noqa: E402
+from pathlib import Path                         # noqa: E402
+
+import ftfy                                      # noqa: E402
+import regex                                     # noqa: E402
+import torch                                     # noqa: E402
+import torch.nn.functional as F                  # noqa: E402
+
+import clip                                      # noqa: E402
+from runtime.networks import load_clip           # noqa: E402
+from views import photos, pictures               # noqa: E402
+
+MERGES = 48894                                   # of them; the vocabulary is 2 * 256 + MERGES + 2
+START, END = "<|startoftext|>", "<|endoftext|>"
+WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+CROP = 256                                       # pixels: what the model is conditioned on
+
+
+class CLIP(clip.CLIP):
+    """Image tower and text tower. The defaults are ViT-L/14."""
+    LEFT_OUT = ()
+
+    def __init__(self, transformer_width=768, transformer_heads=12, transformer_layers=12,
+                 **of_image_tower):
+        super().__init__(transformer_width=transformer_width, **of_image_tower)
+        self.transformer = clip.Transformer(transformer_width, transformer_layers,
+                                            transformer_heads, causal=True)
+
+    def forward(self, image, tokens):
+        """Cosine similarities times exp(logit_scale): (images, texts) and its transpose.
+
+        image: (b, 3, h, w) in [-1, 1]; tokens: (texts, context_length) of `Tokenizer.tokenize`.
+        """
+        text = F.normalize(self.encode_text(tokens), dim=-1)
+        image = F.normalize(self.encode_image(image), dim=-1)
+        logits = self.logit_scale.exp() * image @ text.T
+        return logits, logits.T
+
+    def encode_text(self, tokens):
+        """Token numbers to the embedding of the text, not normalised. (b, n) -> (b, d)."""
+        x = self.token_embedding(tokens) + self.positional_embedding          # (b, n, c)
+        x = self.ln_final(self.transformer(x))
+        # the end-of-text token has the largest number of all, so argmax finds it
+        x = x[torch.arange(len(x), device=x.device), tokens.argmax(dim=-1)]   # (b, c)
+        return x @ self.text_projection
+
+    @classmethod
+    def sizes_of(cls, state):
+        """The constructor's arguments, read off the shapes of a CLIP's tensors (name -> tensor)."""
+        sizes, layers = super().sizes_of(state), clip.layers_of(state, "transformer.")
+        if not layers:
+            raise ValueError("this CLIP has no text transformer: zero123 checkpoints leave it out; "
+                             "texts need OpenAI's whole ViT-L-14.pt")
+        return sizes | dict(transformer_heads=sizes["transformer_width"] // clip.HEAD_WIDTH,
+                            transformer_layers=layers)
+
+
+class Tokenizer:
+    """CLIP's byte-pair encoding, of lower-cased text. `path` is the vocabulary file.
+
+    Words are cut into bytes, each byte written as one printable character, the last with "</w>"
+    behind it; then neighbours are merged, always the pair that comes first in the vocabulary file.
+    """
+    def __init__(self, path):
+        self.fix, self.words = ftfy.fix_text, regex.compile(WORD, regex.IGNORECASE)
+        merges = read_merges(path)
+        self.byte_characters = byte_characters()
+        # the vocabulary lists the bytes that print as themselves before the others
+        characters = sorted(self.byte_characters.values())
+        self.vocabulary = (characters + [c + "</w>" for c in characters]
+                           + ["".join(pair) for pair in merges] + [START, END])
+        self.ids = {token: i for i, token in enumerate(self.vocabulary)}
+        self.ranks = {pair: rank for rank, pair in enumerate(merges)}
+        self.words_seen = {START: [self.ids[START]], END: [self.ids[END]]}  # word -> token numbers
+
+    def tokenize(self, texts, context_length=77, truncate=False):
+        """Texts to token numbers, zeros behind the end-of-text token: (b, context_length) int64.
+
+        A text that does not fit is a ValueError, or with `truncate` is cut short.
+        """
+        rows = torch.zeros(len(texts), context_length, dtype=torch.int64)
+        for row, text in zip(rows, texts):
+            ids = [self.ids[START], *self.encode(text), self.ids[END]]
+            if len(ids) > context_length and not truncate:
+                raise ValueError(f"text {text[:40]!r}: {len(ids) - 2} tokens, "
+                                 f"at most {context_length - 2} fit")
+            ids[context_length - 1:] = ids[context_length - 1:][-1:]     # when cut, END stays last
+            row[:len(ids)] = torch.tensor(ids)
+        return rows
+
+    def encode(self, text):
+        """The token numbers of a text, without start and end."""
+        text = html.unescape(html.unescape(self.fix(text)))
+        text = " ".join(text.split()).lower()
+        return [i for word in self.words.findall(text) for i in self.encode_word(word)]
+
+    def decode(self, ids):
+        """The text of token numbers, a space behind every word."""
+        codes = {character: byte for byte, character in self.byte_characters.items()}
+        text = bytes(codes[c] for i in ids for c in self.vocabulary[i])
+        return text.decode("utf-8", errors="replace").replace("</w>", " ")
+
+    def encode_word(self, word):
+        """The token numbers of one word, merged as the vocabulary says."""
+        if word not in self.words_seen:
+            parts = [self.byte_characters[byte] for byte in word.encode("utf-8")]
+            parts[-1] += "</w>"
+            while len(parts) > 1:
+                pair = min(zip(parts, parts[1:]), key=lambda pair: self.ranks.get(pair, MERGES))
+                if pair not in self.ranks:
+                    break
+                parts = merge(parts, pair)
+            self.words_seen[word] = [self.ids[part] for part in parts]
+        return self.words_seen[word]
+
+
+def merge(parts, pair):
+    """`parts` with every occurrence of `pair`, from the left, joined into one."""
+    merged = []
+    for part in parts:
+        # a joined pair is longer than its first half, so it is not joined again
+        if merged and (merged[-1], part) == pair:
+            merged[-1] += part
+        else:
+            merged.append(part)
+    return merged
+
+
+def byte_characters():
+    """A printable character for each byte: its own where it has one, else one from 256 upwards."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
+                 *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
+def read_merges(path):
+    """The pairs of the vocabulary file, the one to merge first at the front."""
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            lines = file.read().split("\n")
+    except (gzip.BadGzipFile, EOFError, zlib.error, UnicodeDecodeError) as err:
+        raise ValueError(f"{path}: not {VOCABULARY}: {err}") from err
+    merges = [tuple(line.split()) for line in lines[1:MERGES + 1]]
+    if len(merges) < MERGES or any(len(pair) != 2 for pair in merges):
+        raise ValueError(f"{path}: not {VOCABULARY}: found {len(merges)} lines, not {MERGES} pairs")
+    return merges
+
+
+def find_vocabulary(beside="."):
+    """Path of the vocabulary file: in the folder `beside`, or in an installed open_clip or clip.
+
+    It looks for the packages' folders and imports nothing: OpenAI's package has this file's name.
+    """
+    folders = [Path(beside), *(Path(entry) / package for entry in sys.path
+                               for package in ("open_clip", "clip"))]
+    for folder in folders:
+        if (folder / VOCABULARY).is_file():
+            return folder / VOCABULARY
+    raise FileNotFoundError(f"{VOCABULARY} is neither in {Path(beside)} nor in an installed "
+                            "open_clip or clip; try: pip install --no-deps open_clip_torch")
+
+
+def read_image(path):
+    """An image file's central square as the model sees it: (1, 3, 256, 256) in [-1, 1]."""
+    return pictures.tensor(photos.read(path).resize((CROP, CROP), photos.Image.Resampling.BICUBIC))
+
+
+def main(args):
+    """Prints how sure CLIP is of every text. Raises ValueError or OSError with one line."""
+    tokens = Tokenizer(args.vocabulary or find_vocabulary()).tokenize(args.text)
+    image = read_image(args.image)
+    with torch.inference_mode():
+        logits, _ = load_clip(args.weights, CLIP)(image, tokens)
+    for probability, text in zip(logits[0].softmax(dim=0).tolist(), args.text):
+        print(f"{probability:6.1%}  {text}")
+
+
+if __name__ == "__main__":
+    command.run("analysis.captions", main, ARGS)
