@@ -22,7 +22,6 @@ HELPS = {"co3d": "CO3D v2, as downloaded",
          "photos": "your own photos or videos: their cameras are found, which needs pycolmap",
          "colmap": "your own captures: COLMAP models with their images",
          "nerfstudio": "your own captures: folders with a transforms.json"}
-IMAGE_FORMATS = "png", "jpg", "webp"
 MOST_TURN = 45                  # degrees
 SMALLEST = 8                    # pixels a side
 
@@ -60,8 +59,13 @@ def add_synth(add):
         "gaze, and none turns on the spot")
     add("--seed", type=count(0), default=0, help="scenes are a function of it and their number")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to render")
-    add("--image-format", choices=IMAGE_FORMATS, default="png", help="of the colour images")
     add("--scenes-per-shard", type=count(1), default=100, help="scenes in a shard, at most")
+    add_images(add)
+
+
+def add_images(add):
+    """The options of all that writes raw shards."""
+    add("--image-format", choices=("png", "jpg", "webp"), default="png", help="of colour images")
     add("--workers", type=count(0), default=0, help="processes; 0: one a core, on a GPU at most 6")
     add("--overwrite", action="store_true", help="replace shards made with other arguments")
 
@@ -96,12 +100,9 @@ def add_capture(sub, name):
     add("--held-out", type=count(-1), default=-1,
         help="scenes kept from training; -1: 5%% of them, at most 100, none of a single one")
     add("--seed", type=count(0), default=0, help="decides which scenes are held out or chosen")
-    add("--image-format", choices=IMAGE_FORMATS, default="png", help="of the colour images")
-    add("--shard-size", type=numbers_of(float, 0, above=True), default=1.0,
-        help="of a shard, about, in GB")
-    add("--workers", type=count(0), default=0, help="processes; 0: one a core")
+    add("--shard-size", type=numbers_of(float, 0, above=True), default=1.0, help="about, in GB")
     add("--dry-run", action="store_true", help="say what would be made, and stop")
-    add("--overwrite", action="store_true", help="replace shards made with other arguments")
+    add_images(add)
 
 
 def add_encode(add):
@@ -143,7 +144,7 @@ def parser():
 def main(argv=None):
     """Runs a sub-command; bad input ends with one line and exit code 2, an interrupt with 130."""
     args = parser().parse_args(argv)
-    if args.command == "synth":
+    if args.command == "synth":         # imported here, so that --help pays for none of it
         from captures.synth import run as make
     elif args.command == "encode":
         from captures.encode import run as make

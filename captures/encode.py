@@ -234,7 +234,8 @@ class Encoder:
             return line
         rate = (self.seen - views) / (now - began)
         waiting = (self.waited - waited) / (now - began)
-        line += f", {rate:.1f} after the first {views}; {waiting:.0%} of that time waiting for images"
+        line += (f", {rate:.1f} after the first {views}; {waiting:.0%} of that time waiting for "
+                 "images")
         return line + (f", {rate * seconds_a_view:.0%} of the rate of a large product"
                        if seconds_a_view else "")
 

@@ -254,12 +254,12 @@ def text_images(path):
     """Yields the same from images.txt."""
     for line, points in text_pairs(path):
         try:
-            _, *pose, camera, name = line.split(maxsplit=9)
+            _, qw, qx, qy, qz, tx, ty, tz, camera, name = line.split(maxsplit=9)
             x, y, point = np.array(points.split(), float).reshape(-1, 3).T
             seen = np.empty(len(x), OBSERVATION)
             seen["x"], seen["y"] = x, y
             seen["point"] = np.where(abs(point) < 2**53, point, -1)
-            yield name, [*map(float, pose)], int(camera), seen
+            yield name, [*map(float, (qw, qx, qy, qz, tx, ty, tz))], int(camera), seen
         except ValueError as err:
             raise ValueError(f"{path}: {line[:40]!r} is no image with its points; COLMAP's text "
                              f"has two lines an image, of 10 words and of three a point ({err})"

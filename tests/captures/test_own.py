@@ -183,6 +183,13 @@ def test_colmap_text_is_read_alike_by_prepare_and_path(change, tmp_path):
     assert path.cond_fov == pytest.approx(2 * math.atan(H / 2 / 130))
 
 
+@pytest.mark.parametrize("line", ["1 2 3", "1 1 0 0 0 0 0 0 1", "1 1 0 0 0 0 x 0 1 a.png"])
+def test_a_line_that_is_no_image_is_an_error_with_the_line(line, tmp_path):
+    (tmp_path / "images.txt").write_text(line + "\n\n")
+    with pytest.raises(ValueError, match=f"'{line}' is no image with its points"):
+        paths.read(tmp_path / "images.txt", 1.0)
+
+
 def test_a_scene_of_which_nothing_is_left_stops_no_other_and_no_rerun(tmp_path, capsys):
     for name in "abc":
         capture(tmp_path / name, PINHOLE)
