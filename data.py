@@ -136,7 +136,7 @@ class Pairs(Dataset):
         pairs = [self.read_pair(k) for k in numbers]
         batch = {name: [pair[name] for pair in pairs] for name in pairs[0]}
         lists = {name: batch.pop(name) for name in ("uid", "damage")}
-        batch = {name: np.stack(values) for name, values in batch.items()}
+        batch = {name: np.array(values) for name, values in batch.items()}
         for name in ("cond_c2w", "target_c2w"):
             batch[name] = whole_matrices(batch[name])
         for name in batch.keys() & {"image_cond", "image_target"}:
@@ -152,7 +152,9 @@ class Pairs(Dataset):
             source, *place = self.draw(k, attempt)
             reader = self.readers[source]
             try:
-                return {**reader.pair(self.mode, *place), "damage": "\n".join(damage)}
+                pair = reader.pair(self.mode, *place)
+                pair["damage"] = "\n".join(damage)
+                return pair
             except Damaged as err:
                 damage.append(f"{reader.name}\t{err.reason}\t{' '.join(str(err).split())}")
         found = sorted({line.split("\t")[2] for line in damage})

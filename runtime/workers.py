@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 DEAD_WORKER = "a loader process was killed, for want of memory or by somebody"
-ORPHANED = 2.0                      # seconds after which a process looks whether its parent is there
+ORPHANED = 2.0                      # seconds after which a process looks for its parent
 SMALL = 1 << 17                     # bytes up to which a tensor is sent between processes as bytes
 
 

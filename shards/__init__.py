@@ -1,10 +1,8 @@
-"""Data at rest: where shards lie, what is in them, how they are written.
+"""Data at rest: where shards lie and what is in them.
 
-files.py      files, web addresses and commands, read by offset
+files.py      files and web addresses, read by offset
+streams.py    from patterns to files; copies of what commands and standard input give
 tar.py        the members of an archive
-index.py      what is known of a shard: members and cameras
+index.py      the index of a shard: members and cameras
 scenes.py     the scenes of a source: images, depths, latents
-inspector.py  shards summed up, drawn and verified
-writer.py     raw scenes written
-encode.py     raw shards to encoded ones
 """

@@ -20,7 +20,7 @@ PATIENCE = 300.0                    # seconds without an answer after which a we
 WEB_TIMEOUT = 10.0                  # seconds that a reply may stall; later attempts may wait longer
 WEB_SLOWEST = 10_000                # bytes a second below which a reply counts as stalled
 WEB_QUIET = 3.0                     # seconds that an outage may last before it is said
-WEB_PAUSE, WEB_LONGEST_PAUSE = 0.5, 5.0         # seconds between attempts: doubled, up to the second
+WEB_PAUSE, WEB_LONGEST_PAUSE = 0.5, 5.0         # seconds between attempts, doubled each time
 WEB_TRANSIENT = {408, 425, 429, 500, 502, 503, 504}     # HTTP statuses worth another attempt
 WEB_REMINDER = 60.0                 # seconds between lines about an outage
 

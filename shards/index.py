@@ -150,8 +150,8 @@ class Index:
         """One pass over the shard. What cannot be used goes to `problems`."""
         problems = Counter()
         found = list(self.found(Window(self.file), problems))
-        self.scenes = [name for name, _ in found]
-        self.problems = [[*problem, count] for problem, count in problems.items()]
+        self.scenes = [printable(name) for name, _ in found]
+        self.problems = [[*map(printable, problem), count] for problem, count in problems.items()]
         self.starts = np.cumsum([0, *(len(scene["c2w"]) for _, scene in found)], dtype=np.int64)
         for name, (rows, dtype, *shape) in self.arrays.items():
             parts = [scene[name] if rows == "views" else [scene[name]] for _, scene in found]
@@ -231,6 +231,11 @@ class Index:
         if len(data) != size:
             raise Damaged(where, "the shard is shorter than its index")
         return data
+
+
+def printable(text):
+    """A name without line breaks and bytes that are no text, which would break a line of a log."""
+    return "".join(char if char.isprintable() else "?" for char in text)
 
 
 class RawIndex(Index):

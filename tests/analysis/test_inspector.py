@@ -178,3 +178,51 @@ def test_the_command_line_ends_in_one_line_and_a_status(tmp_path):
                           text=True)
     assert done.returncode == 2 and done.stderr.startswith("data.py: no shards at ")
     assert done.stderr.count("\n") == 1
+
+
+# ---- cameras of captures, whose depth is sparse or unknown
+
+MIRROR = np.diag([-1.0, 1.0, 1.0, 1.0])
+CHANGES = {"OpenCV": lambda c2w: c2w @ np.diag([1.0, -1.0, -1.0, 1.0]), "inverse": np.linalg.inv,
+           "mirrored": lambda c2w: MIRROR @ c2w @ MIRROR}
+
+
+@pytest.fixture(scope="module", params=["sparse", "none"])
+def captures(request, tmp_path_factory):
+    """A capture of 20 photos, as scenes of 20 views, with 60 depths a view or without any."""
+    folder = tmp_path_factory.mktemp("captures")
+    prepare.main(["synth", "--out", str(folder), "--scenes", "4", "--held-out", "2", "--size",
+                  "64", "--views", "20", "--workers", "1", "--device", "cpu"])
+    rng = np.random.default_rng(0)
+
+    def thin(name, content):
+        if not name.endswith("_depth.png"):
+            return content
+        depth = np.asarray(Image.open(io.BytesIO(content))).view(np.float16).copy()
+        keep = np.zeros(depth.shape, bool)
+        if request.param == "sparse":
+            keep.flat[rng.choice(depth.size, 60, replace=False)] = True
+        return depth_png(np.where(keep, depth, 0))
+    return rewritten(path_of(folder, "re10k"), folder / "thin.tar", thin)
+
+
+def test_wrong_conventions_of_captures_are_found_and_right_ones_are_not_accused(captures, tmp_path):
+    for name, change in {"right": lambda c2w: c2w, **CHANGES}.items():
+        path = rewritten(captures, tmp_path / f"{name}.tar", with_camera(change))
+        source = inspector.of_files("a", "re10k", [files.LocalFile(path)], 64, keep=False)
+        for scene in range(2):
+            means, = inspector.matched(source, scene)
+            best = max(means, key=means.get)
+            accused = means[best] > means["as they are"] + inspector.BETTER
+            assert accused == (name != "right"), (name, scene, means)
+
+
+def test_what_was_not_checked_says_so(captures, tmp_path, capsys):
+    assert inspector.main(["verify", str(captures), "--workers", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "patches of 2 scenes are found where the cameras say" in said and "NOT" not in said
+    write_tar(tmp_path / "a.tar", {"a/b.safetensors": encode.member(**encoded_scene(0))})
+    assert inspector.main(["verify", str(tmp_path / "a.tar"), "--workers", "1"]) == 0
+    told = capsys.readouterr()
+    assert "a.tar: cameras NOT checked" in told.out + told.err
+    assert "0 problems, cameras of 1 NOT checked" in told.out

@@ -241,6 +241,13 @@ def test_a_bad_scene_is_skipped_and_the_others_are_delivered(golden_shards, shar
     assert seen == ({*names} if partly else {names[0], names[2]})
 
 
+def test_names_that_are_no_text_are_said_in_one_line_that_can_be_printed(tmp_path):
+    write_tar(tmp_path / "a.tar", {"\udc89PNG\r\n": b"1"})
+    with pytest.raises(ValueError, match=r"a.tar: \?PNG\?\?: member of another name") as caught:
+        read_source(tmp_path, "a.tar")
+    str(caught.value).encode()
+
+
 def test_a_member_of_another_name_is_ignored_and_counted(golden_shards):
     reader = read_source(golden_shards, "bad_bad_frame_name.tar", side=256)
     assert reader.report["member of another name, ignored"] == 1
