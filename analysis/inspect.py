@@ -4,8 +4,6 @@
 """
 
 import argparse
-import io
-import json
 import math
 import os
 from collections import Counter
@@ -22,13 +20,10 @@ import camera
 from analysis import metrics
 from views import paths
 from views import pictures
-from shards.index import ENCODED_MEMBER, LATENT_SHRINK, MEMBER
+from shards.detect import FORMATS, groups
 from shards.scenes import images, of_files
-from shards.files import Damaged, TarError, Window
-from shards.streams import find_shards
-from shards.tar import tar_members
+from shards.files import Damaged
 
-FORMATS = ("co3d", "re10k", "acid", "encoded")
 VIEWS_SHOWN, SCENES_SHOWN, VIEWS_SAMPLED = 4, 3, 24
 PROBLEMS_SHOWN = 10
 PICTURES = ".png", ".jpg", ".jpeg", ".webp"
@@ -39,53 +34,6 @@ FOLLOWED = 0.75                 # share of pairs that must agree with their came
 DEPTHS_AGREE = 0.5              # share of the surfaces that both see
 MATCHED_PAIRS, MATCHED_SHARE = 4, 6     # of a scene whose depth is not dense, so far apart
 BETTER = 0.02                   # correlation by which another convention is the cameras' own
-
-
-# ---- what kind of shard
-
-def detect(file):
-    """(format, image_size) of a shard, by its first members that can be read. Raises ValueError."""
-    window, side, format, damage = Window(file), None, None, ""
-    try:
-        for name, offset, size in tar_members(window):
-            try:
-                if ENCODED_MEMBER.fullmatch(name):
-                    length = int.from_bytes(window.read(offset, 8), "little")
-                    header = json.loads(window.read(offset + 8, min(length, size)))
-                    return "encoded", header["moments"]["shape"][2] * LATENT_SHRINK
-                match = MEMBER.fullmatch(name)
-                if match and match[3] == "_metadata.json" and not format:
-                    fields = json.loads(window.read(offset, size))
-                    format = "re10k" if "extrinsics" in fields else "co3d"
-                elif match and match[3] != "_depth.png" and not side:
-                    side = min(Image.open(io.BytesIO(window.read(offset, size))).size)
-            except TarError:
-                raise
-            except Exception as err:    # on damaged bytes Pillow raises anything
-                damage = damage or f"; {name}: {str(err) or type(err).__name__}"
-            if side and format:
-                return format, side
-    except TarError as err:
-        raise ValueError(str(err)) from err
-    raise ValueError(f"{file.name}: no scene in it that data.py reads{damage}")
-
-
-def groups(patterns, format, side, unread=None):
-    """{(format, image size): files} of the shards that the patterns name.
-
-    Raises ValueError for one that is none; with a list `unread` it goes there.
-    """
-    found = {}
-    for file in (file for pattern in patterns for file in find_shards("", pattern)):
-        try:
-            kind = (format, side) if format and side else detect(file)
-        except ValueError as err:
-            if unread is None:
-                raise
-            unread.append(str(err))
-            continue
-        found.setdefault((format or kind[0], side or kind[1]), []).append(file)
-    return found
 
 
 # ---- inspect

@@ -16,7 +16,7 @@ from made import depth_png, encoded_scene, rewritten, scene_members, write_tar
 from PIL import Image
 
 import prepare
-from shards import files
+from shards import detect, files
 
 
 @pytest.fixture(scope="module")
@@ -158,18 +158,18 @@ def test_latents_that_are_not_finite_are_problems(tmp_path, capsys):
 
 def test_the_kind_of_a_shard_is_found_out(rendered, tmp_path):
     for format in ("co3d", "re10k"):
-        assert inspector.detect(files.LocalFile(path_of(rendered, format))) == (format, 48)
+        assert detect.detect(files.LocalFile(path_of(rendered, format))) == (format, 48)
     write_tar(tmp_path / "a.tar", {"readme.txt": b"nothing"})
     with pytest.raises(ValueError, match="a.tar: no scene in it that data.py reads"):
-        inspector.detect(files.LocalFile(tmp_path / "a.tar"))
+        detect.detect(files.LocalFile(tmp_path / "a.tar"))
     members = scene_members("a/b")
     members = {name: b"[" if name.endswith("json") else file for name, file in members.items()}
     write_tar(tmp_path / "b.tar", members)
     with pytest.raises(ValueError, match="b.tar: no scene in it that data.py reads; a/b/frame"):
-        inspector.detect(files.LocalFile(tmp_path / "b.tar"))
+        detect.detect(files.LocalFile(tmp_path / "b.tar"))
     write_tar(tmp_path / "c.tar", {"a/b.safetensors": io.BytesIO(b"\xff" * 99).read()})
     with pytest.raises(ValueError, match="c.tar: no scene in it .*; a/b.safetensors: "):
-        inspector.detect(files.LocalFile(tmp_path / "c.tar"))
+        detect.detect(files.LocalFile(tmp_path / "c.tar"))
 
 
 def test_the_command_line_ends_in_one_line_and_a_status(tmp_path):
