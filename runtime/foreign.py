@@ -392,7 +392,7 @@ def parse(path, file, size):
     if start.startswith(b"\x80"):
         return unwrap(read_legacy(file))
     what, way_out = mistaken_for(start, path)
-    raise Malformed(f"{what}; {way_out}" if what else "neither a zip, nor a pickle, nor safetensors")
+    raise Malformed(f"{what}; {way_out}" if what else "neither zip, nor pickle, nor safetensors")
 
 
 def check_bounds(name, entry, size):
