@@ -152,8 +152,7 @@ def load_model(module, path, ema=False, finetune=False):
                     for key, name in wanted.items() if key in entries}
     # departs: missing, unexpected or misshapen weights are an error; the reference prints a list of
     # them and goes on [test_misfit_lists_what_is_wrong_and_leaves_the_module_as_it_was]
-    problem = misfit({key: entry.shape for key, entry in entries.items()},
-                     {key: current[name].shape for key, name in wanted.items()})
+    problem = misfit(entries, {key: current[name] for key, name in wanted.items()})
     if problem:
         raise ValueError(f"{tensors.path} does not fit the model: {problem}"
                          + way_out(tensors, [key for key in wanted if key not in entries], problem))

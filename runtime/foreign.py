@@ -111,15 +111,11 @@ class StateDict(UserDict):
     """
 
     def __init__(self, path, entries, meta=None, others=None):
-        self.path, self.data = Path(path), entries
+        self.path, self.entries, self.data = Path(path), entries, entries
         self.meta, self.others = meta or {}, others or {}
 
-    @property
-    def entries(self):
-        return self.data
-
     def __getitem__(self, name):
-        return self.data[name].read()
+        return self.entries[name].read()
 
     @property
     def step(self):
@@ -129,7 +125,6 @@ class StateDict(UserDict):
 
 
 def stamp(file):
-    """(size, time of change) of an open file."""
     status = os.fstat(file.fileno())
     return status.st_size, status.st_mtime_ns
 
@@ -143,8 +138,7 @@ def nbytes(entry):
 
 @dataclass(slots=True)
 class Inert:
-    """Stands for a class, a function or an object of a file: it has its name or state, and does
-    nothing, whatever a pickle makes of it."""
+    """Stands for what a file names or makes an object of: has its name or state, does nothing."""
     name: str = ""
     state: object = None
 
@@ -155,18 +149,11 @@ class Inert:
 
 
 class Names(dict):
-    """A dict of strings and whole numbers: hashing nested tuples, or numbers of one hash, can be
-    made to take for ever."""
+    """A dict of texts and whole numbers: hashing tuples, or numbers of one hash, may never end."""
 
     def __setitem__(self, key, value):
         if isinstance(key, str) or isinstance(key, int) and abs(key) < LARGEST:
             super().__setitem__(key, value)
-
-
-DICTS = ("collections.OrderedDict", "collections.defaultdict", "builtins.dict", "__builtin__.dict")
-VIEWS = ["torch._utils._rebuild_tensor" + version for version in ("", "_v2", "_v3")]
-PARAMETERS = ["torch._utils._rebuild_parameter" + end for end in ("", "_with_state")]
-SUBCLASS = "torch._tensor._rebuild_from_type_v2"
 
 
 def sizes(*values):
@@ -183,9 +170,9 @@ class Unpickler(pickle._Unpickler):
     for code in (pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.DICT, pickle.PUT,
                  pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER):
         del dispatch[code[0]]
-    for code, like in ((pickle.EMPTY_SET, pickle.EMPTY_LIST), (pickle.ADDITEMS, pickle.APPENDS),
+    for kind, like in ((pickle.EMPTY_SET, pickle.EMPTY_LIST), (pickle.ADDITEMS, pickle.APPENDS),
                        (pickle.FROZENSET, pickle.LIST)):
-        dispatch[code[0]] = dispatch[like[0]]
+        dispatch[kind[0]] = dispatch[like[0]]
 
     def __init__(self, stream, outside):
         super().__init__(stream, encoding="latin-1")
@@ -196,13 +183,13 @@ class Unpickler(pickle._Unpickler):
 
     def construct(self, name, arguments):
         """What calling a function of a file would give if that is a tensor or a dict."""
-        if name in VIEWS:
-            return self.view(*arguments[:7])        # all that a view has
-        if name in PARAMETERS:
+        if name.startswith("torch._utils._rebuild_tensor"):
+            return self.view(*arguments[:7])        # all that its three versions have
+        if name.startswith("torch._utils._rebuild_parameter"):
             return arguments[0]
-        if name == SUBCLASS:
+        if name == "torch._tensor._rebuild_from_type_v2":
             return self.construct(arguments[0].name, arguments[2])
-        return Names() if name in DICTS else Inert()
+        return Names() if name.endswith((".OrderedDict", ".defaultdict", ".dict")) else Inert()
 
     def view(self, storage, first, shape, stride, grad=False, hooks=None, dtype=None):
         """torch._utils._rebuild_tensor, and what its later versions have more."""
@@ -239,10 +226,9 @@ def storage_of(identity):
     """(Storage, key) of the persistent id ("storage", class, key, device, count, ...)."""
     kind, kept, key, _, count, *view = identity
     module, _, name = kept.name.rpartition(".")
-    if kind != "storage" or module not in ("torch", "torch.storage") or name not in STORAGES:
-        raise Malformed("a storage of unknown type")
-    if any(view) or not isinstance(key, str):
-        raise Malformed("a storage that is part of another, as torch 0.x had them")
+    if (kind != "storage" or module not in ("torch", "torch.storage") or name not in STORAGES
+            or any(view) or not isinstance(key, str)):
+        raise Malformed("a storage of unknown type, or a part of one as in files of torch 0.x")
     dtype, (count,) = STORAGES[name], sizes(count)
     return Storage(dtype, *sizes(count * (dtype.itemsize if dtype else 1))), key
 
@@ -371,8 +357,7 @@ def read_file(path):
                 check_bounds(name, entry, size)
                 entry.path, entry.stamp = path, mark
         except Malformed as err:
-            why = str(err)[:200]
-            raise ValueError(f"{path} is no checkpoint that can be read: {why}") from err
+            raise ValueError(f"{path} is no checkpoint that can be read: {str(err)[:200]}") from err
         except Exception as err:        # Python's parsers raise every kind of it
             why = " ".join(str(err).split())[:100] or type(err).__name__
             raise ValueError(f"{path} is truncated or damaged ({size:,} bytes: {why})") from err

@@ -38,20 +38,20 @@ class Run:
     meta: dict
 
     def require(self, weights, averages=(), moments=()):
-        """Raises ValueError, one line, unless the run holds exactly these tensors: each is a dict
-        of shapes by name, or of tensors."""
+        """Raises ValueError, one line, unless the run holds exactly these tensors (see misfit)."""
         for file, found, wanted in zip(FILES, (self.model, self.ema, self.optimizer),
                                        map(dict, (weights, averages, moments)), strict=True):
-            shapes = {name: tuple(getattr(value, "shape", value)) for name, value in wanted.items()}
-            problem = misfit({name: entry.shape for name, entry in found.entries.items()}, shapes)
+            problem = misfit(found.entries, wanted)
             if problem:
                 raise ValueError(f"{self.folder / file} does not fit the run: {problem}")
 
 
 def misfit(found, wanted):
-    """What does not fit of two dicts of shapes by name, in one line; "" when all does."""
-    misshapen = [f"{name} {list(found[name])} instead of {list(wanted[name])}" for name in found
-                 if name in wanted and tuple(found[name]) != tuple(wanted[name])]
+    """What does not fit of two dicts by name, of tensors, entries or shapes, in one line; or ""."""
+    found, wanted = ({name: list(getattr(value, "shape", value)) for name, value in side.items()}
+                     for side in (found, wanted))
+    misshapen = [f"{name} {found[name]} instead of {wanted[name]}" for name in found
+                 if name in wanted and found[name] != wanted[name]]
     shown, parts = 5, []
     for kind, names in (("missing", [name for name in wanted if name not in found]),
                         ("unexpected", [name for name in found if name not in wanted]),
