@@ -225,9 +225,8 @@ class Unpickler(pickle._Unpickler):
 def storage_of(identity):
     """(Storage, key) of the persistent id ("storage", class, key, device, count, ...)."""
     kind, kept, key, _, count, *view = identity
-    module, _, name = kept.name.rpartition(".")
-    if (kind != "storage" or module not in ("torch", "torch.storage") or name not in STORAGES
-            or any(view) or not isinstance(key, str)):
+    name = kept.name.removeprefix("torch.").removeprefix("storage.")
+    if kind != "storage" or name not in STORAGES or any(view) or not isinstance(key, str):
         raise Malformed("a storage of unknown type, or a part of one as in files of torch 0.x")
     dtype, (count,) = STORAGES[name], sizes(count)
     return Storage(dtype, *sizes(count * (dtype.itemsize if dtype else 1))), key
@@ -279,14 +278,15 @@ class Bounded(io.FileIO):
 def read_zip(path):
     """The object in a zip file of torch.save or torch.jit.save."""
     with Bounded(path) as file, zipfile.ZipFile(file) as archive:
-        # torch.save compresses none: what is, is never inflated
+        # torch.save compresses none: what is compressed is never inflated
         members = {member.filename: member for member in archive.infolist()
                    if member.compress_type == zipfile.ZIP_STORED}
         pickles = [name for name in members if name.rpartition("/")[2] == "data.pkl"]
         if len(pickles) != 1:
             raise Malformed("a zip archive without an uncompressed data.pkl, so not of torch.save")
         root = pickles[0].removesuffix("data.pkl")
-        if root + "byteorder" in members and archive.read(root + "byteorder") != b"little":
+        order = members.get(root + "byteorder")
+        if order and archive.read(order) != b"little":
             raise Malformed("a file of a big-endian machine")
 
         def outside(identity):
@@ -298,7 +298,7 @@ def read_zip(path):
             storage.offset = sum(struct.unpack("<2H", file.read(4))) + file.tell()
             return storage
 
-        return Unpickler(io.BytesIO(archive.read(pickles[0])), outside).load()
+        return Unpickler(io.BytesIO(archive.read(members[pickles[0]])), outside).load()
 
 
 def read_legacy(file):
@@ -394,8 +394,8 @@ def check_bounds(name, entry, size):
 # ------------------------------------------------------------------------------ writing
 
 def pack(tensors, metadata=None):
-    """Yields the bytes of a safetensors file of tensors (a dict or StateDict): header, then one
-    tensor at a time. The same for the same input: the package orders metadata at random."""
+    """Yields the bytes of a safetensors file of tensors (a dict or StateDict), one at a time; the
+    same for the same input: the package orders metadata at random."""
     entries = dict(getattr(tensors, "entries", tensors))
     kinds = {dtype: name for name, dtype in SAFETENSORS.items()}
     order = sorted(entries, key=lambda name: -entries[name].dtype.itemsize)     # keeps all aligned
