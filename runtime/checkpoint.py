@@ -19,7 +19,6 @@ from runtime.foreign import LazyTensor, StateDict, read_file
 from runtime.runs import (FILES, Run, Writer, damage, latest, load_run, misfit, save, step_of,
                           steps)
 
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 UNET, EMA, PROJECTION = "model.diffusion_model.", "model_ema.", "cc_projection."
 FROZEN = ("first_stage_model.", "cond_stage_model.")
 EMA_DECAY = 0.9999          # the reference's, where a run does not name its own
@@ -175,7 +174,9 @@ def port(name, entry, current):
             weight[:, :old[1]] = entry.read()
             return weight
         return LazyTensor(entry.dtype, new, widened)
-    if name == POSE and old != new and len(old) == 2 and old[0] == new[0] <= min(old[1], new[1]):
+    if name == POSE and old != new and len(old) == 2 and old[0] == new[0]:
+        # as many columns of the embedding come first as there are rows; in pixels there are none
+        kept = new[0] if new[0] <= min(old[1], new[1]) else 0
         if current.is_meta:
             raise ValueError(f"{POSE} has no values for its new columns: build the model on a "
                              "real device to fine-tune it")
@@ -184,7 +185,7 @@ def port(name, entry, current):
             # quirk: fine-tuning drops the file's pose columns, all new ones keep their random start
             # [test_new_pose_columns_keep_the_models_random_start]
             weight = current.detach().to("cpu", entry.dtype, copy=True)
-            weight[:, :new[0]] = entry.read()[:, :new[0]]
+            weight[:, :kept] = entry.read()[:, :kept]
             return weight
         return LazyTensor(entry.dtype, new, grown)
     return entry

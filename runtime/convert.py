@@ -7,12 +7,13 @@ from pathlib import Path
 import torch
 
 from runtime import checkpoint, command, runs
-from runtime.checkpoint import (CONFIG, EMA, FROZEN, INPUT_CONV, LEFTOVERS, POSE, PRECISIONS,
-                                PROJECTION, SCHEDULE, UNET, UNUSED, ema_name)
+from runtime.checkpoint import (CONFIG, EMA, FROZEN, INPUT_CONV, LEFTOVERS, POSE, PROJECTION,
+                                SCHEDULE, UNET, UNUSED, ema_name)
 from runtime.export import write_diffusers
 from runtime.files import unfinished
 from runtime.foreign import SPARE, LazyTensor, StateDict, nbytes, write_safetensors
 
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 GROUPS = {      # part of a checkpoint: how its names begin, its use
     "UNet": (UNET, "used"),
     "UNet's average (EMA)": (EMA, "used instead, where asked for"),
