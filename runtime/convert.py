@@ -2,37 +2,36 @@
 
 import errno
 import json
-import re
 from pathlib import Path
 
 import torch
 
 from runtime import checkpoint, command, runs
-from runtime.checkpoint import (CONFIG, EMA, FROZEN, INPUT_CONV, LEFTOVERS, POSE, SCHEDULE, UNET,
-                                UNUSED)
+from runtime.checkpoint import (CONFIG, EMA, FROZEN, INPUT_CONV, LEFTOVERS, POSE, PROJECTION,
+                                SCHEDULE, UNET, UNUSED, ema_name)
 from runtime.export import write_diffusers
 from runtime.files import unfinished
 from runtime.foreign import SPARE, LazyTensor, StateDict, nbytes, write_safetensors
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-GROUPS = (      # part of a checkpoint, how its names begin, its use
-    ("UNet", (UNET,), "used"),
-    ("UNet's average (EMA)", (EMA,), "used instead, where asked for"),
-    ("autoencoder", FROZEN[:1], "used"),
-    ("CLIP's text side", LEFTOVERS, "unused, kept for other tools"),
-    ("noise schedule", SCHEDULE, "used"),
-    ("other", tuple(UNUSED), "unused"),
-    ("CLIP's image side", FROZEN[1:], "used"),
-    ("pose projection", (checkpoint.PROJECTION,), "used"),
-    ("unknown", ("",), "refused by load_model"))
+GROUPS = {      # part of a checkpoint: how its names begin, its use
+    "UNet": (UNET, "used"),
+    "UNet's average (EMA)": (EMA, "used instead, where asked for"),
+    "autoencoder": (FROZEN[0], "used"),
+    "CLIP's text side": (LEFTOVERS, "unused, kept for other tools"),
+    "noise schedule": (SCHEDULE, "used"),
+    "other": (UNUSED, "unused"),
+    "CLIP's image side": (FROZEN[1], "used"),
+    "pose projection": (PROJECTION, "used"),
+    "unknown": ("", "refused by load_model")}
 
 
 def info(path):
     """What is in a checkpoint, as text: facts, then a line for each part."""
-    tensors, groups = checkpoint.read(path), {}
+    tensors, parts = checkpoint.read(path), {group: [] for group in GROUPS}
     for name, entry in tensors.entries.items():
-        group = next(group for group, starts, _ in GROUPS if name.startswith(starts))
-        groups.setdefault(group, []).append(entry)
+        group = next(group for group, (starts, _) in GROUPS.items() if name.startswith(starts))
+        parts[group].append(entry)
     facts = [f"step {tensors.step:,}" if tensors.step else "no step recorded"]
     if EMA + "num_updates" in tensors:
         facts.append(f"average of {checkpoint.updates_of(tensors):,} updates")
@@ -41,16 +40,16 @@ def info(path):
             facts.append(says.format(*tensors.entries[name].shape))
     if "config" in tensors.meta:
         facts.append(f"of a run that started from {checkpoint.started_from(tensors) or 'nothing'}")
-    rows = [(group, groups[group], use) for group, _, use in GROUPS if group in groups]
-    if tensors.others:
-        rows.append(("optimizer, trainer", tensors.others.values(), "unused"))
     lines = [f"{tensors.path}: {', '.join(facts)}",
              f"{'part':20} {'tensors':>8} {'elements':>14} {'bytes':>15}  dtypes, use"]
-    for group, entries, use in rows:
+    parts["optimizer, trainer"] = tensors.others.values()
+    for group, entries in parts.items():
         kinds = sorted({str(entry.dtype).removeprefix("torch.") for entry in entries})
         elements = sum(nbytes(entry) // entry.dtype.itemsize for entry in entries)
-        lines.append(f"{group:20} {len(entries):8,} {elements:14,} {sum(map(nbytes, entries)):15,}"
-                     f"  {', '.join(kinds)}; {use}")
+        use = GROUPS.get(group, ("", "unused"))[1]
+        if entries:
+            lines.append(f"{group:20} {len(entries):8,} {elements:14,} "
+                         f"{sum(map(nbytes, entries)):15,}  {', '.join(kinds)}; {use}")
     return "\n".join(lines)
 
 
@@ -64,20 +63,21 @@ def convert(source, target, ema=False, dtype=None, init=""):
     exists, or the source lacks what is asked for.
     """
     tensors, target = checkpoint.read(source, init), Path(target)
-    write = write_run if STEP.fullmatch(target.name) else WRITERS.get(target.suffix)
+    write = write_run if runs.STEP.fullmatch(target.name) else WRITERS.get(target.suffix)
     if write is None:
         raise ValueError(f"{target}: {target.suffix} is no form of checkpoint; .ckpt, .pt and "
                          ".safetensors are, or no ending for a folder")
     if target.exists() or target.is_symlink():
         raise ValueError(f"{target} exists already: give a new name, or remove it")
     entries = folded(tensors) if ema else dict(tensors.entries)
-    if dtype is not None:
-        entries = {name: cast(name, entry, dtype) for name, entry in entries.items()}
+    for name, entry in entries.items():
+        if dtype and entry.dtype.is_floating_point and name not in (*SCHEDULE, EMA + "decay"):
+            entries[name] = cast(entry, dtype)
     size = sum(map(nbytes, entries.values()))
     if tensors.path.is_file() and size > 2 * tensors.path.stat().st_size + SPARE:
         raise ValueError(f"{tensors.path} repeats its numbers: written out they are {size:,} bytes")
     with unfinished(target, "converting") as partial:
-        left = write(partial, StateDict(tensors.path, entries, tensors.meta))
+        left = write(partial, StateDict(tensors.path, entries, tensors.meta)) or []
         check(partial, entries, left)
     return [*left, *tensors.others]
 
@@ -96,43 +96,35 @@ def check(partial, entries, left):
 def folded(tensors):
     """Entries with the averaged weights in the UNet's place, and no other averages."""
     entries = {name: entry for name, entry in tensors.entries.items() if not name.startswith(EMA)}
-    averages = {name: checkpoint.ema_name(name) for name in entries if name.startswith(UNET)}
+    averages = {name: ema_name(name) for name in entries if name.startswith(UNET)}
     missing = [name for name in averages.values() if name not in tensors]
-    if not averages and any(name.startswith(EMA) for name in tensors):
-        raise ValueError(f"{tensors.path} has averaged weights (EMA) alone, and their names do not "
-                         "tell the UNet's: a file with both is needed")
     if missing or not averages:
-        raise ValueError(f"{tensors.path} has no averaged weights (EMA): "
-                         f"{(missing or ['a UNet'])[0]} is missing")
-    return {**entries, **{name: tensors.entries[average] for name, average in averages.items()}}
+        raise ValueError(f"{tensors.path} has no averaged weights (EMA) beside the UNet's own, "
+                         f"which tell their names: {(missing or [UNET])[0]} is missing")
+    return entries | {name: tensors.entries[average] for name, average in averages.items()}
 
 
-def cast(name, entry, dtype):
-    """The entry in another precision; what is no weight stays as it is."""
-    if not entry.dtype.is_floating_point or name in (*SCHEDULE, EMA + "decay"):
-        return entry
+def cast(entry, dtype):
     return LazyTensor(dtype, entry.shape, lambda: entry.read().to(dtype))
 
 
-def described(tensors):
-    """What a file says beside weights: a run's configuration, if these are of one."""
-    return {CONFIG: json.dumps(tensors.meta["config"])} if "config" in tensors.meta else {}
+def meta_of(tensors):
+    """What a file says beside weights: the step, and a run's configuration where there is one."""
+    config = {CONFIG: json.dumps(tensors.meta["config"])} if "config" in tensors.meta else {}
+    return {"global_step": tensors.step, **config}
 
 
 def write_ckpt(path, tensors):
     """What torch.load gives is {"state_dict": names to tensors, "global_step": steps}."""
     try:
-        torch.save({"state_dict": dict(tensors), "global_step": tensors.step, **described(tensors)},
-                   path)
+        torch.save({"state_dict": dict(tensors), **meta_of(tensors)}, path)
     except RuntimeError as err:         # torch's own writer has no other word for a full disk
         raise OSError(errno.EIO, f"cannot be written ({str(err).split(' at ')[0]}): is the disk "
                       "full?", str(path)) from err
-    return []
 
 
 def write_file(path, tensors):
-    write_safetensors(path, tensors, {"global_step": str(tensors.step), **described(tensors)})
-    return []
+    write_safetensors(path, tensors, {key: str(value) for key, value in meta_of(tensors).items()})
 
 
 def write_folder(path, tensors):
@@ -142,16 +134,14 @@ def write_folder(path, tensors):
 
 def write_run(path, tensors):
     """A step folder of a run, without the optimizer's moments."""
-    averages = {checkpoint.ema_name(name): name for name in tensors if name.startswith(UNET)}
     weights = {name: entry for name, entry in tensors.entries.items() if not name.startswith(EMA)}
-    ema = {averages[name]: entry for name, entry in tensors.entries.items() if name in averages}
+    ema = {name: tensors.entries[ema_name(name)] for name in weights
+           if name.startswith(UNET) and ema_name(name) in tensors}
     meta = {**tensors.meta, "ema_updates": checkpoint.updates_of(tensors)}
     step = int(path.name.rpartition("_")[2])
     runs.write_step(path, step, (StateDict(path, weights), StateDict(path, ema), {}), meta)
-    return []
 
 
-STEP = re.compile(r"step_\d{8,18}")
 WRITERS = {".ckpt": write_ckpt, ".pt": write_ckpt, ".safetensors": write_file, "": write_folder}
 
 
@@ -174,11 +164,7 @@ def main(argv=None):
         return
     left = convert(args.source, args.target, args.ema, PRECISIONS.get(args.dtype), args.init)
     print(f"wrote {args.target}")
-    averages = [name for name in left if name.startswith(EMA)]
-    if averages:
-        print(f"its averaged weights (EMA), {len(averages)} tensors, are left out: --ema writes "
-              "them as the UNet")
-    rest = [name for name in left if name not in averages]
-    if rest:
-        print(f"{len(rest)} tensors have no place in it: {', '.join(rest[:5])}"
-              + (", ..." if len(rest) > 5 else ""))
+    if left:
+        print(f"{len(left)} tensors have no place in it: {', '.join(left[:5])}"
+              + (", ..." if len(left) > 5 else "")
+              + ("; --ema writes averaged weights as the UNet" if left[0].startswith(EMA) else ""))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from runtime.files import read_json
 from runtime.foreign import LazyTensor, StateDict, read_file, write_safetensors
 
 UNET, VAE, CLIP, POSE = ("model.diffusion_model.", "first_stage_model.",
@@ -21,20 +22,13 @@ CONFIG_FILE = "zeronvs_config.json"     # a run's configuration, which diffusers
 WEIGHTS = [stem + ending for ending in (".safetensors", ".bin", ".fp16.safetensors", ".fp16.bin")
            for stem in ("diffusion_pytorch_model", "model", "pytorch_model")]
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-IMAGE_SIZE = 256            # of zero123's images
-HEADS = 8                   # of Stable Diffusion 1's attention at every width; weights do not tell
-NORM_GROUPS = 32            # of its UNet's norms
 PREDICTIONS = {"eps": "epsilon", "z": "sample"}         # a run's name for what is predicted: theirs
 HEAD_WIDTH = 64             # of CLIP's vision transformers
 SCHEDULER = {
     "_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085,
     "beta_end": 0.012, "num_train_timesteps": 1000,
     "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
-PREPROCESSOR = {
-    "image_processor_type": "CLIPImageProcessor", "do_resize": True, "do_center_crop": True,
-    "do_normalize": True, "resample": 3, "size": {"shortest_edge": 224},
-    "crop_size": {"height": 224, "width": 224}, "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711]}
+PREPROCESSOR = {"image_processor_type": "CLIPImageProcessor"}       # its defaults are CLIP's
 
 
 # ------------------------------------------------------------------------------ names
@@ -55,17 +49,15 @@ def unet_names(levels, blocks, attends):
     pairs += below(resnet, "middle_block.0", "mid_block.resnets.0")
     pairs += below(resnet, "middle_block.2", "mid_block.resnets.1")
     for i in range(levels):
-        for j in range(blocks):
-            here, there = f"input_blocks.{1 + i * (blocks + 1) + j}", f"down_blocks.{i}"
-            pairs += below(resnet, f"{here}.0", f"{there}.resnets.{j}")
-            pairs += [(f"{here}.1", f"{there}.attentions.{j}")]
-        pairs += [(f"input_blocks.{(i + 1) * (blocks + 1)}.0.op",
-                   f"down_blocks.{i}.downsamplers.0.conv")]
-        for j in range(blocks + 1):
-            here, there = f"output_blocks.{i * (blocks + 1) + j}", f"up_blocks.{i}"
-            pairs += below(resnet, f"{here}.0", f"{there}.resnets.{j}")
-            pairs += [(f"{here}.1", f"{there}.attentions.{j}")]
-        pairs += [(f"{here}.{2 if attends[i] else 1}.conv", f"{there}.upsamplers.0.conv")]
+        first, last = i * (blocks + 1), (i + 1) * (blocks + 1)
+        for here, there, start in (("input_blocks", f"down_blocks.{i}", first + 1),
+                                   ("output_blocks", f"up_blocks.{i}", first)):
+            for j, k in enumerate(range(start, last)):
+                pairs += below(resnet, f"{here}.{k}.0", f"{there}.resnets.{j}")
+                pairs += [(f"{here}.{k}.1", f"{there}.attentions.{j}")]
+        upsample = f"output_blocks.{last - 1}.{2 if attends[i] else 1}.conv"
+        pairs += [(f"input_blocks.{last}.0.op", f"down_blocks.{i}.downsamplers.0.conv"),
+                  (upsample, f"up_blocks.{i}.upsamplers.0.conv")]
     return pairs
 
 
@@ -135,33 +127,14 @@ def is_diffusers(folder):
 
 def read_diffusers(folder):
     """The StateDict of a diffusers folder under checkpoint names; of the parts that are there."""
-    folder, entries, others = Path(folder), {}, {}
+    folder, entries = Path(folder), {}
     parts = {"unet": unet_from, "vae": vae_from, "image_encoder": clip_from,
              **{part: pose_from for part in POSE_FOLDERS}}
     for part, convert in parts.items():
         if (folder / part).is_dir():
-            found = read_part(folder / part)
-            entries.update(convert(found))
-            # a table of numbers 0, 1, 2, ... in files of old versions
-            others.update((f"{part}.{name}", entry) for name, entry in found.items()
-                          if name.endswith("position_ids"))
+            entries |= convert(read_part(folder / part))
     config = folder / CONFIG_FILE
-    meta = read_json(config) if config.is_file() else {}
-    return StateDict(folder, entries, meta, others)
-
-
-def read_json(path):
-    """The dict in a small JSON file. Raises ValueError with one line."""
-    largest = 1 << 24
-    try:
-        if path.stat().st_size > largest:
-            raise ValueError(f"it has more than {largest:,} bytes")
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("it is no table of entries")
-    except (ValueError, RecursionError) as err:
-        raise ValueError(f"{path} is damaged: {' '.join(str(err).split())[:100]}") from err
-    return found
+    return StateDict(folder, entries, read_json(config) if config.is_file() else {})
 
 
 def read_part(folder):
@@ -183,9 +156,8 @@ def read_part(folder):
             raise ValueError(f"{index} lists {missing[0][:100]}, which is in none of its files")
         return entries
     found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
-    raise FileNotFoundError(f"{folder} holds {found}; its weights must be one file, "
-                            f"{', '.join(WEIGHTS[:2])} or a .bin of the older kind, or have an "
-                            "index, *.index.json")
+    raise FileNotFoundError(f"{folder} holds {found}, but none of {', '.join(WEIGHTS)}, and no "
+                            "*.index.json")
 
 
 def renamed(found, pairs, prefix):
@@ -242,15 +214,15 @@ def write_diffusers(folder, tensors):
     configuration, if they are of one, else Stable Diffusion's. That configuration is kept beside
     them, so that the folder of a small run opens here again.
     """
-    run = tensors.meta.get("config", {})
-    folder, index = Path(folder), {"_class_name": "Zero1to3StableDiffusionPipeline",
-                                   "requires_safety_checker": False,
-                                   "safety_checker": [None, None]}
-    size = run.get("image_size", IMAGE_SIZE)
+    folder, run = Path(folder), tensors.meta.get("config", {})
+    index = {"_class_name": "Zero1to3StableDiffusionPipeline", "requires_safety_checker": False,
+             "safety_checker": [None, None]}
+    size = run.get("image_size", 256)
     of_unet = {     # attention_head_dim is diffusers' name for the number of heads
-        "attention_head_dim": run.get("num_heads", HEADS),
-        "norm_num_groups": run.get("norm_groups", NORM_GROUPS),
+        "attention_head_dim": run.get("num_heads", 8),
+        "norm_num_groups": run.get("norm_groups", 32),
         "sample_size": size // 8 if run.get("latent", "vae") == "vae" else size}
+    scheduler = SCHEDULER | {"prediction_type": PREDICTIONS[run.get("prediction", "eps")]}
     for part, prefix, convert, library, kind, more in (
             ("unet", UNET, unet_to, "diffusers", "UNet2DConditionModel", of_unet),
             ("vae", VAE, vae_to, "diffusers", "AutoencoderKL", {"sample_size": size}),
@@ -267,13 +239,13 @@ def write_diffusers(folder, tensors):
                               StateDict(folder, entries))
             write_json(folder / part / "config.json", {"_class_name": kind, **config, **more})
             index[part] = [library, kind]
-    for part, file, config, library in (
-            ("scheduler", "scheduler_config.json", {**SCHEDULER, "prediction_type":
-             PREDICTIONS[run.get("prediction", "eps")]}, "diffusers"),
-            ("feature_extractor", "preprocessor_config.json", PREPROCESSOR, "transformers")):
+    for part, file, config, library, kind in (
+            ("scheduler", "scheduler_config.json", scheduler, "diffusers", "DDIMScheduler"),
+            ("feature_extractor", "preprocessor_config.json", PREPROCESSOR, "transformers",
+             PREPROCESSOR["image_processor_type"])):
         (folder / part).mkdir()
         write_json(folder / part / file, config)
-        index[part] = [library, config.get("_class_name", "CLIPImageProcessor")]
+        index[part] = [library, kind]
     write_json(folder / "model_index.json", index)
     if run or tensors.step:
         write_json(folder / CONFIG_FILE,
@@ -315,9 +287,7 @@ def unet_to(found):
         "layers_per_block": blocks, "cross_attention_dim": found[cross].shape[1],
         "down_block_types": ["CrossAttnDownBlock2D" if yes else "DownBlock2D"
                              for yes in attends[::-1]],
-        "up_block_types": ["CrossAttnUpBlock2D" if yes else "UpBlock2D" for yes in attends],
-        "act_fn": "silu", "center_input_sample": False, "flip_sin_to_cos": True, "freq_shift": 0,
-        "downsample_padding": 1, "mid_block_scale_factor": 1, "norm_eps": 1e-5}
+        "up_block_types": ["CrossAttnUpBlock2D" if yes else "UpBlock2D" for yes in attends]}
     return renamed_to(found, unet_names(levels, blocks, attends)), config
 
 
@@ -329,8 +299,7 @@ def vae_to(found):
         "out_channels": found["decoder.conv_out.weight"].shape[0], "block_out_channels": widths,
         "latent_channels": found["decoder.conv_in.weight"].shape[1], "layers_per_block": blocks,
         "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "act_fn": "silu", "norm_num_groups": 32, "scaling_factor": 0.18215}
+        "up_block_types": ["UpDecoderBlock2D"] * levels}
     for name, entry in found.items():
         if ".mid.attn_1." in name and len(entry.shape) == 4:
             found[name] = made(entry, entry.shape[:2], lambda w: w[:, :, 0, 0])
@@ -351,10 +320,10 @@ def clip_to(found):
     grid = round((found["visual.positional_embedding"].shape[0] - 1) ** 0.5)
     config = {
         "architectures": ["CLIPVisionModelWithProjection"], "model_type": "clip_vision_model",
-        "hidden_act": "quick_gelu", "hidden_size": width, "image_size": grid * patch,
+        "hidden_size": width, "image_size": grid * patch,
         "intermediate_size": found["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
-        "layer_norm_eps": 1e-5, "num_attention_heads": width // HEAD_WIDTH, "num_channels": 3,
-        "num_hidden_layers": layers, "patch_size": patch, "projection_dim": projection.shape[1]}
+        "num_attention_heads": width // HEAD_WIDTH, "num_hidden_layers": layers,
+        "patch_size": patch, "projection_dim": projection.shape[1]}
     return {**renamed_to(found, clip_names(layers)), **split}, config
 
 

@@ -1,5 +1,6 @@
 """Files and folders that are there as a whole or not at all."""
 
+import json
 import os
 import shutil
 from contextlib import contextmanager
@@ -53,6 +54,19 @@ def remove(path):
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def read_json(path, largest=1 << 24):
+    """The dict in a JSON file of up to `largest` bytes. Raises ValueError, one line."""
+    try:
+        if path.stat().st_size > largest:
+            raise ValueError(f"it has more than {largest:,} bytes")
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it is no table of entries")
+    except (ValueError, RecursionError) as err:
+        raise ValueError(f"{path} is damaged: {' '.join(str(err).split())[:100]}") from err
+    return found
 
 
 def write_text(path, text):

@@ -10,32 +10,17 @@ from runtime import checkpoint
 DERIVED = (".attn_mask", ".relative_coords_table", ".relative_position_index", ".k_bias")
 PREFIXES = ("", "cond_stage_model.model.")      # of CLIP's names: in its own files, in zero123's
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")      # integers in OpenAI's files
-NAMES_SHOWN = 3                                 # keys of each kind that an error lists
 
 
-@torch.no_grad()
 def load_depth(path):
     """The frozen depth.DPT of MiDaS's `dpt_swin2_tiny_256.pt`. ValueError of another file."""
     tensors, model = checkpoint.read(path), depth.DPT()
-    wanted = {name: w for name, w in model.state_dict().items() if not name.endswith(DERIVED)}
-    misfits = {
-        "missing": [name for name in wanted if name not in tensors],
-        "unexpected": [name for name in tensors
-                       if name not in wanted and not name.endswith(DERIVED)],
-        "misshapen": [],
-    }
-    for name in wanted.keys() & tensors.keys():
-        found = tensors[name]
-        if found.shape == wanted[name].shape:
-            wanted[name].copy_(found)
-        else:
-            misfits["misshapen"].append(
-                f"{name} {tuple(found.shape)}, not {tuple(wanted[name].shape)}")
-    if any(misfits.values()):
-        kinds = "; ".join(f"{len(names)} {kind}: {', '.join(sorted(names)[:NAMES_SHOWN])}"
-                          + (", ..." if len(names) > NAMES_SHOWN else "")
-                          for kind, names in misfits.items() if names)
-        raise ValueError(f"{path}: not DPT_SwinV2_T_256 (dpt_swin2_tiny_256.pt): {kinds}")
+    found, wanted = ({name: w for name, w in side.items() if not name.endswith(DERIVED)}
+                     for side in (tensors.entries, model.state_dict()))
+    problem = checkpoint.misfit(found, wanted)
+    if problem:
+        raise ValueError(f"{path}: not DPT_SwinV2_T_256 (dpt_swin2_tiny_256.pt): {problem}")
+    model.load_state_dict({name: tensors[name] for name in found}, strict=False)
     return model.eval().requires_grad_(False)
 
 
@@ -60,17 +45,12 @@ def load_clip(paths, build=clip.CLIP):
 
 def clip_of(state, build=clip.CLIP):
     """The CLIP, of whatever size, that these tensors (name -> tensor) are; in fp32."""
+    state = {name: w for name, w in state.items() if not name.startswith(build.LEFT_OUT)}
     with torch.device("meta"):
         network = build(**build.sizes_of(state))
-    for name, parameter in network.named_parameters():
-        if name not in state or state[name].shape != parameter.shape:
-            found = f"has shape {tuple(state[name].shape)}" if name in state else "is missing"
-            raise ValueError(f"tensor {name} {found}, expected {tuple(parameter.shape)}")
-    wanted = network.state_dict()
-    unknown = sorted(name for name in state
-                     if name not in wanted and not name.startswith(build.LEFT_OUT))
-    if unknown:
-        raise ValueError(f"{len(unknown)} tensors are not CLIP's, the first is {unknown[0]}")
+    problem = checkpoint.misfit(state, network.state_dict())
+    if problem:
+        raise ValueError(f"not CLIP's tensors: {problem}")
     # OpenAI's files hold most of it in half precision
-    network.load_state_dict({name: state[name].float() for name in wanted}, assign=True)
+    network.load_state_dict({name: w.float() for name, w in state.items()}, assign=True)
     return network.eval()

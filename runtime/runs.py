@@ -19,11 +19,11 @@ from pathlib import Path
 
 import torch
 
-from runtime.files import unfinished
-from runtime.foreign import StateDict, nbytes, read_file, write_safetensors
+from runtime.files import read_json, unfinished, write_text
+from runtime.foreign import StateDict, read_file, write_safetensors
 
 FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
-ALIGNED = 64            # bytes, of the copies in page-locked memory: enough for every dtype
+STEP = re.compile(r"step_\d{8,18}")
 LEFTOVER = re.compile(r"\.(unfinished|removed)_step_\d{8,}")      # of saves that were killed
 
 
@@ -38,30 +38,27 @@ class Run:
     meta: dict
 
     def require(self, weights, averages=(), moments=()):
-        """Raises ValueError, one line, unless the run holds exactly these tensors: each is a dict
-        of shapes by name, or of tensors."""
+        """Raises ValueError, one line, unless the run holds exactly these tensors (see misfit)."""
         for file, found, wanted in zip(FILES, (self.model, self.ema, self.optimizer),
                                        map(dict, (weights, averages, moments)), strict=True):
-            shapes = {name: tuple(getattr(value, "shape", value)) for name, value in wanted.items()}
-            entries = found.entries
-            misshapen = {
-                name: f"{list(entries[name].shape)} instead of {list(shape)}"
-                for name, shape in shapes.items()
-                if name in entries and tuple(entries[name].shape) != shape}
-            missing = [name for name in shapes if name not in entries]
-            unexpected = [name for name in entries if name not in shapes]
-            if missing or unexpected or misshapen:
-                raise ValueError(f"{self.folder / file} does not fit the run: "
-                                 f"{misfit(missing, unexpected, misshapen)}")
+            problem = misfit(found.entries, wanted)
+            if problem:
+                raise ValueError(f"{self.folder / file} does not fit the run: {problem}")
 
 
-def misfit(missing, unexpected, misshapen):
-    """What does not fit, in one line. misshapen: name -> its shape and the one that is needed."""
-    shown, parts, shapes = 5, [], [f"{name} {what}" for name, what in misshapen.items()]
-    for kind, found in (("missing", missing), ("unexpected", unexpected), ("misshapen", shapes)):
-        more = f" and {len(found) - shown} more" if len(found) > shown else ""
-        if found:
-            parts.append(f"{len(found)} {kind} ({', '.join(found[:shown])}{more})")
+def misfit(found, wanted):
+    """What does not fit of two dicts by name, of tensors, entries or shapes, in one line; or ""."""
+    found, wanted = ({name: list(getattr(value, "shape", value)) for name, value in side.items()}
+                     for side in (found, wanted))
+    misshapen = [f"{name} {found[name]} instead of {wanted[name]}" for name in found
+                 if name in wanted and found[name] != wanted[name]]
+    shown, parts = 5, []
+    for kind, names in (("missing", [name for name in wanted if name not in found]),
+                        ("unexpected", [name for name in found if name not in wanted]),
+                        ("misshapen", misshapen)):
+        more = f" and {len(names) - shown} more" if len(names) > shown else ""
+        if names:
+            parts.append(f"{len(names)} {kind} ({', '.join(names[:shown])}{more})")
     return "; ".join(parts)
 
 
@@ -104,11 +101,8 @@ def write_step(final, step, parts, meta):
             size, crc = write_safetensors(folder / name, tensors)
             files[name] = {"bytes": size, "crc32": crc}
         meta = {**meta, "step": step, "files": files}
-        text = json.dumps({**meta, "crc32": checksum(json.loads(json.dumps(meta)))}, indent=1)
-        with open(folder / "meta.json", "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        meta["crc32"] = checksum(json.loads(json.dumps(meta)))
+        write_text(folder / "meta.json", json.dumps(meta, indent=1))
         sync(folder)
         if final.exists():
             shutil.rmtree(final)
@@ -162,60 +156,35 @@ class Writer:
 
     def __init__(self, say=print):
         self.say, self.copies, self.thread = say, {}, None
-        self.room, self.taken, self.pinning, self.copied = None, 0, None, None
         self.step, self.problem = 0, ""
-
-    def reserve(self, size):
-        """Begins to make `size` bytes of page-locked memory for copies of a GPU's tensors."""
-        self.pinning = threading.Thread(target=self.pin, args=(size,), name="pinning", daemon=True)
-        self.pinning.start()
-
-    def pin(self, size):
-        room, part = torch.empty(size, dtype=torch.uint8), 1 << 28
-        # registered: PyTorch's own page-locked memory is rounded up to powers of 2, to twice this
-        for start in range(0, size, part):
-            place, length = room.data_ptr() + start, min(part, size - start)
-            if int(torch.cuda.cudart().cudaHostRegister(place, length, 0)):
-                self.say("no page-locked memory for checkpoints: each will hold up the training")
-                break
-        self.room = room
 
     def save(self, out, step, model, ema, optimizer, meta, keep=2, keep_every=0):
         """As `save` above, but model, ema and optimizer are iterables of (name, tensor), each of
         which is copied before the next is asked for. Returns once the copies of a CPU's tensors are
         made, and those of a GPU's are in its queue: before what the caller does there next."""
         self.wait()
-        if self.pinning is not None:
-            self.pinning.join()
         parts = [{name: self.copy((file, name), tensor) for name, tensor in tensors}
                  for file, tensors in zip(FILES, (model, ema, optimizer), strict=True)]
-        self.copied = None
+        copied = None
         if torch.cuda.is_available() and torch.cuda.is_initialized():
-            self.copied = torch.cuda.Event()
-            self.copied.record()
-        self.thread = threading.Thread(target=self.write, name="checkpoint",
-                                       args=(out, step, *parts, meta, keep, keep_every))
+            copied = torch.cuda.Event()
+            copied.record()
+        self.thread = threading.Thread(target=self.write, name="checkpoint", args=(
+            copied, out, step, *parts, meta, keep, keep_every))
         self.thread.start()
 
     def copy(self, key, tensor):
-        """The tensor in host memory, which is taken once and used for every save."""
+        """The tensor in host memory (page-locked for a GPU's), which every save uses again."""
         if key not in self.copies or self.copies[key].shape != tensor.shape:
-            self.copies[key] = self.place(tensor)
+            self.copies[key] = torch.empty(tensor.shape, dtype=tensor.dtype,
+                                           pin_memory=tensor.is_cuda)
         return self.copies[key].copy_(tensor.detach(), non_blocking=tensor.is_cuda)
 
-    def place(self, tensor):
-        """Memory for a copy, of what was reserved as long as there is some."""
-        start, size = self.taken, nbytes(tensor)
-        if not tensor.is_cuda or self.room is None or start + size > len(self.room):
-            return torch.empty(tensor.shape, dtype=tensor.dtype)
-        self.taken = start + -(-size // ALIGNED) * ALIGNED
-        return self.room[start:start + size].view(tensor.dtype).view(tensor.shape)
-
-    def write(self, out, step, *rest):
+    def write(self, copied, out, step, *rest):
         self.problem = "the write did not end"      # what is left standing by any other error
         try:
-            if self.copied is not None:
-                self.copied.synchronize()
+            if copied is not None:
+                copied.synchronize()
             save(out, step, *rest, self.say)
             self.step, self.problem = step, ""
         except OSError as err:
@@ -243,8 +212,8 @@ def step_of(folder):
 
 def steps(out):
     """The complete step folders of a run, newest first."""
-    found = [path for path in Path(out).glob("step_*") if re.fullmatch(r"step_\d{8,18}", path.name)
-             and (path / "meta.json").exists()]
+    found = [path for path in Path(out).glob("step_*")
+             if STEP.fullmatch(path.name) and (path / "meta.json").exists()]
     return sorted(found, key=step_of, reverse=True)
 
 
@@ -270,19 +239,16 @@ def damage(folder):
 @functools.lru_cache
 def damage_of(folder, stamps):
     """See damage: gigabytes are read once, as long as the files stay what they are."""
-    chunk = 1 << 22
     try:
         meta = read_meta(folder)
         for name in FILES:
-            recorded, crc = meta["files"][name], 0
-            size = (folder / name).stat().st_size
-            if size != recorded["bytes"]:
-                return f"{name} has {size:,} bytes instead of {recorded['bytes']:,}"
+            recorded, size, crc = meta["files"][name], 0, 0
             with open(folder / name, "rb", buffering=0) as file:
-                while data := file.read(chunk):
-                    crc = zlib.crc32(data, crc)
-            if crc != recorded["crc32"]:
-                return f"{name} has the checksum {crc:08x} instead of {recorded['crc32']:08x}"
+                while data := file.read(1 << 22):
+                    size, crc = size + len(data), zlib.crc32(data, crc)
+            if (size, crc) != (recorded["bytes"], recorded["crc32"]):
+                return (f"{name} has {size:,} bytes of checksum {crc:08x} instead of "
+                        f"{recorded['bytes']:,} of {recorded['crc32']:08x}")
     except (OSError, ValueError, KeyError, TypeError) as err:
         return f"{type(err).__name__}: {' '.join(str(err).split())}"
     return ""
@@ -290,16 +256,7 @@ def damage_of(folder, stamps):
 
 def read_meta(folder):
     """What the meta.json of a step folder says. Raises ValueError, OSError."""
-    largest = 1 << 24
-    path = folder / "meta.json"
-    if path.stat().st_size > largest:
-        raise ValueError(f"meta.json has more than {largest:,} bytes")
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError as err:
-        raise ValueError("meta.json is nested too deeply") from err
-    if not isinstance(meta, dict):
-        raise ValueError("meta.json is no table of entries")
+    meta = read_json(folder / "meta.json")
     # a run's earlier versions wrote none
     if meta.setdefault("crc32", checksum(meta)) != checksum(meta):
         raise ValueError("meta.json is not what was written, by its own checksum")
@@ -308,7 +265,7 @@ def read_meta(folder):
         value = meta.get(name, without)
         if type(value) is not kind or kind is int and not 0 <= value < 2**31:
             raise ValueError(f"meta.json: {name} is {str(value)[:50]!r}")
-    if re.fullmatch(r"step_\d{8,18}", folder.name) and step_of(folder) != meta["step"]:
+    if STEP.fullmatch(folder.name) and step_of(folder) != meta["step"]:
         raise ValueError(f"meta.json is of step {meta['step']}")
     return meta
 

@@ -70,7 +70,7 @@ def refusal(*arguments, **options):
 
 # ---- into a model
 
-def test_every_tensor_is_used_or_listed_with_a_reason(tmp_path):
+def test_a_file_fills_a_model_and_what_other_tools_leave_in_files_is_no_misfit(tmp_path):
     state = checkpoint_of(small())
     extra = {"lvlb_weights": torch.zeros(3), "betas": torch.zeros(3), "logvar": torch.zeros(3),
              "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.zeros(1)}
@@ -80,12 +80,6 @@ def test_every_tensor_is_used_or_listed_with_a_reason(tmp_path):
     report = checkpoint.load_model(module, path)
     for name, value in module.state_dict().items():
         assert torch.equal(value, state[name])
-    assert set(report.used) == set(module.state_dict())
-    assert set(report.used) | set(report.unused) == {
-        *state, *extra, "optimizer_states.0.state.0.exp_avg"}
-    assert all(report.unused.values())
-    assert "EMA" in report.unused[ema_name(INPUT_CONV)]
-    assert "optimizer" in report.unused["optimizer_states.0.state.0.exp_avg"]
     assert (report.step, report.num_updates) == (12, 7)
     assert torch.equal(report.ema[INPUT_CONV], state[ema_name(INPUT_CONV)])
 
@@ -96,7 +90,7 @@ def test_ema_fills_the_unet_alone_with_the_average(tmp_path):
     report = checkpoint.load_model(module, saved(tmp_path / "x.ckpt", state), ema=True)
     for name, value in module.state_dict().items():
         assert torch.equal(value, state[ema_name(name) if name.startswith(UNET) else name])
-    assert "raw" in report.unused[INPUT_CONV]
+    assert (report.step, report.num_updates) == (12, 7)
 
 
 def test_ema_of_a_file_without_it_is_refused(tmp_path):
@@ -166,16 +160,14 @@ def test_transposed_weights_become_contiguous(tmp_path):
     assert torch.equal(module.cc_projection.weight, state[POSE])
 
 
-@pytest.mark.parametrize("parts, unused", [
-    (["first_stage_model", "cond_stage_model"], "first_stage_model.quant_conv.bias"),
-    (["model", "cc_projection"], INPUT_CONV), (["model"], ema_name(INPUT_CONV))])
-def test_parts_that_the_model_lacks_are_unused(tmp_path, parts, unused):
+@pytest.mark.parametrize("parts", [
+    ["first_stage_model", "cond_stage_model"], ["model", "cc_projection"], ["model"]])
+def test_parts_that_the_model_lacks_are_unused(tmp_path, parts):
     module = small()
     state = checkpoint_of(module)
     for part in parts:
         delattr(module, part)
-    report = checkpoint.load_model(module, saved(tmp_path / "x.ckpt", state))
-    assert f"no {parts[0]}" in report.unused[unused]
+    checkpoint.load_model(module, saved(tmp_path / "x.ckpt", state))
     assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
 
 
@@ -188,7 +180,8 @@ def test_every_key_of_zero123_xl_finds_its_place_in_zeronvs(tmp_path, monkeypatc
     entries[EMA + "num_updates"].read = lambda: torch.tensor(5)
     entries[POSE].read = lambda: torch.zeros(768, 772)
     monkeypatch.setattr(checkpoint, "read", lambda path: tensorfile.StateDict(path, entries))
-    monkeypatch.setattr(checkpoint, "assign", lambda module, name, value: None)
+    used = []
+    monkeypatch.setattr(checkpoint, "assign", lambda module, name, value: used.append(name))
     for mode, options in (("3dof", {}), ("7dof", {"finetune": True})):
         with torch.device("meta"):
             module = model.build(configs.Config((source(),), mode=mode))
@@ -197,9 +190,9 @@ def test_every_key_of_zero123_xl_finds_its_place_in_zeronvs(tmp_path, monkeypatc
                 checkpoint.load_model(module, "zero123-xl.ckpt", **options)
             module.cc_projection = nn.Linear(787, 768)
         report = checkpoint.load_model(module, "zero123-xl.ckpt", **options)
-        assert len(report.used) == keys["total_keys"] - 688
+        assert len(used) == keys["total_keys"] - 688
         assert len(report.ema) == 686 and not report.fresh
-        assert set(report.ported) == ({POSE} if options else set())
+        used.clear()
 
 
 def source():
@@ -211,7 +204,6 @@ def source():
 PORTED = ["cc_772_to_787", "cc_787_unchanged", "four_channel_input",
           "four_channel_no_ema_no_cc_with_foreign_keys"]
 REFUSED = ["input_conv_key_absent", "cc_weight_wrong_output_size", "bias_wrong_size"]
-FOREIGN = "cond_stage_model.transformer.text_model.embeddings.position_ids"
 
 
 def golden_module(keys):
@@ -260,8 +252,6 @@ def test_finetuning_starts_from_the_references_tensors(tmp_path, name):
     for key in set(before) - set(description["cases"][name]["changed_keys"]):
         assert torch.equal(after[key], before[key]), f"{key} was changed"
         assert key in report.fresh
-    if FOREIGN in state:
-        assert "text encoder" in report.unused[FOREIGN]
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -287,10 +277,9 @@ def test_a_missing_projection_is_no_fresh_one_on_meta(tmp_path):
 def test_new_pose_columns_keep_the_models_random_start(tmp_path):
     state = checkpoint_of(small(width=8))
     module = small(width=23, fill=0.25)
-    report = checkpoint.load_model(module, saved(tmp_path / "x.ckpt", state), finetune=True)
+    checkpoint.load_model(module, saved(tmp_path / "x.ckpt", state), finetune=True)
     assert torch.equal(module.cc_projection.weight[:, :4], state[POSE][:, :4])
     assert (module.cc_projection.weight[:, 4:] == 0.25).all()
-    assert "19 of the pose are fresh" in report.ported[POSE]
 
 
 def test_four_channels_are_widened_with_zeros_in_raw_and_averaged_weights(tmp_path):
@@ -388,7 +377,7 @@ def test_a_damaged_step_is_reported_and_the_one_before_is_used(tmp_path, name, d
     if (name, damage) == ("meta.json", "gone"):
         assert_is_step(checkpoint.latest(tmp_path), 10)
         return
-    reason = "bytes instead of" if damage == "cut" and name in checkpoint.FILES else ""
+    reason = "bytes of checksum" if damage == "cut" and name in checkpoint.FILES else ""
     with pytest.warns(UserWarning, match="step_00000020 is damaged.*" + reason):
         assert_is_step(checkpoint.latest(tmp_path), 10)
     with pytest.raises(ValueError, match="is damaged"):
@@ -443,15 +432,15 @@ def test_a_write_that_fails_leaves_the_step_before_and_no_remains(tmp_path, monk
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.filterwarnings("error:.*damaged", "ignore:.*fork")
 def test_a_run_killed_at_any_moment_resumes_from_a_whole_step(tmp_path):
-    reached, progressed = 0, 0
-    for attempt in range(20):
+    reached, progressed, pause = 0, 0, 0.02
+    for _ in range(20):
         child = os.fork()
         if not child:
             step = reached
             while True:
                 step += 1
                 save_step(tmp_path, step, keep=2, keep_every=50)
-        time.sleep(0.02 + 0.0037 * attempt)
+        time.sleep(pause)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         folder = checkpoint.latest(tmp_path)        # a damaged one would be warned about: an error
@@ -460,6 +449,7 @@ def test_a_run_killed_at_any_moment_resumes_from_a_whole_step(tmp_path):
         if folder:
             assert_is_step(folder, step)
         progressed += step > reached
+        pause += 0.0037 if step > reached else 0.05     # a busy machine takes longer for a step
         reached = step
     assert progressed > 2, "no step was ever finished"
 
@@ -675,7 +665,7 @@ def test_averages_alone_are_no_unet_but_load_as_the_average(tmp_path):
     state = {name: value for name, value in checkpoint_of(small()).items()
              if not name.startswith(UNET)}
     path = saved(tmp_path / "a.ckpt", state)
-    with pytest.raises(ValueError, match="averaged weights .EMA. alone"):
+    with pytest.raises(ValueError, match="no averaged weights .EMA. beside the UNet's own"):
         convert.convert(path, tmp_path / "b.safetensors", ema=True)
     assert not (tmp_path / "b.safetensors").exists()
     assert "ema=True" in refusal(small(), path)
