@@ -27,7 +27,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 import camera
 from runtime.workers import DEAD_WORKER, is_dead_worker, packed, start_worker, unpacked
 from shards.files import Damaged
-from shards.scenes import distinct, examples, images, open_source, whole_matrices
+from shards.index import whole_matrices
+from shards.scenes import distinct, examples, images, open_source
 
 __all__ = ["DEAD_WORKER", "Batches", "Pairs", "check_damage", "images", "is_dead_worker", "loader",
            "open_source"]
@@ -94,7 +95,9 @@ class Pairs(Dataset):
 
     def words(self, *key):
         """Four random 64-bit words that belong to the seed and a key."""
-        # departs: the reference shuffles in a buffer, by a generator whose state nobody saves
+        # departs: which pair comes when follows from the seed and its number alone; the reference
+        # shuffles in a buffer, by a generator whose state nobody saves
+        # [test_the_sequence_is_the_same_for_any_ranks_workers_and_restarts]
         text = " ".join(map(str, (self.seed, *key)))
         return struct.unpack("<4Q", hashlib.blake2b(text.encode(), digest_size=32).digest())
 
