@@ -334,8 +334,8 @@ def synth_scene(rendered, args):
                      scale_adjustment)
 
 
-def synth_scenes(args, device, threads, path, numbers, report):
-    """Yields the members of every scene in order; calls report(views).
+def synth_scenes(args, device, threads, path, numbers):
+    """Yields the members of every scene in order.
 
     Three at a time: a thread renders, `threads` encode (packing leaves Python's lock to others),
     and the caller writes.
@@ -345,9 +345,7 @@ def synth_scenes(args, device, threads, path, numbers, report):
     render = functools.partial(render_scenes, args=args, device=device)
     encode_scene = functools.partial(synth_scene, args=args)
     rendered = itertools.chain.from_iterable(make.ahead(render, batches, 1, BATCHES_AHEAD))
-    for members in make.ahead(encode_scene, rendered, threads, 2 * threads):
-        yield members
-        report(args.views)
+    yield from make.ahead(encode_scene, rendered, threads, 2 * threads)
 
 
 def run(args):
@@ -362,9 +360,8 @@ def run(args):
     todo = [(path, numbers) for path, _, _, numbers in plan if not path.is_file()]
     workers = make.workers_for(args.workers, len(todo), device)
     threads = max(1, (os.cpu_count() or 1) // workers)
-    views = args.views * sum(len(numbers) for _, numbers in todo)
-    told = make.run(todo, functools.partial(synth_scenes, args, device, threads), workers, views,
-                    f"synth on {device}")
+    make.make_shards(todo, functools.partial(synth_scenes, args, device, threads), workers,
+                     f"synth on {device}")
     for split in make.SPLITS:
         for layout in LAYOUTS:
             shards = [shard for shard in plan if shard[1:3] == (split, layout)]
@@ -372,4 +369,3 @@ def run(args):
             size = sum(shard[0].stat().st_size for shard in shards)
             print(f"{Path(args.out) / layout / split}-*.tar: {len(shards)} shards, "
                   f"{scenes} scenes, {scenes * args.views} views, {size / 1e6:.1f} MB")
-    print(told)
