@@ -287,7 +287,7 @@ def start(config, ranks, device, log, writer, stack, dry_run):
         signal.signal(signum, lambda number, frame: signals.append(number))
     batches = data.Batches(first_step, config.steps, config.batch_size, config.micro_batch,
                            ranks.rank, ranks.world)
-    loader = data.loader(pairs, batches, config.workers, device, config.max_damaged, log.note)
+    loader = data.Loader(pairs, batches, config.workers, device, config.max_damaged, log.note)
     if device.type == "cuda" and ranks.rank == 0:
         writer.reserve(checkpoint.step_bytes(net))
     peak = cost.ceiling(device, config.precision) if ranks.rank == 0 else 1.0

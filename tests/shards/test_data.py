@@ -409,7 +409,7 @@ def test_too_much_damage_stops_the_run_and_names_the_files(tmp_path, workers, ca
     members = scene_members("a/b") | {"a/b/frame000002.png": b"text"}
     write_tar(tmp_path / "a.tar", members)
     pairs = all_pairs(read_source(tmp_path, "a.tar"))
-    loader = data.loader(pairs, data.Batches(0, 100, 10, 10), workers)
+    loader = data.Loader(pairs, data.Batches(0, 100, 10, 10), workers)
     line = (r"^\d+ of 2\d\d draws were damaged, more than 5%: "
             r"a.tar: a/b/frame000002: image cannot be decoded[^\n]*$")
     whole = 10                          # pairs of the batch that is refused
@@ -429,7 +429,7 @@ def test_a_source_without_an_intact_pair_ends_in_one_line(tmp_path, workers):
                for name, file in scene_members("a/b", views=2).items()}
     write_tar(tmp_path / "a.tar", members)
     pairs = all_pairs(read_source(tmp_path, "a.tar"))
-    loader = data.loader(pairs, data.Batches(0, 1, 2, 2), workers)
+    loader = data.Loader(pairs, data.Batches(0, 1, 2, 2), workers)
     line = "^source 'here': 100 damaged draws on end: a.tar: a/b/frame000001[^\n]*$"
     with pytest.raises(ValueError, match=line):
         list(loader)
@@ -635,7 +635,7 @@ def pairs(mixture):
 
 
 def read_all(pairs, workers=0, **batches):
-    return delivered(data.loader(pairs, data.Batches(**batches), workers))
+    return delivered(data.Loader(pairs, data.Batches(**batches), workers))
 
 
 def delivered(batches):
@@ -656,7 +656,7 @@ sys.path[:0] = {path!r}
 import data, test_data
 pairs = pickle.loads(sys.stdin.buffer.read())
 batches = data.Batches(0, 1000, 8, 2, rank={rank}, world=2)
-for batch in data.loader(pairs, batches, workers=4):
+for batch in data.Loader(pairs, batches, workers=4):
     print(test_data.delivered([batch]), flush=True)
 """
 
@@ -691,7 +691,7 @@ DYING = """
 import os, pickle, signal, sys
 sys.path[:0] = {path!r}
 import data
-loader = data.loader(pickle.loads(sys.stdin.buffer.read()), data.Batches(0, 10**6, 4, 4), 1)
+loader = data.Loader(pickle.loads(sys.stdin.buffer.read()), data.Batches(0, 10**6, 4, 4), 1)
 try:
     for batch in loader:
         os.kill(loader._iterator._workers[0].pid, signal.SIGKILL)
@@ -740,7 +740,7 @@ def test_the_pairs_of_a_seed_never_change(pairs):
 def test_a_pair_outlives_pickling_and_a_spawned_worker(pairs):
     copy = pickle.loads(pickle.dumps(pairs))
     assert copy[5]["uid"] == pairs[5]["uid"]
-    loader = data.loader(pairs, data.Batches(2, 3, 4, 4), workers=1)
+    loader = data.Loader(pairs, data.Batches(2, 3, 4, 4), workers=1)
     loader.multiprocessing_context = "spawn"
     batch = next(iter(loader))
     assert batch["uid"] == [pairs[k]["uid"] for k in range(8, 12)]
@@ -756,7 +756,7 @@ from shards import scenes
 if __name__ == "__main__":
     source = configs.Source("made", "co3d", "*.tar", 1.0)
     pairs = data.Pairs([scenes.open_source(source, {folder!r}, {side})], [1.0], 0, {side}, "3dof")
-    loader = data.loader(pairs, data.Batches(0, 1000, 4, 4), workers=2)
+    loader = data.Loader(pairs, data.Batches(0, 1000, 4, 4), workers=2)
     loader.multiprocessing_context = {context!r}
     batches = iter(loader)
     print(next(batches)["number"].tolist())
