@@ -12,6 +12,7 @@ import math
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
@@ -25,7 +26,6 @@ from captures import datasets, own, photos, resample
 from captures.writer import raw_scene, write_shard
 from runtime.command import progress
 from runtime.files import remove, write_text
-from runtime.workers import end_with_parent
 from views.pictures import evenly_spaced
 
 VERSION = 1                     # goes up when shards of old and new code do not go together
@@ -308,21 +308,26 @@ def make_shards_together(todo, scenes_of, workers, label):
         made = [pool.submit(make_shard, scenes_of, *shard) for shard in todo]
         for each in progress(as_completed(made), label, "shards", len(todo)):
             each.result()
-    except BrokenProcessPool as err:
-        raise OSError("one of the processes was killed, perhaps for want of memory: the same "
-                      "command goes on from here, perhaps with fewer --workers") from err
-    except BaseException:       # the next run may write what they are writing
+    except BaseException as err:        # the next run may write what they are writing
         for process in set(multiprocessing.active_children()) - set(others):
             process.kill()
             process.join()
         for path, _ in todo:
             remove(path.with_name(f".unfinished_{path.name}"))
-        raise
+        if not isinstance(err, BrokenProcessPool):
+            raise
+        raise OSError("one of the processes was killed, perhaps for want of memory: the same "
+                      "command goes on from here, perhaps with fewer --workers") from err
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def start_process():
-    """In a new process of the pool: an interrupt is for the parent, which then ends all."""
+    """In a new process of the pool: an interrupt is for the parent, which then ends all; where the
+    parent is gone, it ends itself."""
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end_with_parent()
+    threading.Thread(target=end_with_parent, daemon=True).start()

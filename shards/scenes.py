@@ -262,8 +262,8 @@ class EncodedScenes(Scenes):
         if len(kinds) > 1 or side != self.image_size:
             raise ValueError(
                 f"source {self.name!r}: its shards were encoded in sizes (2c, h, w, d) "
-                f"{examples([str(tuple(kind)) for kind in kinds])}, of images of {side} pixels; one "
-                f"size is needed, and image_size is {self.image_size}")
+                f"{examples([str(tuple(kind)) for kind in kinds])}, of images of {side} pixels; "
+                f"one size is needed, and image_size is {self.image_size}")
         self.latent = kinds[0]
 
     def check_blend(self, quantile_blend):
