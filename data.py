@@ -3,9 +3,8 @@
     python data.py inspect "data/synth/*/train-*.tar" --out inspect.png
     python data.py verify "data/synth/*/*.tar"
 
-Which pair number k is follows from (seed, k) alone, whatever the ranks and workers. Where shards
-lie, what is known of them and what a view holds is the concern of the files in shards/.
-Letters: `b` pairs of a batch, `s` side of the square images in pixels, `c h w` of a latent.
+Which pair number k is follows from (seed, k) alone, whatever the ranks and workers. shards/ reads
+files. Letters: `s` side of the square images in pixels, `c h w` of a latent.
 """
 
 import atexit
@@ -27,7 +26,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 import camera
 from runtime.workers import DEAD_WORKER, is_dead_worker, packed, start_worker, unpacked
 from shards.files import Damaged
-from shards.scenes import distinct, examples, images, open_source, whole_matrices
+from shards.index import whole_matrices
+from shards.scenes import distinct, examples, images, open_source
 
 __all__ = ["DEAD_WORKER", "Batches", "Pairs", "check_damage", "images", "is_dead_worker", "loader",
            "open_source"]
@@ -69,23 +69,22 @@ class Pairs(Dataset):
         camera.mode_named(mode)
         if any(reader.image_size != image_size for reader in readers):
             raise ValueError(f"image_size {image_size} is not that of the sources")
-        kinds = {reader.name: reader.kind for reader in readers}
-        if len(set(kinds.values())) > 1:
-            raise ValueError("raw and encoded sources do not mix: "
-                             + ", ".join(f"{name} has {kind}" for name, kind in kinds.items()))
+        kinds = {reader.kind: f"{reader.name} has {reader.kind}" for reader in readers}
+        if len(kinds) > 1:
+            raise ValueError(f"raw and encoded sources do not mix: {', '.join(kinds.values())}")
         self.readers, self.seed, self.mode = list(readers), seed, mode
         self.probabilities = tuple(probabilities)
         self.shares = list(itertools.accumulate(probabilities))
         self.rounds = None
         if ordered:             # round c takes the c-th pair of every scene that has so many
-            streams = [reader.name for reader in readers if not hasattr(reader, "counts")]
-            if streams:
-                raise ValueError(f"source {streams[0]!r} is a stream, which has no fixed pass: "
-                                 "scores need shards in files or on the web")
+            for reader in readers:
+                if not hasattr(reader, "counts"):
+                    raise ValueError(f"source {reader.name!r} is a stream, which has no fixed "
+                                     "pass: scores need shards in files or on the web")
             counts = np.concatenate([reader.counts for reader in readers])
             self.pairs_of = counts * (counts - 1)
-            order = sorted(range(len(counts)), key=lambda scene: self.words("scene", scene))
-            self.scene_order = np.array(order)
+            self.scene_order = np.array(sorted(range(len(counts)),
+                                               key=lambda scene: self.words("scene", scene)))
             upto = np.searchsorted(np.sort(self.pairs_of), np.arange(self.pairs_of.max()), "right")
             self.rounds = np.cumsum(len(counts) - upto)
 
@@ -94,7 +93,9 @@ class Pairs(Dataset):
 
     def words(self, *key):
         """Four random 64-bit words that belong to the seed and a key."""
-        # departs: the reference shuffles in a buffer, by a generator whose state nobody saves
+        # departs: which pair comes when follows from the seed and its number alone; the reference
+        # shuffles in a buffer, by a generator whose state nobody saves
+        # [test_the_sequence_is_the_same_for_any_ranks_workers_and_restarts]
         text = " ".join(map(str, (self.seed, *key)))
         return struct.unpack("<4Q", hashlib.blake2b(text.encode(), digest_size=32).digest())
 
@@ -108,8 +109,7 @@ class Pairs(Dataset):
                 return source, *views
         else:                   # min: the shares may sum to a hair less than 1
             source = min(bisect_right(self.shares, words[0] / 2.0**64), len(self.readers) - 1)
-        if attempt:
-            words = self.words(k, attempt)
+        words = self.words(k, attempt) if attempt else words
         return source, *self.readers[source].draw(words, k, self.probabilities[source], self.seed)
 
     def draw_in_order(self, k):
@@ -191,20 +191,29 @@ class Batches(Sampler):
 
 
 class Loader(DataLoader):
-    """A DataLoader that takes `damage` out of the batches: counts, logs and limits it.
+    """A DataLoader of the micro-batches of Batches: Pairs' dicts stacked, `uid` a list. It takes
+    `damage` out of the batches; say(line) is told of everything damaged, once.
+
+    Memory is pinned for CUDA. Raises ValueError, in the loop, once more than `max_damaged` of the
+    draws were damaged. When a worker dies, ChildProcessError in the loop, or a RuntimeError
+    wherever the main thread is: is_dead_worker.
 
     report    {source: Counter of damaged draws by reason}
     """
 
-    def __init__(self, pairs, batches, workers, device, max_damaged, say):
-        ending = multiprocessing.get_context("spawn").Event()      # works under fork too
+    def __init__(self, pairs, batches, workers=0, device="cpu", max_damaged=0.05, say=log.warning):
+        try:
+            ending = multiprocessing.get_context("spawn").Event()      # works under fork too
+        except OSError as err:          # of a semaphore, which lies there
+            raise OSError(err.errno, err.strerror, "/dev/shm") from err
         atexit.register(ending.set)     # runs before multiprocessing ends and awaits its children
         super().__init__(pairs, batch_sampler=batches, num_workers=workers, collate_fn=packed,
                          persistent_workers=workers > 0,
                          worker_init_fn=functools.partial(start_worker, ending),
                          pin_memory=torch.device(device).type == "cuda")
         self.report = {reader.name: Counter() for reader in pairs.readers}
-        self.max_damaged, self.say, self.draws, self.logged = max_damaged, say, 0, {}
+        self.max_damaged, self.say, self.draws = max_damaged, say, 0
+        self.logged = {}                # in the order in which they were met
 
     def __iter__(self):
         batches, say_once = super().__iter__(), functools.cache(self.say)
@@ -228,7 +237,7 @@ class Loader(DataLoader):
         for source, reason, where in (line.split("\t") for line in lines):
             self.report[source][reason] += 1
             if where not in self.logged:
-                self.logged[where] = None
+                self.logged[where] = True
                 self.say(f"{source}: another pair replaces a damaged one: {where}")
         check_damage(*self.counts(), self.max_damaged, examples(list(self.logged)))
 
@@ -241,19 +250,6 @@ def check_damage(draws, damaged, most, where):
     """Raises ValueError if more than the share `most` of many draws were damaged."""
     if draws >= MIN_DRAWS and damaged > most * draws:
         raise ValueError(f"{damaged} of {draws} draws were damaged, more than {most:.0%}: {where}")
-
-
-def loader(pairs, batches, workers=0, device="cpu", max_damaged=0.05, say=log.warning):
-    """A DataLoader of the micro-batches of Batches: Pairs' dicts stacked, `uid` a list.
-
-    Memory is pinned for CUDA. say(line) is told of everything damaged, once. Raises ValueError, in
-    the loop, once more than `max_damaged` of the draws were damaged. When a worker dies,
-    ChildProcessError in the loop, or a RuntimeError wherever the main thread is: is_dead_worker.
-    """
-    try:
-        return Loader(pairs, batches, workers, device, max_damaged, say)
-    except OSError as err:          # of a semaphore, which lies there
-        raise OSError(err.errno, err.strerror, "/dev/shm") from err
 
 
 if __name__ == "__main__":

@@ -14,30 +14,17 @@ arguments give the same bytes: running a command again goes on where it stopped.
 
 import argparse
 
-from runtime.command import Parser, numbers_of, run, unknown
+from runtime.command import Parser, numbers_of, run
 
-HELPS = {"co3d": "CO3D v2, as downloaded",
+HELPS = {"synth": "ray-cast synthetic scenes, with exact cameras and depth",
+         "co3d": "CO3D v2, as downloaded",
          "re10k": "RealEstate10K: camera texts, and frames or videos",
          "acid": "ACID: camera texts, and frames or videos",
          "photos": "your own photos or videos: their cameras are found, which needs pycolmap",
          "colmap": "your own captures: COLMAP models with their images",
-         "nerfstudio": "your own captures: folders with a transforms.json"}
-MOST_TURN = 45                  # degrees
+         "nerfstudio": "your own captures: folders with a transforms.json",
+         "encode": "what the frozen networks make of raw shards, computed once"}
 SMALLEST = 8                    # pixels a side
-
-
-class Command(Parser):
-    """The parser of a sub-command, which answers for its own options."""
-
-    def __init__(self, prog, **options):
-        super().__init__(prog, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
-
-    def parse_known_args(self, args=None, namespace=None):
-        found, rest = super().parse_known_args(args, namespace)
-        for text in rest:
-            self.error(unknown("option", text.partition("=")[0], self.names())
-                       if text.startswith("-") else f"{text!r} is one argument too many")
-        return found, rest
 
 
 def count(low):
@@ -54,20 +41,12 @@ def add_synth(add):
     add("--size", type=count(SMALLEST), default=64, help="pixels a side")
     add("--motion", type=numbers_of(float, 1e-6, 1), default=0.4,
         help="share of its path that a camera goes, up to 1: arcs are of 60 to 120 degrees")
-    add("--turn", type=numbers_of(float, 0, MOST_TURN), default=8.0, help="degrees that every "
+    add("--turn", type=numbers_of(float, 0, 45), default=8.0, help="degrees that every "
         "camera looks aside at most, to the left or right and up or down: else they follow their "
         "gaze, and none turns on the spot")
     add("--seed", type=count(0), default=0, help="scenes are a function of it and their number")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to render")
     add("--scenes-per-shard", type=count(1), default=100, help="scenes in a shard, at most")
-    add_images(add)
-
-
-def add_images(add):
-    """The options of all that writes raw shards."""
-    add("--image-format", choices=("png", "jpg", "webp"), default="png", help="of colour images")
-    add("--workers", type=count(0), default=0, help="processes; 0: one a core, on a GPU at most 6")
-    add("--overwrite", action="store_true", help="replace shards made with other arguments")
 
 
 def add_capture(sub, name):
@@ -90,9 +69,7 @@ def add_capture(sub, name):
     if name == "photos":
         add("--video-frames", type=count(2), default=100, help="photos taken of a video, evenly")
     if name not in ("re10k", "acid"):
-        add("--no-depth", dest="depth", action="store_false", help="leave depth out",
-            default=argparse.SUPPRESS)
-        sub.set_defaults(depth=True)
+        add("--no-depth", dest="depth", action="store_false", default=True, help="leave depth out")
     add("--out", default=f"data/{name}", help="folder of the shards")
     add("--size", type=count(SMALLEST), default=256, help="pixels a side")
     add("--views", type=count(0), default=0, help="of a scene at most, evenly chosen; 0: all")
@@ -101,8 +78,6 @@ def add_capture(sub, name):
         help="scenes kept from training; -1: 5%% of them, at most 100, none of a single one")
     add("--seed", type=count(0), default=0, help="decides which scenes are held out or chosen")
     add("--shard-size", type=numbers_of(float, 0, above=True), default=1.0, help="about, in GB")
-    add("--dry-run", action="store_true", help="say what would be made, and stop")
-    add_images(add)
 
 
 def add_encode(add):
@@ -123,21 +98,30 @@ def add_encode(add):
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to encode")
     add("--loaders", type=count(0), default=None, help="processes a rank that decode images; on a "
         "GPU as many as there are cores for, up to 16, unless told")
-    add("--dry-run", action="store_true", help="say what would be made, and stop")
-    add("--overwrite", action="store_true", help="replace shards made with other arguments")
 
 
 def parser():
     """The command line: one sub-command a kind of shard."""
     top = Parser("prepare.py", description=__doc__.split("\n\n")[0])
-    commands = top.add_subparsers(dest="command", required=True, metavar="command",
-                                  parser_class=Command)
-    add_synth(commands.add_parser("synth", help="ray-cast synthetic scenes, with exact cameras and "
-                                  "depth").add_argument)
+    commands = top.add_subparsers(dest="command", required=True, metavar="command")
     for name, text in HELPS.items():
-        add_capture(commands.add_parser(name, help=text), name)
-    add_encode(commands.add_parser("encode", help="what the frozen networks make of raw shards, "
-                                   "computed once").add_argument)
+        sub = commands.add_parser(name, help=text, description=text, formatter_class=(
+            argparse.ArgumentDefaultsHelpFormatter))
+        add = sub.add_argument
+        if name == "synth":
+            add_synth(add)
+        elif name == "encode":
+            add_encode(add)
+        else:
+            add_capture(sub, name)
+        if name != "encode":
+            add("--image-format", choices=("png", "jpg", "webp"), default="png",
+                help="of colour images")
+            add("--workers", type=count(0), default=0,
+                help="processes; 0: one a core, on a GPU at most 6")
+        if name != "synth":
+            add("--dry-run", action="store_true", help="say what would be made, and stop")
+        add("--overwrite", action="store_true", help="replace shards made with other arguments")
     return top
 
 

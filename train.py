@@ -287,7 +287,7 @@ def start(config, ranks, device, log, writer, stack, dry_run):
         signal.signal(signum, lambda number, frame: signals.append(number))
     batches = data.Batches(first_step, config.steps, config.batch_size, config.micro_batch,
                            ranks.rank, ranks.world)
-    loader = data.loader(pairs, batches, config.workers, device, config.max_damaged, log.note)
+    loader = data.Loader(pairs, batches, config.workers, device, config.max_damaged, log.note)
     peak = cost.ceiling(device, config.precision) if ranks.rank == 0 else 1.0
     return Run(config, ranks, device, log, writer, needs, peak, micro_steps, first_step, net,
                wrapped, passes, autocast, depth_net, ema, optimizer, pairs, loader, held_out,

@@ -212,7 +212,7 @@ def measure_loader(folder, format, deep, count, workers):
     batch = ENCODED_BATCH if format == "encoded" else peers.BATCH
     settled = 2 * max(workers, 1)
     numbers = data.Batches(0, settled + -(-count // batch), batch, batch)
-    batches = iter(data.loader(pairs_in(folder, format, deep), numbers, workers))
+    batches = iter(data.Loader(pairs_in(folder, format, deep), numbers, workers))
     for _ in range(settled):
         next(batches)
     start, seen = time.perf_counter(), 0

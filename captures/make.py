@@ -1,4 +1,4 @@
-"""Makes shards of captures, by the dozen, in several processes; a run goes on where it stopped.
+"""Makes shards of captures, in several processes; a run goes on where it stopped.
 
 A shard is written when its note, a .json beside it, is: with how much is in it and what was left
 out of it, by cause. A shard of which nothing is left has a note alone. Letters: `v` views.
@@ -12,10 +12,11 @@ import math
 import multiprocessing
 import os
 import signal
-import sys
+import threading
 import time
 from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -24,17 +25,19 @@ import torch
 from captures import datasets, own, photos, resample
 from captures.writer import raw_scene, write_shard
 from runtime.command import progress
-from runtime.files import write_text
+from runtime.files import remove, write_text
+from views.pictures import evenly_spaced
 
 VERSION = 1                     # goes up when shards of old and new code do not go together
 FEWEST_VIEWS = 2                # of a scene: a pair
 # bytes of a photo's pixel, and of a dense depth map's, as measured: what shards are planned by
 BYTES_A_PIXEL, DEPTH_BYTES_A_PIXEL = {"png": 2.0, "jpg": 0.5, "webp": 0.33}, 0.8
 SPLITS = ("train", "held-out")
+ARGUMENTS = ("command", "size", "views", "depth", "image_format", "seed", "scenes", "held_out",
+             "shard_size")      # that decide what is in the shards
 WHERE = "folder", "folders", "cameras", "frames", "videos", "colmap"        # captures lie
 SHARE_HELD_OUT, MOST_HELD_OUT = 0.05, 100       # scenes of captures, unless told
 MOST_ON_GPU = 6                 # processes that share a GPU, unless told: each takes 2 GB of it
-POLL = 0.1                      # seconds between looks at the processes
 
 
 # ---- which scenes, in which shards
@@ -98,13 +101,6 @@ def plan_captures(splits, args):
 
 # ---- a scene
 
-def evenly(views, count):
-    """`count` of the views, evenly from the first to the last; 0: all."""
-    if not 0 < count < len(views):
-        return views
-    return [views[round(i)] for i in np.linspace(0, len(views) - 1, count)]
-
-
 def depth_unit(view, depths):
     """What the stored depths of a scene are to be multiplied by: CO3D's own number, so that its
     words come through as they were, or else what brings the median near 1."""
@@ -120,7 +116,8 @@ def capture_scene(capture, args, out):
     views, half, unusable = resample.one_camera(views)
     out += unread + unusable
     kept, images, depths = [], [], []
-    for view, picture in resample.pictures(evenly(views, args.views)):
+    for view, picture in resample.pictures(
+            evenly_spaced(views, args.views or len(views))):
         try:
             if isinstance(picture, resample.LeftOut):
                 raise picture
@@ -139,7 +136,7 @@ def capture_scene(capture, args, out):
                      2 * math.atan(half), args.image_format, unit)
 
 
-def capture_scenes(args, path, found, report):
+def capture_scenes(args, path, found):
     """Yields the members of a shard's scenes in order; then notes beside it what was left out."""
     out, scenes, views = [], 0, 0
     for capture in found:
@@ -151,20 +148,12 @@ def capture_scenes(args, path, found, report):
         except resample.LeftOut as err:
             mine.append(err)
         out += mine
-        report(count_views(capture, args))
     write_text(path.with_suffix(".json"), json.dumps({
         "scenes": scenes, "views": views,
         "left_out": [[err.reason, err.where, err.detail] for err in out]}, indent=1) + "\n")
 
 
 # ---- a run
-
-def absolute(where):
-    """A folder, or several, as it is known from everywhere."""
-    if isinstance(where, list):
-        return [absolute(each) for each in where]
-    return os.path.abspath(where) if where else ""
-
 
 def run_captures(args):
     """Makes shards of captures, skipping those that are there. Raises ValueError, OSError."""
@@ -175,31 +164,30 @@ def run_captures(args):
         print(f"passed over: {count} {reason}")
     splits = split_captures(found, args)
     plan, a_view = plan_captures(splits, args)
-    views = {path: sum(count_views(capture, args) for capture in shard) for path, shard in plan}
     if args.dry_run:
-        for split, each in splits.items():
-            shards = [path for path, _ in plan if path.name.startswith(split)]
-            count = sum(views[path] for path in shards)
-            print(f"{Path(args.out) / split}-*.tar: {len(shards)} shards, {len(each)} scenes, "
-                  f"{count} views, about {count * a_view / 1e9:.3g} GB")
+        for split in splits:
+            shards = [shard for path, shard in plan if path.name.startswith(split)]
+            views = sum(count_views(capture, args) for shard in shards for capture in shard)
+            print(f"{Path(args.out) / split}-*.tar: {len(shards)} shards, {sum(map(len, shards))} "
+                  f"scenes, {views} views, about {views * a_view / 1e9:.3g} GB")
         return
     listed = "\n".join(f"{path.name} {each.name} {each.count}" for path, shard in plan
                        for each in shard)
-    names = ("command", "size", "views", "depth", "image_format", "seed", "scenes", "held_out",
-             "shard_size")
-    arguments = {"version": VERSION} | {name: getattr(args, name) for name in names}
+    arguments = {"version": VERSION} | {name: getattr(args, name) for name in ARGUMENTS}
     arguments["found"] = (f"{len(found)} scenes (list "
                           f"{hashlib.sha256(os.fsencode(listed)).hexdigest()[:12]})")
-    arguments |= {name: absolute(getattr(args, name)) for name in WHERE if hasattr(args, name)}
+    for name in WHERE:
+        value = getattr(args, name, None)
+        if value is not None:       # as they are known from everywhere
+            arguments[name] = (os.path.abspath(value) if value and isinstance(value, str) else
+                               value and [os.path.abspath(each) for each in value])
     arguments |= {"images": args.images} if hasattr(args, "images") else {}
-    shards = list(Path(args.out).glob("*.tar*"))
-    check_out(Path(args.out) / "prepare.json", arguments, shards, args.overwrite)
+    check_out(Path(args.out) / "prepare.json", arguments, list(Path(args.out).glob("*.tar*")),
+              args.overwrite)
     todo = [(path, shard) for path, shard in plan if not is_made(path)]
-    workers = workers_for(args.workers, len(todo), torch.device("cpu"))
-    told = run(todo, functools.partial(capture_scenes, args), workers,
-               sum(views[path] for path, _ in todo), args.command)
+    make_shards(todo, functools.partial(capture_scenes, args),
+                workers_for(args.workers, len(todo), torch.device("cpu")), args.command)
     summarize(plan)
-    print(told)
     if args.image_format != "png" or not args.depth:
         print("note: ZeroNVS's original loader reads only shards with png images and depth")
 
@@ -212,24 +200,22 @@ def is_made(path):
 
 def summarize(plan):
     """Prints what there is, and what was left out. Raises ValueError where nothing is left."""
-    left_out, scenes = {}, 0
+    left_out, total = {}, 0
+    notes = {path: json.loads(path.with_suffix(".json").read_text()) for path, _ in plan}
     for split in SPLITS:
-        shards = [path for path, _ in plan if path.name.startswith(split)]
-        notes = [json.loads(path.with_suffix(".json").read_text()) for path in shards]
-        there = [path for path in shards if path.is_file()]
-        print(f"{shards[0].parent / split}-*.tar: {len(there)} shards, "
-              f"{sum(each['scenes'] for each in notes)} scenes, "
-              f"{sum(each['views'] for each in notes)} views, "
-              f"{sum(path.stat().st_size for path in there) / 1e6:.1f} MB" if shards else
-              f"{split}: no scenes")
-        scenes += sum(each["scenes"] for each in notes)
-        for each in notes:
-            for reason, where, detail in each["left_out"]:
-                left_out.setdefault(reason, []).append(f"{where} ({detail})" if detail else where)
+        mine = {path: note for path, note in notes.items() if path.name.startswith(split)}
+        there = [path for path in mine if path.is_file()]
+        scenes, views = (sum(note[what] for note in mine.values()) for what in ("scenes", "views"))
+        size = sum(path.stat().st_size for path in there)
+        print(f"{plan[0][0].parent / split}-*.tar: {len(there)} shards, {scenes} scenes, {views} "
+              f"views, {size / 1e6:.1f} MB" if mine else f"{split}: no scenes")
+        total += scenes
+        for reason, where, detail in (line for note in mine.values() for line in note["left_out"]):
+            left_out.setdefault(reason, []).append(f"{where} ({detail})" if detail else where)
     for reason, places in sorted(left_out.items()):
         print(f"left out: {len(places)} x {reason}, first {places[0]}")
-    if not scenes:
-        for path, _ in plan:            # so that a rerun looks again
+    if not total:
+        for path in notes:              # so that a rerun looks again
             path.with_suffix(".json").unlink()
         count, last = sum(len(shard) for _, shard in plan), list(left_out.items())[-1:]
         causes = "".join(f": {reason}, {places[-1]}" for reason, places in last)
@@ -254,10 +240,7 @@ def check_out(note, arguments, shards, overwrite):
             raise ValueError(f"{out} was made with other arguments ({'; '.join(differing)}): "
                              "choose another --out, or --overwrite")
         if overwrite or differing:
-            for path in shards:
-                path.unlink()
-            for path in itertools.chain.from_iterable(out.glob(f"{split}-*.json")
-                                                      for split in SPLITS):
+            for path in (*shards, *out.glob("train-*.json"), *out.glob("held-out-*.json")):
                 path.unlink()
     elif shards:
         raise ValueError(f"{out} holds shards that this command did not make: choose another --out")
@@ -271,30 +254,6 @@ def workers_for(asked, shards, device):
     cores = os.cpu_count() or 1
     usual = cores if device.type == "cpu" else min(cores, MOST_ON_GPU)
     return min(asked or usual, max(1, shards))
-
-
-def run(todo, scenes_of, workers, views, label):
-    """Makes shards, a list of (path, content), in as many processes as there are workers; returns
-    a line about how fast. Raises ValueError, OSError.
-
-    scenes_of(path, content, report) yields the members of each scene, and calls report(views) as
-    they get done; `views` is their number.
-    """
-    if not todo:
-        return "all of them were there already"
-    started, ticks = time.perf_counter(), progress(itertools.repeat(None), label, "views", views)
-
-    def report(more):
-        deque(itertools.islice(ticks, more), maxlen=0)
-
-    if workers == 1:
-        make_shards(todo, scenes_of, report)
-    else:
-        make_shards_together(todo, scenes_of, workers, report)
-    ticks.close()
-    seconds = time.perf_counter() - started
-    return (f"{views} views in {seconds:.1f} s: {views / seconds:.0f} views/s "
-            f"({workers} processes)")
 
 
 def ahead(function, items, threads, count):
@@ -311,71 +270,64 @@ def ahead(function, items, threads, count):
         pool.shutdown(cancel_futures=True)
 
 
-def make_shards(todo, scenes_of, report):
-    """Makes shards one after the other, but for those without a scene; torch takes one core."""
+def make_shard(scenes_of, path, content):
+    """Makes one shard, unless it has no scene. Torch takes one core: there are other processes."""
     torch.set_num_threads(1)
-    for path, content in todo:
-        scenes = scenes_of(path, content, report)
-        first = next(scenes, None)
-        if first:
-            write_shard(path, itertools.chain([first], scenes))
+    scenes = scenes_of(path, content)
+    first = next(scenes, None)
+    if first:
+        write_shard(path, itertools.chain([first], scenes))
 
 
-def worker(todo, scenes_of, taken, views, errors):
-    """One of several processes: makes the shards that no other has taken; dies with its parent, or
-    when it is terminated, and leaves nothing of a shard that is not complete."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # the parent gets it too, and terminates all
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+def make_shards(todo, scenes_of, workers, label):
+    """Makes shards, a list of (path, content), in as many processes as there are workers.
 
-    def shards():
-        while True:
-            with taken.get_lock():
-                k, taken.value = taken.value, taken.value + 1
-            if k >= len(todo):
-                return
-            yield todo[k]
-
-    def report(more):
-        with views.get_lock():
-            views.value += more
-        if not multiprocessing.parent_process().is_alive():
-            os._exit(1)
-
-    try:
-        make_shards(shards(), scenes_of, report)
-    except (ValueError, OSError) as err:
-        errors.put(str(err))
-
-
-def make_shards_together(todo, scenes_of, workers, report):
-    """Makes shards in several processes. OSError where one of them fails.
-
-    Processes, not threads: most calls into torch are so short that threads would queue up for them.
+    scenes_of(path, content) yields the members of each scene. Raises ValueError, OSError; then, and
+    when this process ends, all of them end.
     """
-    methods = multiprocessing.get_all_start_methods()
+    if not todo:
+        print("all of them were there already")
+        return
+    started = time.perf_counter()
+    if workers == 1:
+        for path, content in progress(todo, label, "shards"):
+            make_shard(scenes_of, path, content)
+    else:
+        make_shards_together(todo, scenes_of, workers, label)
+    print(f"{len(todo)} shards made in {time.perf_counter() - started:.1f} s ({workers} processes)")
+
+
+def make_shards_together(todo, scenes_of, workers, label):
+    """The same in a pool. Processes, not threads: most calls into torch are so short that threads
+    would queue up for them."""
+    methods, others = multiprocessing.get_all_start_methods(), multiprocessing.active_children()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     context.set_forkserver_preload(["captures.synth"])      # imported once for all processes
-    taken, views, errors = context.Value("q", 0), context.Value("q", 0), context.SimpleQueue()
-    shared = (todo, scenes_of, taken, views, errors)
-    processes = [context.Process(target=worker, args=shared, daemon=True) for _ in range(workers)]
-    for process in processes:
-        process.start()
-    reported, running = 0, True
+    pool = ProcessPoolExecutor(workers, context, start_process)
     try:
-        while running:
-            time.sleep(POLL)
-            running = any(process.is_alive() for process in processes)
-            now = views.value
-            report(now - reported)
-            reported = now
-            if not errors.empty():
-                raise OSError(errors.get())
-            codes = [process.exitcode for process in processes if process.exitcode]
-            if codes:
-                raise OSError(f"one of the processes ended with code {codes[0]}: the same command "
-                              "goes on from here, perhaps with fewer --workers")
-    finally:        # the next run may write what they were writing
-        for process in processes:
-            process.terminate()
-        for process in processes:
+        made = [pool.submit(make_shard, scenes_of, *shard) for shard in todo]
+        for each in progress(as_completed(made), label, "shards", len(todo)):
+            each.result()
+    except BaseException as err:        # the next run may write what they are writing
+        for process in set(multiprocessing.active_children()) - set(others):
+            process.kill()
             process.join()
+        for path, _ in todo:
+            remove(path.with_name(f".unfinished_{path.name}"))
+        if not isinstance(err, BrokenProcessPool):
+            raise
+        raise OSError("one of the processes was killed, perhaps for want of memory: the same "
+                      "command goes on from here, perhaps with fewer --workers") from err
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def start_process():
+    """In a new process of the pool: an interrupt is for the parent, which then ends all; where the
+    parent is gone, it ends itself."""
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()

@@ -1,12 +1,11 @@
 """Synthetic scenes with exact cameras and depth: the solids of solids.py, ray-cast in torch.
 
 `render` makes images and depths, `run` the shards of `prepare.py synth`. Cameras are OpenGL
-camera-to-world. Letters: `s` scenes, `v` views a scene, `r` rays a view. Points and directions of
-rays are kept as three tensors (x, y, z), so that every step is one flat pass.
+camera-to-world. Letters: `v` views, `r` rays a view. Points and directions of rays are kept as
+three tensors (x, y, z), so that every step is one flat pass.
 """
 
 import functools
-import itertools
 import os
 from pathlib import Path
 
@@ -19,11 +18,8 @@ from captures.writer import raw_scene
 from runtime.ranks import device_of
 
 LAYOUTS = ("co3d", "re10k")
-DEVICES = "cuda", "cpu"         # that render
 VERSION = 2                     # goes up when the same arguments give other pictures
 HELD_OUT = 2**30                # number of the first held-out scene; training scenes count from 0
-VIEWS_AT_ONCE = 128             # views a render call on a GPU takes
-BATCHES_AHEAD = 2               # of rendered views, waiting for threads that encode them
 SUBSAMPLES = 2          # colour samples along each side of a pixel
 SHADOW_DENSITY = 6.0    # shadows darken with the thickness of what casts them: soft edges
 SKY_LIGHT = (0.47, 0.13)            # ambient light of a level face, and what facing up adds
@@ -32,50 +28,28 @@ SUN_COLOR, SKY_COLOR = (1.05, 1.0, 0.9), (0.95, 1.0, 1.08)
 DARKEST_CORNER = 0.15   # of the ambient light, however much stands around
 SECOND_COLOR = 0.85     # how far a texture goes to its second colour
 TINY = 1e-30
-NEVER = -1000.0         # height of what fills the empty slots of a batch
 RAYS_AT_ONCE = {"cpu": 2**16, "cuda": 2**22}    # fit the caches; outlast a kernel's launch
 
 
 # ---- rendering
 
 class World:
-    """Scenes packed for tracing: solids in padded slots by shape; numbers are (s, 1, 1) tensors."""
+    """A scene's numbers as float32 tensors on a device, all of them ()."""
 
-    def __init__(self, scenes, device):
-        counts = [max(int((each.shape == shape).sum()) for each in scenes) for shape in range(3)]
-        first = 2 + np.concatenate([[0], np.cumsum(counts)])
-        self.rows = int(first[-1])
-        slots = np.zeros((self.rows, 8, len(scenes)))               # center, half, cos, sin
-        slots[:, 2], slots[:, 6] = NEVER, 1         # an empty slot: a point far below the ground
-        material = np.zeros((len(MATERIAL), len(scenes), self.rows))
-        colors = np.zeros((3, len(scenes), self.rows, FACES))
-        for i, each in enumerate(scenes):
-            order = np.arange(2 + len(each.shape))
-            for shape in range(3):
-                mine = 2 + np.flatnonzero(each.shape == shape)
-                order[mine] = first[shape] + np.arange(len(mine))
-            turn = np.stack([np.cos(each.yaw), np.sin(each.yaw)], axis=1)
-            slots[order[2:], :, i] = np.concatenate([each.center, each.half, turn], axis=1)
-            material[:, i, order] = each.material.T
-            colors[:, i, order] = each.colors.transpose(2, 0, 1)
-
+    def __init__(self, scene, device):
         def tensors(array):
             return torch.from_numpy(array).to(device, torch.float32).unbind()
 
         self.solids = []                # (shape, row, center, half, cos, sin)
-        numbers = torch.from_numpy(slots).to(device, torch.float32)[..., None, None]
-        for shape in range(3):
-            for row in range(first[shape], first[shape + 1]):
-                x, y, z, a, b, c, cos, sin = numbers[row].unbind()
-                self.solids.append((shape, row, (x, y, z), (a, b, c), cos, sin))
-        self.material = dict(zip(MATERIAL, tensors(material.reshape(len(MATERIAL), -1))))
-        self.colors = tensors(colors.reshape(3, -1))
-        common = np.array([[*each.room, each.sky, *each.light, *each.haze] for each in scenes]).T
-        common = tensors(common[:, :, None, None])
-        self.room, self.sky = common[:3], common[3] > 0
-        self.light, self.haze = common[4:7], common[7:]
-        base = torch.arange(len(scenes), device=device, dtype=torch.int32) * self.rows
-        self.base = base[:, None, None]
+        turn = np.stack([np.cos(scene.yaw), np.sin(scene.yaw)], axis=1)
+        numbers = np.concatenate([scene.center, scene.half, turn], axis=1)
+        for i in np.argsort(scene.shape, kind="stable"):
+            x, y, z, a, b, c, cos, sin = tensors(numbers[i])
+            self.solids.append((scene.shape[i], 2 + int(i), (x, y, z), (a, b, c), cos, sin))
+        self.material = dict(zip(MATERIAL, tensors(scene.material.T.copy())))      # (rows) each
+        self.colors = tensors(scene.colors.reshape(-1, 3).T.copy())     # 3 x (rows * faces)
+        self.room, self.light, self.haze = map(tensors, (scene.room, scene.light, scene.haze))
+        self.sky = scene.sky
 
 
 def dot(a, b):
@@ -177,7 +151,7 @@ def normals(m, e, inward):
 
 def shade(world, o, d, t, row):
     """The colours, 3 tensors in [0, 1], of what the rays meet: its texture in the light there."""
-    index = (row + world.base).flatten()
+    index = row.flatten()
 
     def m(name):
         return world.material[name].index_select(0, index).view(row.shape)
@@ -186,7 +160,7 @@ def shade(world, o, d, t, row):
     x, y, z = p[0] - m("cx"), p[1] - m("cy"), p[2] - m("cz")
     cos, sin = m("cos"), m("sin")
     e = ((cos * x + sin * y) * m("ix"), (cos * y - sin * x) * m("iy"), z * m("iz"))
-    n = normals(m, e, (row == 0) & ~world.sky)
+    n = normals(m, e, (row == 0) & (not world.sky))
     colors = [torch.zeros_like(t) for _ in range(3)]
     for axis in range(3):       # the face it looks to; on round solids a mixture
         face = index * FACES + (2 * axis + (n[axis] > 0).flatten())
@@ -227,149 +201,108 @@ def lights(world, p, n):
 def rays(c2w, fov, size, places):
     """Rays through every pixel at each of its `places` (x, y) in [0, 1], one place after the other.
 
-    Origins (s, v, 1) and directions (s, v, r), r = places * size * size. Directions have length 1
-    along the viewing axis, so that a ray's t is its z-depth. c2w (s, v, 4, 4), fov (s,).
+    Origins (v, 1) and directions (v, r), r = places * size * size. Directions have length 1 along
+    the viewing axis, so that a ray's t is its z-depth. c2w (v, 4, 4), fov ().
     """
-    slope = 2 * torch.tan(fov / 2)[:, None, None] / size
+    slope = 2 * torch.tan(fov / 2) / size
     pixels = torch.arange(size, device=c2w.device, dtype=c2w.dtype) - size / 2
     columns, lines = [torch.stack([pixels + place[i] for place in places]) for i in range(2)]
-    right = columns[:, None, :].expand(-1, size, -1).reshape(-1) * slope        # (s, 1, r)
+    right = columns[:, None, :].expand(-1, size, -1).reshape(-1) * slope        # (r,)
     down = lines[:, :, None].expand(-1, -1, size).reshape(-1) * slope
-    o = [c2w[:, :, i, 3, None] for i in range(3)]
-    turn = c2w[:, :, :3, :3, None]
-    d = [turn[:, :, i, 0] * right - turn[:, :, i, 1] * down - turn[:, :, i, 2] for i in range(3)]
+    o = [c2w[:, i, 3, None] for i in range(3)]
+    turn = c2w[:, :3, :3, None]
+    d = [turn[:, i, 0] * right - turn[:, i, 1] * down - turn[:, i, 2] for i in range(3)]
     return o, d
 
 
-def render(scenes, c2w, fov, size):
-    """Images (s, v, 3, size, size) in [-1, 1] and z-depths (s, v, size, size), float32.
+def render(scene, c2w, fov, size):
+    """Images (v, 3, size, size) in [-1, 1] and z-depths (v, size, size), float32, on c2w's device.
 
-    scenes: a list of s Scenes, c2w (s, v, 4, 4) float64 in their units, fov (s,) radians; or one
-    Scene, (v, 4, 4) and a float. Works on the device of `c2w`. Depth is the distance along the
-    viewing axis at the pixel's centre (x + 0.5, y + 0.5), in the scene's unit, known all over: the
-    sky is a far wall.
+    c2w (v, 4, 4) float64 in the scene's unit, fov in radians; or lists of these, whose results are
+    stacked. Depth is the distance along the viewing axis at the pixel's centre (x + 0.5, y + 0.5),
+    in the scene's unit, known all over: the sky is a far wall.
     """
-    if isinstance(scenes, Scene):
-        image, depth = render([scenes], c2w[None], torch.tensor([fov]), size)
-        return image[0], depth[0]
-    device = c2w.device
-    s, v = c2w.shape[:2]
-    fov = fov.to(device, torch.float32)
-    unit = torch.tensor([each.unit for each in scenes], dtype=torch.float64, device=device)[:, None]
-    inner = torch.cat([c2w[..., :3], c2w[..., 3:] / unit[..., None, None]], dim=-1).float()
-    views_at_once = max(1, RAYS_AT_ONCE[device.type] // (size * SUBSAMPLES) ** 2)
-    scene_step, view_step = max(1, views_at_once // v), min(v, views_at_once)
-    images = torch.empty(s, v, 3, size, size, device=device)
-    depths = torch.empty(s, v, size, size, device=device)
-    # scenes of like solids together: fewer empty slots
-    order = sorted(range(s), key=lambda i: np.bincount(scenes[i].shape, minlength=3).tolist())
-    parts = [order[i:i + scene_step] for i in range(0, s, scene_step)]
-    # numbers go to a GPU before any drawing: each copy waits for all that was asked of it
-    worlds = [World([scenes[i] for i in part], device) for part in parts]
-    for world, part in zip(worlds, torch.tensor(order, device=device).split(scene_step)):
-        for j in range(0, v, view_step):
-            some = part, slice(j, j + view_step)
-            images[some], depths[some] = picture(world, inner[some], fov[part], size)
-    return images, depths * unit[..., None, None].float()
+    if not isinstance(scene, Scene):
+        images, depths = zip(*(render(*each, size) for each in zip(scene, c2w, fov)))
+        return torch.stack(images), torch.stack(depths)
+    world = World(scene, c2w.device)
+    fov = torch.as_tensor(fov, dtype=torch.float32, device=c2w.device)
+    inner = torch.cat([c2w[..., :3], c2w[..., 3:] / scene.unit], dim=-1).float()
+    views_at_once = max(1, RAYS_AT_ONCE[c2w.device.type] // (size * SUBSAMPLES) ** 2)
+    parts = [picture(world, part, fov, size) for part in inner.split(views_at_once)]
+    images, depths = map(torch.cat, zip(*parts))
+    return images, depths * torch.tensor(scene.unit, dtype=torch.float32)
 
 
 def picture(world, c2w, fov, size):
-    """Images and depths of one packed batch, in the inner unit."""
-    s, v = c2w.shape[:2]
-    o, d = rays(c2w, fov, size, [(0.5, 0.5)])
-    t, row = trace(world, o, d)
-    depth = t.view(s, v, size, size)
+    """Images and depths of views, in the inner unit."""
+    v = len(c2w)
+    depth, _ = trace(world, *rays(c2w, fov, size, [(0.5, 0.5)]))
     steps = [(i + 0.5) / SUBSAMPLES for i in range(SUBSAMPLES)]
     o, d = rays(c2w, fov, size, [(x, y) for y in steps for x in steps])
-    colors = shade(world, o, d, *trace(world, o, d))
-    colors = [color.view(s, v, -1, size, size).mean(2) for color in colors]
-    return torch.stack(colors, dim=2).clamp_(0, 1).mul_(2).sub_(1), depth
+    colors = [color.view(v, -1, size, size).mean(1) for color in
+              shade(world, o, d, *trace(world, o, d))]
+    return torch.stack(colors, dim=1).clamp_(0, 1).mul_(2).sub_(1), depth.view(v, size, size)
 
 
 # ---- shards
 
 def synth_plan(args):
-    """The shards of a run: a list of (path, split, layout, scene numbers)."""
+    """The shards of a run: a list of (path, scene numbers)."""
     plan = []
     for split, first, count in zip(make.SPLITS, (0, HELD_OUT), (args.scenes, args.held_out)):
         for offset, layout in enumerate(LAYOUTS):
             numbers = range(first + offset, first + count, len(LAYOUTS))
             for i in range(0, len(numbers), args.scenes_per_shard):
                 path = Path(args.out) / layout / f"{split}-{i // args.scenes_per_shard:06d}.tar"
-                plan.append((path, split, layout, numbers[i:i + args.scenes_per_shard]))
+                plan.append((path, numbers[i:i + args.scenes_per_shard]))
     return plan
 
 
-def render_scenes(numbers, args, device):
-    """Renders scenes: a list of (scene, images (v, h, w, 3) uint8, depths (v, h, w), c2w)."""
-    scenes = [scene(args.seed, number) for number in numbers]
-    c2w = torch.stack([cameras(scene, args.views, args.motion, turns_of(scene, args))
-                       for scene in scenes])
-    fov = torch.tensor([scene.fov for scene in scenes], dtype=torch.float64)
-    images, depths = render(scenes, c2w.to(device), fov, args.size)
-    images = images.add_(1).mul_(127.5).round_().to(torch.uint8).permute(0, 1, 3, 4, 2).contiguous()
-    # not waiting, torch copies into pinned memory, which is several times faster
-    images, depths = images.to("cpu", non_blocking=True), depths.to("cpu", non_blocking=True)
-    if device.type == "cuda":
-        torch.cuda.current_stream().synchronize()
-    return list(zip(scenes, images.numpy(), depths.numpy(), c2w.numpy()))
-
-
-def turns_of(scene, args):
-    """How far the cameras of a scene look aside, see solids.cameras; None if not at all."""
-    if not args.turn:
-        return None
-    rng = np.random.default_rng([args.seed, scene.number, 2])
-    return np.radians(rng.uniform(-args.turn, args.turn, (args.views, 2)))
+def render_scene(number, args, device):
+    """(scene, images (v, h, w, 3) uint8, depths (v, h, w), c2w). A camera looks aside by up to
+    args.turn degrees."""
+    made = scene(args.seed, number)
+    rng = np.random.default_rng([args.seed, number, 2])
+    turns = np.radians(rng.uniform(-args.turn, args.turn, (args.views, 2))) if args.turn else None
+    c2w = cameras(made, args.views, args.motion, turns)
+    images, depths = render(made, c2w.to(device), made.fov, args.size)
+    images = images.add_(1).mul_(127.5).round_().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    return made, images.cpu().numpy(), depths.cpu().numpy(), c2w.numpy()
 
 
 def synth_scene(rendered, args):
     """The members of one rendered scene: even numbers, which are arcs, are co3d, odd ones re10k."""
     scene, images, depths, c2w = rendered
-    layout = LAYOUTS[scene.number % len(LAYOUTS)]
     # readers multiply it in again: any value must give the same depth
     scale_adjustment = float(np.random.default_rng([args.seed, scene.number, 1]).uniform(0.5, 2))
-    name = f"{scene.kind}/{scene.number:010d}"
-    return raw_scene(layout, name, images, depths, c2w, scene.fov, args.image_format,
-                     scale_adjustment)
+    return raw_scene(LAYOUTS[scene.number % 2], f"{scene.kind}/{scene.number:010d}", images, depths,
+                     c2w, scene.fov, args.image_format, scale_adjustment)
 
 
-def synth_scenes(args, device, threads, path, numbers, report):
-    """Yields the members of every scene in order; calls report(views).
-
-    Three at a time: a thread renders, `threads` encode (packing leaves Python's lock to others),
-    and the caller writes.
-    """
-    batch = 1 if device.type == "cpu" else max(1, VIEWS_AT_ONCE // args.views)
-    batches = (numbers[i:i + batch] for i in range(0, len(numbers), batch))
-    render = functools.partial(render_scenes, args=args, device=device)
-    encode_scene = functools.partial(synth_scene, args=args)
-    rendered = itertools.chain.from_iterable(make.ahead(render, batches, 1, BATCHES_AHEAD))
-    for members in make.ahead(encode_scene, rendered, threads, 2 * threads):
-        yield members
-        report(args.views)
+def synth_scenes(args, device, threads, path, numbers):
+    """Yields the members of every scene in order: a thread renders, `threads` encode (packing
+    leaves Python's lock to others), and the caller writes."""
+    render_one = functools.partial(render_scene, args=args, device=device)
+    rendered = make.ahead(render_one, numbers, 1, 2)
+    yield from make.ahead(functools.partial(synth_scene, args=args), rendered, threads, 2 * threads)
 
 
 def run(args):
     """Renders synthetic scenes into shards of both raw layouts, skipping those that are there."""
-    device = device_of(args.device, DEVICES)
+    device = device_of(args.device, ("cuda", "cpu"))
     names = ("scenes", "held_out", "views", "size", "motion", "turn", "seed", "image_format",
              "scenes_per_shard")
     arguments = {"version": VERSION} | {name: getattr(args, name) for name in names}
     shards = [path for layout in LAYOUTS for path in (Path(args.out) / layout).glob("*.tar*")]
     make.check_out(Path(args.out) / "synth.json", arguments, shards, args.overwrite)
     plan = synth_plan(args)
-    todo = [(path, numbers) for path, _, _, numbers in plan if not path.is_file()]
+    todo = [shard for shard in plan if not shard[0].is_file()]
     workers = make.workers_for(args.workers, len(todo), device)
     threads = max(1, (os.cpu_count() or 1) // workers)
-    views = args.views * sum(len(numbers) for _, numbers in todo)
-    told = make.run(todo, functools.partial(synth_scenes, args, device, threads), workers, views,
-                    f"synth on {device}")
-    for split in make.SPLITS:
-        for layout in LAYOUTS:
-            shards = [shard for shard in plan if shard[1:3] == (split, layout)]
-            scenes = sum(len(shard[3]) for shard in shards)
-            size = sum(shard[0].stat().st_size for shard in shards)
-            print(f"{Path(args.out) / layout / split}-*.tar: {len(shards)} shards, "
-                  f"{scenes} scenes, {scenes * args.views} views, {size / 1e6:.1f} MB")
-    print(told)
+    make.make_shards(todo, functools.partial(synth_scenes, args, device, threads), workers,
+                     f"synth on {device}")
+    size = sum(path.stat().st_size for path, _ in plan)
+    scenes = args.scenes + args.held_out
+    print(f"{args.out}: {len(plan)} shards, {scenes} scenes, {scenes * args.views} views, "
+          f"{size / 1e6:.1f} MB")

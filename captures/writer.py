@@ -5,13 +5,13 @@ words are float16 bits, 0 where unknown) and `..._metadata.json`. Letters: `v` v
 """
 
 import io
+import itertools
 import json
 import math
 import os
 import struct
 import tarfile
 import zlib
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,33 +22,26 @@ from runtime.files import unfinished
 # from OpenGL camera axes (right, up, back) to pytorch3d's (left, up, forward)
 PYTORCH3D = np.diag([-1.0, 1.0, -1.0])
 LOSSY = {"jpg": dict(format="JPEG", quality=95), "webp": dict(format="WEBP", quality=92)}
-IMAGE_FORMATS = ("png", *LOSSY)
 HALF_INFINITY = 0x7C00          # its float16 bits; those of NaN, and of less than 0, are larger
 
 
 def write_shard(path, scenes):
-    """Writes scenes, each a list of (member name, bytes), as a tar at `path`; returns its size.
+    """Writes scenes, each a list of (member name, bytes), as a tar at `path`, complete or not.
 
-    `scenes` may be a generator. The tar's bytes depend on the members alone: ustar, no times, no
-    owners. The file appears under its name when it is complete; nothing is left of one that fails.
-    Raises OSError with the file's name, as of a full disk.
+    The tar's bytes depend on the members alone: ustar, no times, no owners. Raises OSError with the
+    file's name, as of a full disk.
     """
-    path = Path(path)
     with unfinished(path) as partial, open(partial, "wb") as file:
-        for scene in scenes:
-            for name, content in scene:
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for name, content in itertools.chain.from_iterable(scenes):
                 member = tarfile.TarInfo(name)          # time, owner and group are 0
                 member.size = len(content)
                 try:
-                    header = member.tobuf(tarfile.USTAR_FORMAT)
+                    tar.addfile(member, io.BytesIO(content))
                 except ValueError as err:               # as of 200 characters
                     raise ValueError(f"{path}: no member of it can be {name!r}: {err}") from err
-                file.write(header + content + bytes(-len(content) % tarfile.BLOCKSIZE))
-        file.write(bytes(2 * tarfile.BLOCKSIZE))        # the end
-        file.write(bytes(-file.tell() % tarfile.RECORDSIZE))
         file.flush()
         os.fsync(file.fileno())
-    return path.stat().st_size
 
 
 # ---- members
@@ -56,8 +49,8 @@ def write_shard(path, scenes):
 def png_bytes(samples):
     """The PNG file of samples (h, w, 3) uint8 or (h, w) uint16.
 
-    Every row is stored as its difference to the one above, and packed by one call of zlib: half the
-    time of a coder that chooses among filters, for a few per cent more bytes.
+    Every row is stored as its difference to the one above: half the time of a coder that chooses
+    among filters, for a few per cent more bytes.
     """
     depth, color = (8, 2) if samples.ndim == 3 else (16, 0)         # bits, RGB or grey
     height, width = samples.shape[:2]
@@ -75,7 +68,7 @@ def png_bytes(samples):
 
 
 def image_bytes(image, image_format):
-    """The file of an RGB image (h, w, 3) uint8; `image_format` is one of IMAGE_FORMATS."""
+    """The file of an RGB image (h, w, 3) uint8; `image_format` is png or one of LOSSY."""
     if image_format == "png":
         return png_bytes(image)
     file = io.BytesIO()
@@ -104,11 +97,7 @@ def co3d_metadata(c2w, fov, scale_adjustment):
 
 
 def re10k_metadata(c2w, fov, size):
-    """Metadata of a square view, `size` pixels, in the re10k layout: OpenGL c2w, fov in radians.
-
-    The image is stored as square as readers crop it, so 2 atan(cx / fx), their field of view, is
-    that of what they see.
-    """
+    """Metadata of a square view, `size` pixels, in the re10k layout: OpenGL c2w, fov in radians."""
     slope = 2 * math.tan(fov / 2) / size            # of the ray, a pixel
     corner = -math.tan(fov / 2)
     return {"extrinsics": c2w.tolist(),
@@ -125,10 +114,8 @@ def raw_scene(layout, name, images, depths, c2w, fov, image_format="png", scale_
     members = []
     for i, (image, pose) in enumerate(zip(images, c2w)):
         frame = f"{name}/frame{i + 1:06d}"
-        if layout == "co3d":
-            metadata = co3d_metadata(pose, fov, scale_adjustment)
-        else:
-            metadata = re10k_metadata(pose, fov, image.shape[1])
+        metadata = (co3d_metadata(pose, fov, scale_adjustment) if layout == "co3d" else
+                    re10k_metadata(pose, fov, image.shape[1]))
         members.append((f"{frame}.{image_format}", image_bytes(image, image_format)))
         if depths is not None:
             depth = depths[i] / scale_adjustment if layout == "co3d" else depths[i]

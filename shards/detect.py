@@ -6,7 +6,8 @@ import json
 from PIL import Image
 
 from shards.files import TarError, Window
-from shards.index import ENCODED_MEMBER, LATENT_SHRINK, MEMBER
+from shards.index import ENCODED_MEMBER, MEMBER
+from shards.scenes import LATENT_SHRINK
 from shards.streams import find_shards
 from shards.tar import tar_members
 

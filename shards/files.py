@@ -1,18 +1,23 @@
 """Files that are read by offset and size, on disk and on the web, and what is wrong with them."""
 
+import functools
 import http.client
+import math
 import mmap
 import os
 import socket
-import struct
 import sys
 import tempfile
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
+
+import numpy as np
+
+from runtime.command import say
 
 MAX_OPEN = 64                       # files that a process keeps open
 LOCAL_WINDOW, WEB_WINDOW = 1 << 15, 1 << 22     # bytes read at once in a pass over the headers
@@ -26,23 +31,15 @@ WEB_REMINDER = 60.0                 # seconds between lines about an outage
 
 
 class TarError(ValueError):
-    """An archive that is damaged, or none at all: file, byte offset and what is wrong there."""
-    reason = "damaged archive"
+    """An archive that is damaged, or none at all: file, byte offset or None, and what is wrong."""
 
-    def __init__(self, path, offset, problem):
-        super().__init__(path, offset, problem)
-        self.path, self.offset, self.problem = path, offset, problem
-
-    def __str__(self):
-        return f"{os.path.basename(self.path)}: {self.problem}, at byte {self.offset}"
-
-
-class NotTar(TarError):
-    """A file of another kind: the problem says which, and the way out."""
-    reason = "no tar archive"
+    def __init__(self, path, offset, problem, reason="damaged archive"):
+        super().__init__(path, offset, problem, reason)
+        self.path, self.offset, self.problem, self.reason = path, offset, problem, reason
 
     def __str__(self):
-        return f"{os.path.basename(self.path)}: {self.problem}"
+        at = "" if self.offset is None else f", at byte {self.offset}"
+        return f"{os.path.basename(self.path)}: {self.problem}{at}"
 
 
 class Damaged(ValueError):
@@ -63,20 +60,17 @@ class Outage(ValueError):
 def cache_folder():
     """The folder of copies of streams, and of indexes of read-only folders; it is made at need.
 
-    The first of $XDG_CACHE_HOME, ~/.cache and the system's temporary folder that can be written: a
-    container may have no home. Raises OSError where none can.
+    It lies in $XDG_CACHE_HOME, in ~/.cache, or where there is no home, as in a container, in the
+    system's temporary folder. Raises OSError where none can be written.
     """
-    home = os.path.expanduser("~")          # itself where there is none
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")   # "~" without a home
     temporary = Path(tempfile.gettempdir()) / f"zeronvs-{getattr(os, 'getuid', int)()}"
-    for base in (os.environ.get("XDG_CACHE_HOME"), home != "~" and os.path.join(home, ".cache")):
-        try:
-            if base:
-                folder = Path(base) / "zeronvs"
-                folder.mkdir(parents=True, exist_ok=True)
-                if os.access(folder, os.W_OK):
-                    return folder
-        except OSError:                     # the next one
-            pass
+    with suppress(OSError):
+        folder = Path(home) / "zeronvs"
+        if folder.is_absolute():
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK):
+                return folder
     temporary.mkdir(mode=0o700, exist_ok=True)
     return temporary
 
@@ -92,25 +86,21 @@ class LocalFile:
 
     def read(self, offset, size):
         """At most `size` bytes from `offset`; less only where the file ends. Raises OSError."""
-        return read_open_file(self.path, offset, size)
-
-
-OPEN = OrderedDict()            # (process, path): file; a forked worker has its own
-OPEN_LOCK = threading.Lock()
-
-
-def read_open_file(path, offset, size):
-    """Reads a piece of a file that stays open, up to MAX_OPEN of them."""
-    key = os.getpid(), path
-    with OPEN_LOCK:
-        file = OPEN.pop(key, None) or open(path, "rb", buffering=0)
-        OPEN[key] = file        # the newest last; the oldest is far older than any read under way
-        if len(OPEN) > MAX_OPEN:
-            OPEN.popitem(last=False)[1].close()
-        if not hasattr(os, "pread"):        # Windows: seek and read are two steps
+        file = opened(self.path)
+        if hasattr(os, "pread"):
+            return os.pread(file.fileno(), size, offset)
+        with SEEKING:               # Windows: two steps
             file.seek(offset)
             return file.read(size)
-    return os.pread(file.fileno(), size, offset)
+
+
+SEEKING = threading.Lock()
+
+
+@functools.lru_cache(MAX_OPEN)
+def opened(path):
+    """A file that stays open as long as it is one of the MAX_OPEN that were read last."""
+    return open(path, "rb", buffering=0)
 
 
 class WebFile:
@@ -147,32 +137,31 @@ class WebFile:
 
     def request(self, offset, size):
         """(headers, bytes) of a range, asked for again while the server is out of order."""
-        began, pause, attempt, said = time.monotonic(), WEB_PAUSE, 0, False
+        began, pause, timeout, said = time.monotonic(), WEB_PAUSE, WEB_TIMEOUT, False
         while True:
-            attempt += 1
             try:
-                answer = self.attempt(offset, size, WEB_TIMEOUT * min(attempt, 3))
+                answer = self.attempt(offset, size, timeout)
                 if said:
-                    say_once(f"{self.path} answers again after {time.monotonic() - began:.0f} s", 0)
-                    SAID_AT[:] = bytes(8)       # the next outage is news
+                    lasted = time.monotonic() - began
+                    say_outage(f"{self.path} answers again after {lasted:.0f} s", 0)
+                    SAID_AT[0] = -math.inf      # the next outage is news
                 return answer
-            except urllib.error.HTTPError as err:
-                if err.code not in WEB_TRANSIENT:
-                    raise
-                failure = err
             except (OSError, http.client.HTTPException) as err:
-                reason = getattr(err, "reason", err)
-                if not self.size and isinstance(reason, (socket.gaierror, ConnectionRefusedError)):
+                if getattr(err, "code", 503) not in WEB_TRANSIENT:      # HTTPError's
+                    raise
+                if not self.size and isinstance(getattr(err, "reason", err),
+                                                (socket.gaierror, ConnectionRefusedError)):
                     raise               # at start: rather a wrong address than an outage
                 failure = err if isinstance(err, OSError) else repr(err)
             waited = time.monotonic() - began
             if waited + pause > self.patience:
                 raise Outage(f"{self.path} has not answered for {waited:.0f} s: {failure}")
             if waited >= WEB_QUIET:
-                said |= say_once(f"{self.path} does not answer ({failure}): trying again for "
-                                 f"{self.patience - waited:.0f} s", WEB_REMINDER)
+                said |= say_outage(f"{self.path} does not answer ({failure}): trying again for "
+                                   f"{self.patience - waited:.0f} s", WEB_REMINDER)
             time.sleep(pause)
-            pause = min(2 * pause, WEB_LONGEST_PAUSE)
+            pause, timeout = min(2 * pause, WEB_LONGEST_PAUSE), min(timeout + WEB_TIMEOUT,
+                                                                    3 * WEB_TIMEOUT)
 
     def attempt(self, offset, size, timeout):
         """(headers, bytes) of a range. Raises OSError and HTTPException."""
@@ -189,21 +178,18 @@ class WebFile:
         return reply.headers, bytes(data)
 
 
-SAID_AT = mmap.mmap(-1, 8)          # when an outage was last said, by this process or a forked one
+# when an outage was last said: workers that were forked share it, and meet the same outage
+SAID_AT = np.frombuffer(mmap.mmap(-1, 8))
+SAID_AT[0] = -math.inf
 
 
-def say_once(line, within):
-    """Prints a line to the screen, unless one was printed within so many seconds by this process or
-    by one that shares its memory: all the workers of a loader meet the same outage."""
-    now, (last,) = time.monotonic(), struct.unpack("d", SAID_AT[:])
-    if last and now - last < within:
+def say_outage(line, within):
+    """Whether a line was printed: not if there was one less than `within` seconds ago."""
+    now = time.monotonic()
+    if now - SAID_AT[0] < within:
         return False
-    SAID_AT[:] = struct.pack("d", now)
-    try:
-        sys.stderr.write(line + "\n")
-        sys.stderr.flush()
-    except (OSError, ValueError):           # a screen that is gone ends nothing
-        pass
+    SAID_AT[0] = now
+    say(line, sys.stderr)
     return True
 
 

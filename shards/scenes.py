@@ -11,8 +11,8 @@ import threading
 from bisect import bisect_right
 from collections import Counter, OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import accumulate
 
 import numpy as np
 import torch
@@ -21,10 +21,13 @@ from tqdm import tqdm
 
 import camera
 from shards.files import PATIENCE, Damaged, LocalFile, cache_folder
-from shards.index import DEPTH, IMAGE, IMAGE_FORMATS, EncodedIndex, RawIndex
-from shards.streams import expand, fetch, find_shards, is_stream, remove_litter
+from shards.index import DEPTH, IMAGE, EncodedIndex, RawIndex, whole_matrices
+from shards.streams import expand, fetch, find_shards, is_stream
 
+IMAGE_FORMATS = "PNG", "JPEG", "WEBP"
 MAX_SIDE = 1 << 14                  # pixels of an image's long side
+LATENT_SHRINK = 8                   # pixels a side of an image to one of its latent
+WRONG_SIZE = "wrong image size"
 INDEX_THREADS = 8
 NEARPLANE_VIEW, NEARPLANE_SCENE = 0.05, 0.10    # quantiles over a view's depths, over the views
 COPIES_KEPT = 2                     # copies of streams on disk, in windows
@@ -60,8 +63,7 @@ def decode(data, side, formats, where):
     except Exception as err:    # on damaged bytes Pillow raises anything, SyntaxError included
         detail = f"{type(err).__name__}: {err}".split(" <_io")[0]
         raise Damaged(where, "image cannot be decoded", detail) from err
-    raise Damaged(where, "wrong image size", "{}x{}, the short side must be {}".format(
-        *image.size, side))
+    raise Damaged(where, WRONG_SIZE, "{}x{}, the short side must be {}".format(*image.size, side))
 
 
 def centre(pixels, side):
@@ -73,7 +75,8 @@ def centre(pixels, side):
 def decode_image(data, side, where="image"):
     """PNG, JPEG or WebP bytes -> uint8 array (s, s, 3), alpha laid over white. Raises Damaged."""
     image = decode(data, side, IMAGE_FORMATS, where)
-    # departs: the reference keeps the alpha channel and cannot read grey images
+    # departs: images with alpha are laid over white, and grey ones are read; the reference keeps
+    # the alpha channel and cannot read grey [test_other_kinds_of_image_become_rgb]
     if image.mode.startswith("I"):      # 16-bit grey
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return centre(np.asarray(over_white(image)), side)
@@ -88,16 +91,14 @@ def over_white(image):
 
 
 def decode_depth(data, side, scale, where="depth"):
-    """16-bit PNG of float16 bits -> float32 array (s, s), times `scale`. Raises Damaged.
-
-    0 is unknown: pixels that are 0, negative or not finite.
-    """
+    """16-bit PNG of float16 bits -> float32 array (s, s), times `scale`, 0 unknown. Damaged."""
     image = decode(data, side, ("PNG",), where)
     if not image.mode.startswith("I"):
         raise Damaged(where, "depth is not a 16-bit grey PNG", f"mode {image.mode}")
     bits = centre(np.asarray(image), side).astype(np.uint16)
     depth = bits.view(np.float16).astype(np.float32) * np.float32(scale)
-    # departs: infinite depth passes in the reference
+    # departs: depth that is infinite, not a number or negative is unknown; in the reference
+    # infinite depth passes [test_depths_that_are_not_finite_or_negative_are_unknown]
     return np.where(np.isfinite(depth) & (depth > 0), depth, np.float32(0))
 
 
@@ -114,10 +115,10 @@ def open_source(source, folder, image_size, held_out=False, patience=PATIENCE):
         pattern, format = source.held_out, source.held_out_format or source.format
     if not pattern:
         raise ValueError(f"source {source.name!r} has no {'held_out' if held_out else 'shards'}")
+    if is_stream(pattern) and held_out:
+        raise ValueError(f"source {source.name!r}: held_out {pattern!r} is a command, which has no "
+                         "fixed pass: scores need shards in files or on the web")
     if is_stream(pattern):
-        if held_out:
-            raise ValueError(f"source {source.name!r}: held_out {pattern!r} is a command, which "
-                             "has no fixed pass: scores need shards in files or on the web")
         return StreamedScenes(source, pattern, image_size)
     return of_files(source.name, format, find_shards(folder, pattern, patience), image_size)
 
@@ -137,8 +138,6 @@ class Scenes:
 
     def __init__(self, name, format, files, image_size, keep=True):
         self.name, self.image_size = name, image_size
-        if keep:
-            remove_litter(files)
         # every rank begins elsewhere, and finds what the others have indexed when it comes there
         first = len(files) * int(os.environ.get("RANK", 0)) // int(os.environ.get("WORLD_SIZE", 1))
         with ThreadPoolExecutor(INDEX_THREADS) as pool:
@@ -151,18 +150,12 @@ class Scenes:
         for where, reason, count in (line for shard in self.shards for line in shard.problems):
             self.report[reason] += count
             self.problems.append(f"{where}: {reason}" + (f" ({count} times)" if count > 1 else ""))
-        self.starts = list(accumulate((len(shard.scenes) for shard in self.shards), initial=0))
-        self.counts = np.concatenate([np.diff(shard.starts) for shard in self.shards])
+        self.starts = np.cumsum([0, *(len(shard.scenes) for shard in self.shards)]).tolist()
+        self.counts = np.concatenate([shard.views for shard in self.shards])
         self.ends = self.counts.cumsum()
         if not len(self):
             raise ValueError(f"source {name!r}: no usable scene in {len(files)} shards: "
                              f"{examples(self.problems) or 'they are empty'}")
-        sides = {int(side) for shard in self.shards for side in np.unique(shard.side)} - {0}
-        if sides and image_size not in sides:
-            raise ValueError(
-                f"source {name!r}: its images have a short side of "
-                f"{examples([str(side) for side in sorted(sides)])} pixels, and image_size is "
-                f"{image_size}")
 
     def __len__(self):
         return self.starts[-1]
@@ -187,8 +180,8 @@ class Scenes:
         return self.shards[i], inside, int(self.shards[i].starts[inside])
 
     def pair(self, mode, scene, cond, target):
-        """{name: array or number} of two views of a scene, what raw and encoded ones both have; see
-        data.Pairs. Cameras are (3, 4). Raises Damaged."""
+        """{name: array or number} of two views of a scene; see data.Pairs. Cameras are (3, 4),
+        images (s, s, 3). Raises Damaged."""
         shard, inside, start = self.locate(scene)
         return {"cond_c2w": shard.c2w[start + cond], "target_c2w": shard.c2w[start + target],
                 "radius": shard.radius[inside],
@@ -204,6 +197,11 @@ class RawScenes(Scenes):
         super().__init__(*arguments)
         self.has_depth = all((shard.blocks[:, DEPTH] > 0).all() for shard in self.shards)
         self.nearplanes = {}
+        try:
+            self.pixels(0, 0)
+        except Damaged as err:
+            if err.reason == WRONG_SIZE:        # so are the others: another source is meant
+                raise ValueError(f"source {self.name!r}: {err}") from err
 
     def scene(self, scene):
         """The Scene of a number."""
@@ -231,21 +229,20 @@ class RawScenes(Scenes):
         return decode_depth(data, self.image_size, shard.depth_scale[inside], where)
 
     def nearplane(self, scene):
-        """The 10% quantile over views of the 5% quantile of their depths, or nan. Damaged."""
+        """The `nearplane_quantile` of a scene, which is kept. Raises Damaged."""
         if scene not in self.nearplanes:
             self.nearplanes[scene] = nearplane_quantile(
                 self.depth(scene, view) for view in range(self.counts[scene]))
         return self.nearplanes[scene]
 
     def pair(self, mode, scene, cond, target):
-        """The same with images (s, s, 3), and the cond view's depth where the mode needs it."""
+        """The same with images, and what the mode needs of depths."""
         shard, inside, _ = self.locate(scene)
+        needs = camera.MODES[mode]
         pair = {"image_cond": self.pixels(scene, cond), "image_target": self.pixels(scene, target),
                 **super().pair(mode, scene, cond, target), "fov": shard.fov[inside],
-                "nearplane": self.nearplane(scene) if camera.MODES[mode].needs_nearplane else math.nan}
-        if camera.MODES[mode].needs_depth:
-            pair["depth_cond"] = self.depth(scene, cond)
-        return pair
+                "nearplane": self.nearplane(scene) if needs.needs_nearplane else math.nan}
+        return {**pair, "depth_cond": self.depth(scene, cond)} if needs.needs_depth else pair
 
 
 def nearplane_quantile(depths):
@@ -260,11 +257,14 @@ class EncodedScenes(Scenes):
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        kinds = np.unique(np.concatenate([shard.latent for shard in self.shards]), axis=0)
-        if len(kinds) > 1:
-            raise ValueError(f"source {self.name!r}: its shards were encoded in different sizes, "
-                             f"{examples([str(tuple(kind)) for kind in kinds.tolist()])}")
-        self.latent = tuple(kinds[0].tolist())
+        kinds = np.unique(np.concatenate([shard.latent for shard in self.shards]), axis=0).tolist()
+        side = min(kinds[0][1:3]) * LATENT_SHRINK
+        if len(kinds) > 1 or side != self.image_size:
+            raise ValueError(
+                f"source {self.name!r}: its shards were encoded in sizes (2c, h, w, d) "
+                f"{examples([str(tuple(kind)) for kind in kinds])}, of images of {side} pixels; "
+                f"one size is needed, and image_size is {self.image_size}")
+        self.latent = kinds[0]
 
     def check_blend(self, quantile_blend):
         """Raises ValueError where the shards' scales were made with the other quantile_blend than
@@ -281,19 +281,15 @@ class EncodedScenes(Scenes):
         """The same with the target's moments, the cond view's mean, embedding and scale."""
         shard, inside, start = self.locate(scene)
         pair = super().pair(mode, scene, cond, target)
-        c, h, w, d = self.latent
-
-        def stored(first, view, count, *shape):
-            """The first numbers, of such a shape, of a view that has `count` of float16."""
-            data = shard.read(int(first[inside]) + view * count * 2, 2 * math.prod(shape),
-                              pair["uid"])
-            return np.frombuffer(data, np.float16).reshape(shape)
-
-        pair |= {"moments_target": stored(shard.moments_at, target, c * h * w, c, h, w),
-                 # the mean lies before logvar
-                 "mean_cond": stored(shard.moments_at, cond, c * h * w, c // 2, h, w),
-                 "clip_cond": stored(shard.clip_at, cond, d, d),
-                 "fov": shard.fov[start + cond], "nearplane": shard.nearplane[inside]}
+        c2, h, w, d = self.latent
+        moments, clip = int(shard.moments_at[inside]), int(shard.clip_at[inside])
+        step = 2 * c2 * h * w               # bytes of a view's moments: its mean lies first
+        for name, at, shape in (("moments_target", moments + target * step, (c2, h, w)),
+                                ("mean_cond", moments + cond * step, (c2 // 2, h, w)),
+                                ("clip_cond", clip + cond * 2 * d, (d,))):
+            data = shard.read(at, 2 * math.prod(shape), pair["uid"])
+            pair[name] = np.frombuffer(data, np.float16).reshape(shape)
+        pair["fov"], pair["nearplane"] = shard.fov[start + cond], shard.nearplane[inside]
         if camera.MODES[mode].unit == "viewer":
             pair["scale"] = shard.scale[start + cond]
             if not pair["scale"] > 0:
@@ -334,9 +330,9 @@ class StreamedScenes:
         """The number of the shard of a visit."""
         turn, place = divmod(visit, len(self.commands))
         if turn not in self.rounds:
-            keys = [hashlib.blake2b(f"{seed} {turn} {i}".encode()).digest()
-                    for i in range(len(self.commands))]
-            self.rounds[turn] = sorted(range(len(keys)), key=keys.__getitem__)
+            self.rounds[turn] = sorted(
+                range(len(self.commands)),
+                key=lambda i: hashlib.blake2b(f"{seed} {turn} {i}".encode()).digest())
         return self.rounds[turn][place]
 
     def draw(self, words, k, share, seed):
@@ -352,48 +348,31 @@ class StreamedScenes:
 
     def shard(self, number):
         """The scenes of one shard, copied and indexed at need. Raises Damaged."""
-        if number not in self.opened:
+        scenes = self.opened.pop(number, None)
+        if scenes is None or not os.path.exists(scenes.shards[0].file.path):    # deleted by another
             try:
-                self.opened[number] = of_files(self.name, self.format,
-                                               [LocalFile(self.fetch(number))], self.image_size)
+                file = LocalFile(self.fetch(number))
+                scenes = of_files(self.name, self.format, [file], self.image_size)
             except (OSError, ValueError) as err:
                 raise Damaged(f"`{self.commands[number]}`", "the stream cannot be read",
                               str(err)) from err
-        self.opened.move_to_end(number)
+        self.opened[number] = scenes            # the newest last
         if len(self.opened) > COPIES_KEPT * self.window:
             self.opened.popitem(last=False)
-        return self.opened[number]
+        return scenes
 
     def prefetch(self, number):
-        """Copies a shard in the background; what fails is reported when it is its turn."""
-        def work():
-            try:
-                self.fetch(number)
-            except (OSError, ValueError):
-                pass
-        if number != self.ahead:
-            self.ahead = number
-            threading.Thread(target=work, daemon=True).start()
+        """Copies a shard; what fails is reported when it is its turn."""
+        with suppress(OSError, ValueError):
+            self.fetch(number)
 
     def pair(self, mode, number, ahead, *words):
-        """As Scenes.pair, of what `draw` gave."""
-        self.prefetch(ahead)
-        for last in (False, True):
-            scenes = self.opened.get(number)
-            try:
-                scenes = self.shard(number)
-                return scenes.pair(mode, *scenes.draw((0, *words), 0, 1.0, 0))
-            except Damaged:
-                if last or scenes is None or os.path.exists(scenes.shards[0].file.path):
-                    raise
-                del self.opened[number]     # a faster process has deleted the copy
-
-
-def whole_matrices(c2w):
-    """(..., 3, 4) -> (..., 4, 4) with the last row of a camera."""
-    whole = np.zeros((*c2w.shape[:-2], 4, 4))
-    whole[..., :3, :], whole[..., 3, 3] = c2w, 1
-    return whole
+        """As Scenes.pair, of what `draw` gave; copies the shard that opens next meanwhile."""
+        if ahead != self.ahead:
+            self.ahead = ahead
+            threading.Thread(target=self.prefetch, args=(ahead,), daemon=True).start()
+        scenes = self.shard(number)
+        return scenes.pair(mode, *scenes.draw((0, *words), 0, 1.0, 0))
 
 
 def distinct(number, n):

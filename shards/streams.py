@@ -9,9 +9,9 @@ import glob
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
-import time
 import uuid
 from contextlib import suppress
 from pathlib import Path
@@ -25,7 +25,6 @@ except ImportError:             # Windows
     fcntl = None
 
 MAX_SHARDS = 1_000_000              # that one {000..126} pattern may name
-LITTER_AGE = 5                      # seconds after which an index that is half written is litter
 INDEX_SUFFIX = ".index"             # of the files that index.py keeps beside a shard
 INDEX_FILE = re.compile(r".+\.index(\.[0-9a-f]{8})?")   # the second kind is still being written
 
@@ -56,12 +55,9 @@ def find_shards(folder, pattern, patience=PATIENCE):
     `http://` or `https://` address; `-`, one tar on standard input. Several are joined by blanks
     around a `;`. patience: seconds of a WebFile. Raises FileNotFoundError, ValueError.
     """
-    files = {}
-    for part in pattern.split(" ; "):
-        for name in expand(part.strip()):
-            for file in find(folder, name, patience):
-                files.setdefault(file.path, file)
-    return list(files.values())
+    names = [name for part in pattern.split(" ; ") for name in expand(part.strip())]
+    files = [file for name in names for file in find(folder, name, patience)]
+    return list({file.path: file for file in files}.values())
 
 
 def find(folder, name, patience):
@@ -71,37 +67,19 @@ def find(folder, name, patience):
     if name == "-":
         return [LocalFile(standard_input())]
     if re.match(r"\w\w+:", name):       # two letters: C:\ is a file
-        alone = "; pipe: stands alone, not beside others" if is_stream(name) else ""
-        raise ValueError(f"shards {name!r}: only files, http://, https://, pipe: and - can be "
-                         f"read{alone}")
+        raise ValueError(f"shards {name!r}: only files, http://, https://, - and pipe: can be "
+                         "read; pipe: stands alone, not beside others")
     pattern = str(Path(folder) / name)
-    if not glob.has_magic(pattern) and os.path.exists(pattern) and not os.path.isfile(pattern):
-        raise ValueError(
-            f"shards {pattern} is a folder: `{pattern}/*.tar` names the shards in it"
-            if os.path.isdir(pattern) else
-            f"shards {pattern} is no regular file: `pipe:cat {pattern}` reads it once, `-` reads "
-            "standard input")
     found = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
-    found = [path for path in found
+    files = [path for path in found
              if os.path.isfile(path) and not INDEX_FILE.fullmatch(os.path.basename(path))]
-    if not found:
+    if not files and os.path.exists(pattern):
+        raise ValueError(f"shards {pattern} is no regular file: of a folder, `{pattern}/*.tar` "
+                         f"names the shards in it; of a device, `pipe:cat {pattern}` reads it once")
+    if not files:
         raise FileNotFoundError(f"no shards at {pattern}: `python prepare.py synth` makes some; in "
                                 "training, --data=FOLDER says where they are")
-    return [LocalFile(path) for path in found]
-
-
-def remove_litter(files):
-    """Removes indexes from the files' folders whose writers were killed. One that is still written
-    suffers no harm: its writer keeps it elsewhere, or not at all."""
-    folders = {os.path.dirname(file.path) for file in files if "://" not in file.path}
-    with suppress(OSError):             # no folder can be written
-        folders.add(cache_folder())
-    for folder in folders:
-        with suppress(OSError):         # it is read-only, or another process removes them too
-            for entry in os.scandir(folder or "."):
-                match = INDEX_FILE.fullmatch(entry.name)
-                if match and match[1] and time.time() - entry.stat().st_mtime > LITTER_AGE:
-                    os.unlink(entry.path)
+    return [LocalFile(path) for path in files]
 
 
 # ---- copies
@@ -120,8 +98,7 @@ def standard_input():
     path = folder / f"stdin-{uuid.uuid4().hex}.tar"
     file = open(path, "xb")                 # it stays open, and so locked, while this process lives
     lock(file)
-    while chunk := sys.stdin.buffer.read(WEB_WINDOW):
-        file.write(chunk)
+    shutil.copyfileobj(sys.stdin.buffer, file, WEB_WINDOW)
     file.flush()
     here = os.getpid()
     atexit.register(lambda: os.getpid() == here and (file.close(), delete_copy(path)))
@@ -146,35 +123,24 @@ def fetch(command, folder, keep):
     """
     path = folder / (hashlib.sha256(command.encode()).hexdigest()[:32] + ".tar")
     folder.mkdir(parents=True, exist_ok=True)
-    try:
+    with suppress(FileNotFoundError):
         os.utime(path)                  # used now: not the next to be deleted
         return path
-    except FileNotFoundError:
-        pass
     with open(folder / f"{path.name}.lock", "wb") as file:
         lock(file, wait=True)
         if not path.exists():           # another process may have finished it meanwhile
-            with unfinished(path) as partial:
-                partial.unlink(missing_ok=True)     # a killed process' command may still write it
-                with open(partial, "xb") as output:
-                    status = subprocess.run(command, shell=True, stdin=subprocess.DEVNULL,
-                                            stdout=output).returncode
+            with unfinished(path) as partial, open(partial, "xb") as output:
+                status = subprocess.run(command, shell=True, stdin=subprocess.DEVNULL,
+                                        stdout=output).returncode
                 if status:
                     raise ValueError(f"`{command}` failed with status {status}")
-    delete_oldest(folder, keep)
-    return path
-
-
-def delete_oldest(folder, keep):
-    """Deletes all but the `keep` newest copies."""
     copies = []
-    for path in folder.glob("[!.]*.tar"):       # but for unfinished ones
-        try:
-            copies.append((path.stat().st_mtime, path))
-        except FileNotFoundError:           # another process deletes too
-            pass
-    for _, path in sorted(copies)[:-keep]:
-        delete_copy(path)
+    for copy in folder.glob("[!.]*.tar"):       # but for unfinished ones
+        with suppress(FileNotFoundError):       # another process deletes too
+            copies.append((copy.stat().st_mtime, copy))
+    for _, copy in sorted(copies)[:-keep]:
+        delete_copy(copy)
+    return path
 
 
 def delete_copy(path):

@@ -4,6 +4,7 @@ Triton's kernels are interpreted, which it must know before one is defined."""
 
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -31,5 +32,6 @@ def pytest_terminal_summary(terminalreporter, config):
 def pytest_unconfigure():
     from shards import files
 
-    for file in files.OPEN.values():        # else Python names each of them behind the last line
-        file.close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        files.opened.cache_clear()      # else Python names each of them behind the last line

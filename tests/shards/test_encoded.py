@@ -85,18 +85,17 @@ def with_header(content, change):
 @pytest.mark.parametrize("change, reason", [
     (lambda header: header.pop("clip"), "its header is not that of an encoded scene"),
     (lambda header: header.pop("__metadata__"), "its header is not that of an encoded scene"),
-    (lambda header: header["fov"].update(shape=[3]), r"fov is F64\[3\], not of 4 views"),
+    (lambda header: header["fov"].update(shape=[3]), r"fov is F64\[3\], or misplaced: not of 4 views"),
     (lambda header: header["clip"].update(dtype="I8"), r"clip is I8\[4, 6\]"),
     (lambda header: header["moments"].update(data_offsets=[0, 10**9]), "moments is F16"),
     (lambda header: header["moments"].update(data_offsets=[-5, 1019]), "moments is F16"),
     (lambda header: header["c2w"].update(shape=["4", 4, 4]), "not of 4 views"),
-    (lambda header: header["c2w"].update(shape=[]), "its header is not that of an encoded scene"),
-    (lambda header: header["c2w"].update(shape=[4.0, 4, 4]), "not of 4.0 views"),
+    (lambda header: header["c2w"].update(shape=[]), r"c2w is F64\[\]"),
     (lambda header: header["c2w"].update(data_offsets=[2**31, 2**31 + 512]), "c2w is F64"),
     (lambda header: header["fov"].update(data_offsets=[0.5, 32.5]), "fov is F64"),
     (lambda header: header["moments"].update(shape=[4, 2**31, 0, 0], data_offsets=[0, 0]), "moments"),
-    (lambda header: header["moments"].update(shape=[4, 8, 0, 4], data_offsets=[0, 0]), "not .n, 2c"),
-    (lambda header: header["__metadata__"].update(radius="inf"), "is not finite"),
+    (lambda header: header["moments"].update(shape=[4, 8, 0, 4], data_offsets=[0, 0]), r"moments is F16\[4, 8, 0, 4\]"),
+    (lambda header: header["__metadata__"].update(radius="inf"), "or not finite"),
     (lambda header: header["__metadata__"].update(nearplane="far"), "could not convert"),
     (lambda header: header.update(__metadata__=[1]), "its header is not that of an encoded scene"),
 ])
@@ -120,10 +119,10 @@ def test_bytes_that_are_no_safetensors_are_left_out(tmp_path):
 
 def test_latents_of_another_size_are_refused(tmp_path):
     write_encoded(tmp_path / "a.tar", [0])
-    with pytest.raises(ValueError, match="short side of 32 pixels, and image_size is 64"):
+    with pytest.raises(ValueError, match="of images of 32 pixels; .* and image_size is 64"):
         read_source(tmp_path, "a.tar", format="encoded", side=64)
     write_encoded(tmp_path / "b.tar", [1], width=7)
-    with pytest.raises(ValueError, match=r"in different sizes, \(8, 4, 4, 6\); \(8, 4, 4, 7"):
+    with pytest.raises(ValueError, match=r"in sizes .2c, h, w, d. \(8, 4, 4, 6\); \(8, 4, 4, 7"):
         open_encoded(tmp_path)
 
 
