@@ -1,5 +1,6 @@
 """prepare.py on captures: a miniature of each published format, rendered, whose truth is known."""
 
+import errno
 import gzip
 import io
 import json
@@ -24,6 +25,7 @@ from PIL.PngImagePlugin import PngInfo
 import configs
 import data
 import prepare
+import train
 from captures import datasets, own, resample, synth, writer
 from runtime import command as command_line
 from views import cameras, colmap
@@ -442,10 +444,7 @@ def test_every_format_trains(made, tmp_path):
         "warmup_steps=0, device='cpu', precision='fp32', workers=0, log_every=1, eval_pairs=2,\n"
         "sample_steps=1, guidance=1.0, eta=0.0,\n"
         f"out={str(tmp_path / 'out')!r})\n")
-    root = Path(prepare.__file__).parent
-    done = subprocess.run([sys.executable, "train.py", str(config)], cwd=root, capture_output=True,
-                          text=True)
-    assert done.returncode == 0, done.stderr
+    train.main([str(config)])
     lines = [json.loads(line) for line in
              (tmp_path / "out/log.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
@@ -1014,17 +1013,17 @@ def test_a_dry_run_writes_nothing_and_says_how_much(many, tmp_path, capsys):
     assert "held-out-*.tar: 1 shards, 2 scenes, 6 views" in printed
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_full_disk_stops_with_the_file_s_name_and_a_rerun_goes_on(workers, many, tmp_path,
-                                                                   capsys):
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc")
+def test_a_full_disk_stops_with_the_file_s_name_and_a_rerun_goes_on(many, tmp_path, capsys,
+                                                                    monkeypatch):
+    def full(descriptor):
+        if "train-000000.tar" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     arguments = [*many, "--out", str(tmp_path / "a"), "--size", "16", "--held-out", "2",
-                 "--workers", workers]
-    prepare.main(arguments)
-    for path in (tmp_path / "a").glob("*.tar"):
-        path.unlink()
-    (tmp_path / "a/.unfinished_train-000000.tar").symlink_to("/dev/full")
-    with pytest.raises(SystemExit) as stop:
+                 "--workers", "1"]
+    with pytest.raises(SystemExit) as stop, monkeypatch.context() as patch:
+        patch.setattr(writer.os, "fsync", full)
         command_line.run("prepare.py", prepare.main, arguments)
     line = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 2
