@@ -139,8 +139,8 @@ class Shard:
 
 
 def launch(batch, networks, args, device):
-    """(problems, an iterator over the (moments, embedding, scale, depth) of the views without, which
-    a GPU may still be computing, the event that ends them or None) of a batch."""
+    """(problems of a batch of views, iterator of (moments, embedding, scale, depth) of those
+    without, the event after which a GPU has computed them or None)."""
     problems, pixels, known = batch
     if pixels is None:
         return problems, iter(()), None
