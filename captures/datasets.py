@@ -67,6 +67,13 @@ def found_in(places, find):
     return captures, +out + Counter(f"x {err}" for err in errors)
 
 
+def photo_at(folder, name):
+    """The path of a photo that a file names; Blender leaves the suffix out, Windows has \\."""
+    plain = str(folder / name.replace("\\", "/"))
+    tried = (folder / name, *(Path(plain + suffix) for suffix in ("", *IMAGE_SUFFIXES)))
+    return next(filter(Path.is_file, tried), folder / name)
+
+
 def opengl(w2c, where):
     """OpenCV world-to-camera (4, 4) -> OpenGL camera-to-world. LeftOut unless it is rigid."""
     check_pose(torch.from_numpy(w2c), where)
@@ -224,10 +231,6 @@ def read_re10k(path, place, model):
         rows = {int(row[0]): row for row in cameras.re10k_rows(path)}
     except (ValueError, OverflowError) as err:      # a time may be nan or infinite
         raise LeftOut(path, "the camera text is damaged", err) from err
-    frames = {}
-    if place.is_dir():
-        frames = {int(each.stem): each for each in sorted(place.iterdir())
-                  if each.suffix.lower() in IMAGE_SUFFIXES and each.stem.isdecimal()}
     depths = re10k_depths(rows, model) if model else {}
 
     def view(time):
@@ -237,7 +240,7 @@ def read_re10k(path, place, model):
         if model and time not in depths:
             raise LeftOut(where, "no image of the COLMAP model")
         video = {} if place.is_dir() else {"time": time * MICROSECONDS}
-        photo = place if video else frames.get(time, place / f"{time}.png")
+        photo = place if video else photo_at(place, str(time))
         return View(where, photo, opengl(cameras.re10k_w2c(row), where),
                     Lens("PINHOLE", 1, 1, tuple(row[1:5])), depths.get(time), **video)
 

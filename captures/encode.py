@@ -102,7 +102,7 @@ def halve_weights(network):
 # ---- a shard
 
 class Views(Dataset):
-    """The views of a RawScenes, one after the other: (image, depth), or why there is none."""
+    """The views of a RawScenes, one after the other: (problem or "", image, depth)."""
 
     def __init__(self, source):
         self.source = source
@@ -113,18 +113,11 @@ class Views(Dataset):
         return len(self.places)
 
     def __getitem__(self, i):
+        place, side = self.places[i], self.source.image_size
         try:
-            return (torch.tensor(self.source.pixels(*self.places[i])).permute(2, 0, 1),
-                    torch.from_numpy(self.source.depth(*self.places[i])))
+            return "", self.source.image(*place), torch.from_numpy(self.source.depth(*place))
         except Damaged as err:
-            return err
-
-
-def stack(items):
-    """A batch of what `Views` gives: (a problem or "" of each, images, depths of those without)."""
-    good = [item for item in items if not isinstance(item, Damaged)]
-    stacked = [torch.stack(part) for part in zip(*good)] or [None, None]
-    return [str(item) if isinstance(item, Damaged) else "" for item in items], *stacked
+            return str(err), torch.zeros(3, side, side, dtype=torch.uint8), torch.zeros(side, side)
 
 
 class Shard:
@@ -133,17 +126,15 @@ class Shard:
     def __init__(self, file, format, side, path, args, device):
         self.file, self.path, self.without_scale = file, path, 0
         self.source = of_files(file.name, format, [file], side)
-        self.batches = iter(DataLoader(Views(self.source), args.batch, collate_fn=stack,
-                                       num_workers=args.loaders, pin_memory=device.type == "cuda"))
+        self.batches = iter(DataLoader(Views(self.source), args.batch, num_workers=args.loaders,
+                                       pin_memory=device.type == "cuda"))
         self.problems = list(self.source.problems)
 
 
 def launch(batch, networks, args, device):
-    """(problems of a batch of views, iterator of (moments, embedding, scale, depth) of those
-    without, the event after which a GPU has computed them or None)."""
+    """((problem, moments, embedding, scale, depth) of every view of a batch, an iterator, and the
+    event after which a GPU has computed them, or None)."""
     problems, pixels, known = batch
-    if pixels is None:
-        return problems, iter(()), None
     # compiled, every number of views would be compiled anew
     size = args.batch if args.compile else len(pixels)
     with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
@@ -153,7 +144,7 @@ def launch(batch, networks, args, device):
     done = torch.cuda.Event() if device.type == "cuda" else None
     if done:
         done.record()
-    return problems, zip(*rows, known), done
+    return zip(problems, *rows, known), done
 
 
 def filled(rows, size):
@@ -162,18 +153,15 @@ def filled(rows, size):
 
 
 def encoded_views(batches, networks, args, device):
-    """Yields (problem or "", (moments, embedding, scale, depth) or None) of every view, in order,
-    those of a batch when the next one has been launched."""
-    before = None
+    """Yields (problem or "", moments, embedding, scale, depth) of every view, in order, those of a
+    batch when the next one has been launched."""
+    rows, done = (), None
     for batch in itertools.chain(batches, [None]):
-        launched = launch(batch, networks, args, device) if batch else None
-        if before:
-            problems, rows, done = before
-            if done:
-                done.synchronize()
-            for problem in problems:
-                yield problem, None if problem else next(rows)
-        before = launched
+        launched = launch(batch, networks, args, device) if batch else ((), None)
+        if done:
+            done.synchronize()
+        yield from rows
+        rows, done = launched
 
 
 def scenes(shard, networks, args, device, ticks):
@@ -183,7 +171,7 @@ def scenes(shard, networks, args, device, ticks):
     for number in range(len(shard.source)):
         scene, kept = shard.source.scene(number), []
         for view in range(len(scene.c2w)):
-            problem, arrays = next(views)
+            problem, *arrays = next(views)
             ticks.advance()
             if problem:
                 shard.problems.append(problem)

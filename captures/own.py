@@ -6,18 +6,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from captures.datasets import IMAGE_SUFFIXES, Capture, collect, found_in, opengl, points, read_model
+from captures.datasets import (Capture, collect, found_in, opengl, photo_at, points,
+                               read_model)
 from captures.resample import DepthMap, LeftOut, View, decoding
 from views import cameras, colmap
 
 MILLIMETRES = 1e-3          # nerfstudio's unit of depth
-
-
-def photo_at(folder, name):
-    """The path of a photo that a file names; Blender leaves the suffix out, Windows has \\."""
-    plain = str(folder / name.replace("\\", "/"))
-    tried = (folder / name, *(Path(plain + suffix) for suffix in ("", *IMAGE_SUFFIXES)))
-    return next(filter(Path.is_file, tried), folder / name)
 
 
 # ---- COLMAP
