@@ -6,21 +6,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from captures.datasets import IMAGE_SUFFIXES, Capture, collect, found_in, opengl, points
-from captures.resample import DepthMap, LeftOut, View
+from captures.datasets import (Capture, collect, found_in, opengl, photo_at, points,
+                               read_model)
+from captures.resample import DepthMap, LeftOut, View, decoding
 from views import cameras, colmap
 
 MILLIMETRES = 1e-3          # nerfstudio's unit of depth
-
-
-def photo_at(folder, name):
-    """The path of a photo that a file names; Blender leaves the suffix out, Windows has \\."""
-    photo = folder / name
-    if photo.is_file():
-        return photo
-    plain = folder / name.replace("\\", "/")
-    named = (plain.with_name(plain.name + suffix) for suffix in ("", *IMAGE_SUFFIXES))
-    return next(filter(Path.is_file, named), photo)
 
 
 # ---- COLMAP
@@ -32,31 +23,25 @@ def find_colmap(scenes, images, depth):
     images: name of the folder of images in each. Raises FileNotFoundError, ValueError.
     """
     def find(scene, out):
-        """The Capture of a folder, in a list."""
-        models = [folder for folder in (*sorted(scene.glob("sparse/*")), scene / "sparse", scene)
+        models = [(len(colmap.read_images(folder / f"images{colmap.model_suffix(folder)}")), folder)
+                  for folder in (*sorted(scene.glob("sparse/*")), scene / "sparse", scene)
                   if colmap.model_suffix(folder)]
         if not models:
             raise FileNotFoundError(f"{scene}: no COLMAP model (cameras, images, points3D; .bin or "
                                     ".txt) in sparse/0, sparse or the folder itself")
         if not (scene / images).is_dir():
             raise FileNotFoundError(f"{scene / images}: no such folder; --images names it")
-        model = max(models, key=colmap.count_images)
-        path = model / f"cameras{colmap.model_suffix(model)}"
-        for number, lens in colmap.read_lenses(path).items():       # before any work
-            lens.check_distortion(f"{path}: camera {number}")
+        count, model = max(models, key=lambda each: each[0])
         out["smaller models of the same scene"] += len(models) - 1
         read = functools.partial(read_colmap, model, scene / images, depth)
-        return [Capture(f"colmap/{scene.resolve().name}", colmap.count_images(model), read)]
+        return [Capture(f"colmap/{scene.resolve().name}", count, read)]
 
     return found_in(map(Path, scenes), find)
 
 
 def read_colmap(folder, photos, depth):
     """(Views, LeftOuts) of a COLMAP model, by the images' names. Raises LeftOut, OSError."""
-    try:
-        model = colmap.read_model(folder)
-    except ValueError as err:
-        raise LeftOut(folder, "the COLMAP model cannot be used", err) from err
+    model = read_model(folder)
 
     def view(image):
         photo = photo_at(photos, image.name)
@@ -69,25 +54,18 @@ def read_colmap(folder, photos, depth):
 # ---- nerfstudio
 
 def find_nerfstudio(scenes, depth):
-    """(Captures of folders with a transforms.json, or of such files, Counter of fields not used).
+    """(Captures of folders with a transforms.json, or of such files, Counter of masks).
 
     Raises FileNotFoundError, and ValueError for damaged files.
     """
     def find(scene, out):
-        """The Capture of a transforms.json, in a list."""
         path = scene / "transforms.json" if scene.is_dir() else scene
-        frames, unused = cameras.read_transforms(path)
-        for frame in frames:
-            if "w" in frame and "h" in frame:       # before any work
-                where = f"{path}: the camera of {frame.get('file_path')}"
-                try:
-                    lens = cameras.transforms_lens(frame)
-                except ValueError:
-                    continue                        # it is left out when it is read
-                if lens:
-                    lens.check_distortion(where)
-        for field, count in unused.items():
-            out[f"x {field!r} of {path}, a field that is not used"] += count
+        if not path.is_file():
+            others = ", ".join(map(str, sorted(path.parent.glob("transforms*.json")))) or "none"
+            raise FileNotFoundError(f"{path} is missing; files like it: {others}")
+        frames = cameras.read_transforms(path)
+        out["masks (mask_path), as photos are stored whole"] += sum(
+            "mask_path" in frame for frame in frames)
         read = functools.partial(read_nerfstudio, path, depth)
         return [Capture(f"nerfstudio/{path.resolve().parent.name}", len(frames), read)]
 
@@ -96,9 +74,12 @@ def find_nerfstudio(scenes, depth):
 
 def read_nerfstudio(path, depth):
     """(Views, LeftOuts) of a transforms.json, in its order. Depth where any frame has it."""
-    frames, _ = cameras.read_transforms(path)
-    depth = depth and any(depth_of(path.parent, frame) for frame in frames)
-    return collect(functools.partial(nerfstudio_view, path.parent, depth), frames)
+    views, out = collect(functools.partial(nerfstudio_view, path.parent, depth),
+                         cameras.read_transforms(path))
+    if any(view.depth for view in views):
+        out += [LeftOut(view.where, "no depth") for view in views if not view.depth]
+        views = [view for view in views if view.depth]
+    return views, out
 
 
 def depth_of(folder, frame):
@@ -113,36 +94,22 @@ def depth_of(folder, frame):
 
 def nerfstudio_view(folder, depth, frame):
     """The View of a frame with the keys that all share. Raises LeftOut."""
-    where = folder
+    if not isinstance(frame.get("file_path"), str):
+        raise LeftOut(folder, "a frame of transforms.json has no file_path")
+    photo = photo_at(folder, frame["file_path"])
+    for field, reason in cameras.REFUSED.items():
+        if frame.get(field):
+            raise LeftOut(photo, f"{field} is not read", reason)
+    size = None
+    if not frame.get("w") or not frame.get("h"):
+        with decoding(photo), Image.open(photo) as image:
+            size = image.size
     try:
-        if not isinstance(frame.get("file_path"), str):
-            raise ValueError("file_path is missing")
-        where = photo = photo_at(folder, frame["file_path"])
-        for field, reason in cameras.REFUSED.items():
-            if frame.get(field):
-                raise LeftOut(photo, f"{field} is not read", reason)
         c2w = cameras.matrix(frame.get("transform_matrix"), "transform_matrix").numpy()
-        sized = frame.get("w") and frame.get("h")
-        lens = cameras.transforms_lens(frame, None if sized else size_of(photo))
+        lens = cameras.transforms_lens(frame, size)
         if not lens:
             raise ValueError("fl_x and camera_angle_x are missing")
-        lens.check_distortion("the camera")
         stored = depth_of(folder, frame) if depth else None
-    except LeftOut:
-        raise
     except ValueError as err:
-        raise LeftOut(where, "a frame of transforms.json cannot be used", err) from err
-    if depth and not stored:
-        raise LeftOut(photo, "no depth")
+        raise LeftOut(photo, "a frame of transforms.json cannot be used", err) from err
     return View(str(photo), photo, c2w, lens, stored)
-
-
-def size_of(photo):
-    """(width, height) of an image file. Raises LeftOut."""
-    try:
-        with Image.open(photo) as image:
-            return image.size
-    except FileNotFoundError as err:
-        raise LeftOut(photo, "missing image") from err
-    except Exception as err:    # on damaged bytes Pillow raises anything
-        raise LeftOut(photo, "image cannot be decoded", err) from err

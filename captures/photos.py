@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from captures.datasets import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Capture, found_in
 from captures.own import read_colmap
-from captures.resample import LeftOut, frame_times, selected
+from captures.resample import decoding, frame_times, selected
 from runtime.files import unfinished, write_text
 from views import paths, pictures
 from views.colmap import in_order, pycolmap
@@ -35,20 +35,18 @@ def find(places, out, depth, frames, dry_run):
         raise ValueError("structure from motion needs pycolmap, which is not installed: "
                          "pip install pycolmap")
 
-    def find_one(place, out_counts):
-        """The Capture of a folder or video, in a list."""
-        name = place.resolve().stem if place.is_file() else place.resolve().name
-        model = Path(out) / "reconstructions" / name
-        if place.suffix.lower() in VIDEO_SUFFIXES and place.is_file():
-            if dry_run:
-                return [Capture(f"photos/{name}", frames, None)]
+    def find_one(place, _):
+        is_video = place.suffix.lower() in VIDEO_SUFFIXES and place.is_file()
+        name = place.resolve().stem if is_video else place.resolve().name
+        model, folder = Path(out) / "reconstructions" / name, place
+        if is_video and dry_run:
+            return [Capture(f"photos/{name}", frames, None)]
+        if is_video:
             folder = video_photos(place, model.with_name(f"{name}_frames"), frames)
-        else:
-            folder = place
         listed = photos_in(folder)
         if dry_run:
             return [Capture(f"photos/{name}", len(listed), None)]
-        reconstruct(folder, listed, model, place.is_file())
+        reconstruct(folder, listed, model, is_video)
         views, _ = read_colmap(model, folder, False)
         contact_sheet(views, Path(out) / f"{name}.png")
         return [Capture(f"photos/{name}", len(views),
@@ -74,14 +72,11 @@ def video_photos(video, folder, count):
     if not (shutil.which("ffmpeg") and shutil.which("ffprobe")):
         raise ValueError(f"{video}: a video needs ffmpeg, which is not found: install it")
     if not folder.is_dir():
-        try:
-            times = pictures.evenly_spaced(frame_times(video), count)
-            with unfinished(folder) as partial:
-                partial.mkdir()
-                for i, picture in enumerate(selected(video, np.array(times))):
-                    picture.save(partial / f"{i + 1:06d}.png")
-        except LeftOut as err:
-            raise ValueError(str(err)) from err
+        times = np.array(pictures.evenly_spaced(frame_times(video), count))
+        with unfinished(folder) as partial:
+            partial.mkdir()
+            for i, picture in enumerate(selected(video, times)):
+                picture.save(partial / f"{i + 1:06d}.png")
     return folder
 
 
@@ -95,11 +90,8 @@ def reconstruct(folder, names, model, is_video):
     colmap.logging.minloglevel = colmap.logging.ERROR
     sizes = set()
     for name in names:
-        try:
-            with Image.open(folder / name) as picture:
-                sizes.add(picture.size)
-        except Exception as err:        # on damaged bytes Pillow raises anything
-            raise ValueError(f"{folder / name}: image cannot be decoded ({err})") from err
+        with decoding(folder / name), Image.open(folder / name) as picture:
+            sizes.add(picture.size)
     with unfinished(model) as partial, tempfile.TemporaryDirectory() as scratch:
         database = Path(scratch) / "database.db"
         # photos of one size come from one camera, whose lens is found once
@@ -118,12 +110,10 @@ def reconstruct(folder, names, model, is_video):
         partial.mkdir()
         best.write_binary(partial)
         write_text(partial / NAMES, listed)
-    placed = {image.name for image in best.images.values()}
-    lost = [name for name in names if name not in placed]
-    print(f"{folder}: {len(placed)} of {len(names)} photos found their place, "
+    lost = sorted({*names} - {image.name for image in best.images.values()}, key=in_order)
+    print(f"{folder}: {len(names) - len(lost)} of {len(names)} photos found their place, "
           f"{best.num_points3D()} points, {best.compute_mean_reprojection_error():.2f} pixels off"
-          + (f"; not {', '.join(lost[:NAMED])}" if lost else "")
-          + (f" and {len(lost) - NAMED} more" if len(lost) > NAMED else ""))
+          + f"; not {', '.join(lost[:NAMED])}{', ...' * (len(lost) > NAMED)}" * bool(lost))
 
 
 def contact_sheet(views, path):

@@ -7,9 +7,11 @@ comes out.
 """
 
 import functools
+import json
 import math
 import subprocess
 import tempfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +20,9 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from shards.scenes import over_white
 from views.cameras import pose_problem
-from views.colmap import Lens
+from views.colmap import Lens, pycolmap
 
 NARROWEST = 0.5             # share of the scene's median extent, below which a view is left out
 SAME_ASPECT = 0.02          # largest relative difference of a photo's and its camera's aspect ratio
@@ -34,7 +37,6 @@ HALVINGS = 24               # of the interval that holds a distorted lens's exte
 NEAR = 0.025                # seconds between a listed time and the video's frame, at most
 EARLY = 0.001               # seconds by which ffmpeg's clock may differ from a frame's own time
 SEEK = 1.0                  # seconds before the first frame wanted, from which a video is decoded
-EVEN_RATE = 25              # frames a second that ffmpeg is told: any number
 
 
 class LeftOut(ValueError):
@@ -46,6 +48,19 @@ class LeftOut(ValueError):
 
     def __str__(self):
         return f"{self.where}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+
+
+@contextmanager
+def decoding(path, what="image"):
+    """Raises LeftOut for whatever Pillow raises inside: on damaged bytes that is anything."""
+    try:
+        yield
+    except LeftOut:
+        raise
+    except FileNotFoundError as err:
+        raise LeftOut(path, f"missing {what}") from err
+    except Exception as err:
+        raise LeftOut(path, f"{what} cannot be decoded", err) from err
 
 
 @dataclass(frozen=True)
@@ -92,14 +107,10 @@ def extent(lens):
 
     def inside(half):
         places = lens.places(square * half)
-        if not ((places >= 0) & (places <= 1)).all():
-            return False
-        back = lens.slopes(places)
-        return np.isfinite(back).all() and abs(back - square * half).max() < SAME_SLOPE
+        return (((places >= 0) & (places <= 1)).all()       # False for nan
+                and (abs(lens.slopes(places) - square * half) < SAME_SLOPE).all())
 
-    low, high = 0.0, WIDEST
-    if inside(high):
-        return high
+    low, high = (WIDEST, WIDEST) if inside(WIDEST) else (0.0, WIDEST)
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         low, high = (middle, high) if inside(middle) else (low, middle)
@@ -108,22 +119,21 @@ def extent(lens):
 
 def check_pose(pose, where):
     """Raises LeftOut unless a matrix (4, 4), a tensor, is a rotation and shift."""
-    found = pose_problem(pose)
-    if found:
-        reason, _, detail = found.rstrip(")").partition(" (")
-        raise LeftOut(where, f"the camera {reason}", detail)
+    problem = pose_problem(pose)
+    if problem:
+        raise LeftOut(where, f"the camera {problem}")
 
 
 def check_camera(view):
     """Raises LeftOut where a view's camera cannot be used."""
     check_pose(torch.from_numpy(view.c2w), view.where)
-    intrinsics = view.lens.intrinsics
-    if not np.isfinite(view.lens.params).all():
-        raise LeftOut(view.where, "intrinsics are not finite", intrinsics)
-    if min(intrinsics[:2]) <= 0:
-        raise LeftOut(view.where, "the focal length is not positive", intrinsics)
-    if extent(view.lens) <= 0:
-        raise LeftOut(view.where, "the principal point lies outside the image", intrinsics)
+    if view.lens.distorted and not pycolmap():
+        raise LeftOut(view.where, "lens distortion is undone by pycolmap, which is not "
+                      "installed: pip install pycolmap", view.lens.model)
+    if not (np.isfinite(view.lens.params).all() and min(view.lens.intrinsics[:2]) > 0
+            and extent(view.lens) > 0):
+        raise LeftOut(view.where, "no focal length, or principal point in the image, of a camera",
+                      view.lens.intrinsics)
 
 
 def one_camera(views):
@@ -139,12 +149,13 @@ def one_camera(views):
             good.append(view)
         except LeftOut as err:
             out.append(err)
-    extents = [extent(view.lens) for view in good]
-    least = NARROWEST * np.median(extents) if good else 0.0
+    if not good:
+        return [], 0.0, out
+    extents = np.array([extent(view.lens) for view in good])
+    enough = extents >= NARROWEST * np.median(extents)
     out += [LeftOut(view.where, "the field of view is far narrower than the scene's")
-            for view, each in zip(good, extents) if each < least]
-    good = [view for view, each in zip(good, extents) if each >= least]
-    return good, min((each for each in extents if each >= least), default=0.0), out
+            for view, wide in zip(good, enough) if not wide]
+    return [view for view, wide in zip(good, enough) if wide], float(extents[enough].min()), out
 
 
 def square(view, picture, half, size):
@@ -153,28 +164,26 @@ def square(view, picture, half, size):
     What is seen is `half`, the tangent of half the field of view, to each side of the principal
     ray. Raises LeftOut.
     """
-    width, height = picture.size
-    lens = view.lens
+    (width, height), lens = picture.size, view.lens
     if lens.width > 1 and abs(width / height * lens.height / lens.width - 1) > SAME_ASPECT:
         raise LeftOut(view.where, "the photo's shape is not its camera's",
                       f"{width}x{height}, {lens.width:g}x{lens.height:g}")
+    if picture.mode.startswith(("I", "F")):
+        raise LeftOut(view.where, "the image has more than 8 bits a channel")
     fx, fy, *_ = lens.intrinsics
-    try:
+    with decoding(view.where):
         # a JPEG may come out smaller by a whole number, and the last pixel then reaches outside
         shrunk = ENOUGH * size / (2 * half * min(fx * width, fy * height))
         picture.draft("RGB", (math.ceil(shrunk * width), math.ceil(shrunk * height)))
         picture.load()
-    except Exception as err:    # on damaged bytes Pillow raises anything, SyntaxError included
-        raise LeftOut(view.where, "image cannot be decoded", str(err)) from err
     shape = width / round(width / picture.width), height / round(width / picture.width)
     resample = bent_pixels if lens.distorted else straight_pixels
-    pixels = resample(lens, opaque(view, picture), shape, half, size)
+    pixels = resample(lens, over_white(picture), shape, half, size)
     if pixels.max() < BLACK:
         raise LeftOut(view.where, view.black)
     if view.depth is None:
         return pixels, None
-    take = points_depth if isinstance(view.depth, Points) else map_depth
-    depth = take(view, half, size)
+    depth = (points_depth if isinstance(view.depth, Points) else map_depth)(view, half, size)
     if np.count_nonzero(depth) < FEWEST_DEPTHS:
         raise LeftOut(view.where, f"fewer than {FEWEST_DEPTHS} pixels of known depth",
                       "with --no-depth, or without --colmap, none is needed")
@@ -212,22 +221,13 @@ def slopes_of(half, size):
     return np.stack(np.meshgrid(slope, slope), axis=-1).reshape(-1, 2)
 
 
-def opaque(view, picture):
-    """RGB, transparency over white. Raises LeftOut for more than 8 bits a channel."""
-    if picture.mode.startswith(("I", "F")):
-        raise LeftOut(view.where, "the image has more than 8 bits a channel")
-    if "A" in picture.mode or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
-
-
 def map_depth(view, half, size):
     """The depth map (s, s) at the nearest pixels. Raises LeftOut."""
     source, places = view.depth, view.lens.places(slopes_of(half, size))
 
     def nearest(path, what):
-        values = pixels(path, what)
+        with decoding(path, what), Image.open(path) as image:
+            values = np.asarray(image)
         h, w = values.shape[:2]
         column, row = np.floor(places * (w, h)).astype(int).clip(0, (w - 1, h - 1)).T
         return values[row, column].reshape(size, size, *values.shape[2:])
@@ -253,17 +253,6 @@ def points_depth(view, half, size):
     return np.where(np.isfinite(depth), depth, np.float32(0))
 
 
-def pixels(path, what):
-    """The array of an image file. Raises LeftOut."""
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image)
-    except FileNotFoundError as err:
-        raise LeftOut(path, f"missing {what}") from err
-    except Exception as err:    # on damaged bytes Pillow raises anything, SyntaxError included
-        raise LeftOut(path, f"{what} cannot be decoded", str(err)) from err
-
-
 # ---- photos
 
 def pictures(views):
@@ -274,48 +263,43 @@ def pictures(views):
     for view in views:
         try:
             # orientation tags are not obeyed: the cameras are those of the pixels as stored
-            with Image.open(view.photo) as picture:
+            with decoding(view.photo), Image.open(view.photo) as picture:
                 yield view, picture
-        except FileNotFoundError:
-            yield view, LeftOut(view.photo, "missing image")
-        except Exception as err:    # on damaged bytes Pillow raises anything
-            yield view, LeftOut(view.photo, "image cannot be decoded", str(err))
+        except LeftOut as err:
+            yield view, err
 
 
 def video_frames(video, times):
-    """Yields the pictures of a video nearest to ascending times in seconds, by one call of ffmpeg.
+    """Yields the pictures of a video nearest to ascending times in seconds.
 
     A LeftOut stands for a time that has no frame within NEAR, or none of its own. Raises LeftOut
     for a video that cannot be read.
     """
-    known, times = frame_times(video), np.array(times)
-    after = np.searchsorted(known, times).clip(1, len(known) - 1)
-    nearest = np.where(times - known[after - 1] <= known[after] - times, after - 1, after)
+    known = frame_times(video)
+    nearest = [int(abs(known - time).argmin()) for time in times]
     away = abs(known[nearest] - times)
     best = {}                               # frame: the last, so the nearest, of its times
     for i in np.argsort(-away, kind="stable"):
         if away[i] <= NEAR:
             best[nearest[i]] = i
     frames = selected(video, known[sorted(best)])
-    for i in range(len(times)):
+    for i, time in enumerate(times):
         yield (next(frames) if best.get(nearest[i]) == i else
-               LeftOut(f"{video}: {times[i]:.6f} s", "no frame of the video at its listed time"))
+               LeftOut(f"{video}: {time:.6f} s", "no frame of the video at its listed time"))
 
 
 def frame_times(video):
     """The times of a video's frames in seconds from its start, ascending. Raises LeftOut."""
     command = ["ffprobe", "-v", "error", "-select_streams", "v:0", "-show_entries",
-               "format=start_time:packet=pts_time,flags", "-of", "compact=p=0:nk=0", str(video)]
+               "format=start_time:packet=pts_time,flags", "-of", "json", str(video)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-    fields = [dict(part.split("=", 1) for part in line.split("|") if "=" in part)
-              for line in done.stdout.splitlines()]
-    start = next((each["start_time"] for each in fields if "start_time" in each), "N/A")
+    found = json.loads(done.stdout or "{}")
     # packets with the flag D are decoded and not shown
-    times = [float(each["pts_time"]) for each in fields
-             if each.get("pts_time", "N/A") != "N/A" and "D" not in each.get("flags", "")]
+    times = [float(each["pts_time"]) for each in found.get("packets", [])
+             if "pts_time" in each and "D" not in each.get("flags", "")]
     if done.returncode or not times:
         raise LeftOut(video, "the video cannot be read", " ".join(done.stderr.split()))
-    return np.sort(np.array(times) - (0.0 if start == "N/A" else float(start)))
+    return np.sort(times) - float(found.get("format", {}).get("start_time", 0))
 
 
 def selected(video, times):
@@ -324,49 +308,33 @@ def selected(video, times):
     if not len(times):
         return
     start = max(0.0, times[0] - SEEK)
-    after = [f"{time - start - EARLY:.6f}" for time in times]
-    wanted = total([f"gte(t,{time})*not(gte(prev_selected_t,{time}))" for time in after])
+    terms = [f"between(t,{time - EARLY:.6f},{time + EARLY:.6f})" for time in times - start]
+    step = math.isqrt(len(terms)) + 1       # a sum of a hundred is too long for ffmpeg's parser
+    wanted = "+".join(f"({'+'.join(terms[i:i + step])})" for i in range(0, len(terms), step))
     # frames are given new times at an even rate, or ffmpeg would fill the gaps between them
     command = ["ffmpeg", "-v", "error", "-nostdin", "-ss", f"{start:.6f}", "-i", str(video), "-an",
-               "-vf", f"select='{wanted}',setpts=N/{EVEN_RATE}/TB", "-r", str(EVEN_RATE),
-               "-frames:v", str(len(times)), "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24",
-               "-"]
+               "-vf", f"select='{wanted}',setpts=N/25/TB", "-r", "25", "-frames:v", str(len(times)),
+               "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "-"]
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors)
         try:
-            found = 0
-            while picture := portable_pixmap(process.stdout):
-                found += 1
+            for found in range(len(times)):
+                picture = portable_pixmap(process.stdout)
+                if not picture:
+                    errors.seek(0)
+                    detail = errors.read().decode("utf-8", "replace").strip().splitlines()[-1:]
+                    raise LeftOut(video, "the video cannot be decoded",
+                                  "; ".join([f"{found} of {len(times)} frames found", *detail]))
                 yield picture
-            if process.wait() or found < len(times):
-                errors.seek(0)
-                detail = errors.read().decode("utf-8", "replace").strip().splitlines()[-1:]
-                raise LeftOut(video, "the video cannot be decoded",
-                              "; ".join([f"{found} of {len(times)} frames found", *detail]))
         finally:
             process.kill()
             process.stdout.close()
             process.wait()
 
 
-def total(terms):
-    """The sum of terms as a text whose parentheses nest little, as ffmpeg's parser wants it."""
-    if len(terms) == 1:
-        return terms[0]
-    half = len(terms) // 2
-    return f"({total(terms[:half])}+{total(terms[half:])})"
-
-
 def portable_pixmap(stream):
     """The next picture of a stream of binary PPM files, None at its end."""
-    header = b""
-    while header.count(b"\n") < 3:          # P6, width and height, 255
-        byte = stream.read(1)
-        if not byte:
-            return None
-        header += byte
-    width, height = map(int, header.split()[1:3])
-    data = stream.read(3 * width * height)
-    if len(data) < 3 * width * height:
-        return None
-    return Image.frombytes("RGB", (width, height), data)
+    _, sides, _ = stream.readline(), stream.readline(), stream.readline()
+    size = tuple(map(int, sides.split())) or (0, 0)
+    data = stream.read(3 * size[0] * size[1])
+    return Image.frombytes("RGB", size, data) if 0 < len(data) == 3 * size[0] * size[1] else None

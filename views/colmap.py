@@ -1,5 +1,5 @@
-"""COLMAP's camera models, and the reader of what COLMAP writes: cameras, images and points, text or
-binary (colmap.github.io/format.html).
+"""COLMAP's camera models, and the reader of the files that it writes, text or binary
+(colmap.github.io/format.html).
 
 Pixels count from the upper left corner of an image: the first one's centre is (0.5, 0.5). Letters:
 `n` points.
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-UNIT_QUATERNION = 1e-2          # the same of a quaternion's length, which is made 1
+UNIT_QUATERNION = 1e-2          # largest error of a quaternion's length, which is made 1
 MOST_PIXELS = 2**31             # a side that no image has
 PARTS = ("cameras", "images", "points3D")       # files of a COLMAP model
 OBSERVATION = np.dtype([("x", "<f8"), ("y", "<f8"), ("point", "<i8")])
@@ -76,13 +76,7 @@ class Lens:
     def fov(self):
         """Field of view in radians of a pinhole's shorter side."""
         fx, fy, *_ = self.intrinsics
-        return 2 * math.atan(0.5 / (fy if self.height < self.width else fx))
-
-    def check_distortion(self, where):
-        """Raises ValueError for a distorted lens where pycolmap, which undoes it, is missing."""
-        if self.distorted and not pycolmap():
-            raise ValueError(f"{where} is {self.model} with lens distortion, which pycolmap "
-                             "undoes, and it is not installed: pip install pycolmap")
+        return 2 * math.atan2(0.5, fy if self.height < self.width else fx)
 
     def slopes(self, places):
         """Directions (n, 2) of places (n, 2); nan where it has none."""
@@ -118,17 +112,6 @@ def bent_lens(lens):
 
 # ---- models
 
-def from_quaternion(w, x, y, z):
-    """Rotation matrix (3, 3) of a quaternion; nan unless its length is about 1."""
-    n = w * w + x * x + y * y + z * z
-    if not abs(n - 1) <= 2 * UNIT_QUATERNION:
-        return np.full((3, 3), np.nan)
-    w, x, y, z = (each * math.sqrt(2 / n) for each in (w, x, y, z))
-    return np.array([[1 - y * y - z * z, x * y - w * z, x * z + w * y],
-                     [x * y + w * z, 1 - x * x - z * z, y * z - w * x],
-                     [x * z - w * y, y * z + w * x, 1 - x * x - y * y]])
-
-
 @dataclass(frozen=True)
 class ModelImage:
     """A photo whose camera COLMAP has found."""
@@ -136,17 +119,6 @@ class ModelImage:
     camera: int             # number of its Lens
     w2c: np.ndarray         # (4, 4) float64, OpenCV; nan for a quaternion that is none
     seen: np.ndarray        # OBSERVATIONs: pixels, and numbers of points, -1 of none
-
-    def sparse_depth(self, model):
-        """(pixels (n, 2), distances (n,) along the viewing axis) of the points that it shows."""
-        if not len(model.numbers):
-            return np.zeros((0, 2)), np.zeros(0)
-        at = np.searchsorted(model.numbers, self.seen["point"]).clip(max=len(model.numbers) - 1)
-        there = model.numbers[at] == self.seen["point"]
-        depth = model.points[at[there]] @ self.w2c[2, :3] + self.w2c[2, 3]
-        pixel = np.stack([self.seen["x"], self.seen["y"]], axis=1)[there]
-        ahead = np.isfinite(depth) & (depth > 0) & np.isfinite(pixel).all(1)
-        return pixel[ahead], depth[ahead]
 
 
 @dataclass(frozen=True)
@@ -157,6 +129,17 @@ class Model:
     numbers: np.ndarray     # (n,) int64, ascending
     points: np.ndarray      # (n, 3) float64
 
+    def sparse_depth(self, image):
+        """(pixels (n, 2), distances (n,) along the viewing axis) of the points an image shows."""
+        if not len(self.numbers):
+            return np.zeros((0, 2)), np.zeros(0)
+        at = np.searchsorted(self.numbers, image.seen["point"]).clip(max=len(self.numbers) - 1)
+        there = self.numbers[at] == image.seen["point"]
+        depth = self.points[at[there]] @ image.w2c[2, :3] + image.w2c[2, 3]
+        pixel = np.stack([image.seen["x"], image.seen["y"]], axis=1)[there]
+        ahead = np.isfinite(depth) & (depth > 0) & np.isfinite(pixel).all(1)
+        return pixel[ahead], depth[ahead]
+
 
 def model_suffix(folder):
     """.bin or .txt, of the COLMAP model in a folder; "" where there is none."""
@@ -164,42 +147,28 @@ def model_suffix(folder):
                  if all((Path(folder) / (name + each)).is_file() for name in PARTS)), "")
 
 
-def count_images(folder):
-    """The number of images of a model, from a glance at it. Raises ValueError."""
-    path = Path(folder) / f"images{model_suffix(folder)}"
-    if path.suffix == ".txt":
-        return sum(1 for _ in text_pairs(path))
-    with open(path, "rb") as file:
-        return Binary(path, file.read(8)).take("Q")[0]
-
-
 def read_model(folder):
-    """The Model in a folder. Raises FileNotFoundError, and ValueError for what is damaged.
+    """The Model in a folder that has one. Raises ValueError for what is damaged, and OSError.
 
     pycolmap's own reader is not used: it takes cut files for whole ones, refuses models whose
     rigs.bin does not fit, and hangs on a wrong number of points (version 4.2).
     """
-    folder, suffix = Path(folder), model_suffix(folder)
-    if not suffix:
-        raise FileNotFoundError(f"{folder} holds no COLMAP model: cameras, images and points3D, "
-                                ".bin or .txt")
-    lenses = read_lenses(folder / f"cameras{suffix}")
-    images = read_images(folder / f"images{suffix}")
-    for image in images:
+    suffix = model_suffix(folder)
+    cameras, images, points = (Path(folder) / (name + suffix) for name in PARTS)
+    lenses, images_read = read_lenses(cameras), read_images(images)
+    for image in images_read:
         if image.camera not in lenses:
-            raise ValueError(f"{folder / 'images'}{suffix}: {image.name} has camera "
-                             f"{image.camera}, which cameras{suffix} does not list")
-    numbers, points = (binary_points if suffix == ".bin" else text_points)(
-        folder / f"points3D{suffix}")
-    order = np.argsort(numbers)
-    return Model(lenses, images, numbers[order], points[order])
+            raise ValueError(f"{images}: {image.name} has camera {image.camera}, which "
+                             f"{cameras.name} does not list")
+    found = sorted(records(points, "points3D"))
+    return Model(lenses, images_read, np.array([number for number, *_ in found], np.int64),
+                 np.array([place for _, *place in found], float).reshape(-1, 3))
 
 
 def read_lenses(path):
     """{number: Lens} of a cameras.txt or cameras.bin. Raises ValueError, OSError."""
     lenses = {}
-    for number, name, width, height, params in (
-            binary_cameras if path.suffix == ".bin" else text_cameras)(path):
+    for number, name, width, height, *params in records(path, "cameras"):
         if (name, len(params)) not in MODELS.values():
             known = ", ".join(f"{model} ({count})" for model, count in MODELS.values())
             raise ValueError(f"{path}: camera {number} is {name} with {len(params)} parameters; "
@@ -213,117 +182,81 @@ def read_lenses(path):
 def read_images(path):
     """The ModelImages of an images.txt or images.bin, in the order of their names. ValueError."""
     images = []
-    for name, pose, camera, seen in (binary_images if path.suffix == ".bin" else text_images)(path):
+    for *pose, camera, name, seen in records(path, "images"):
         w2c = np.eye(4)
         w2c[:3, :3], w2c[:3, 3] = from_quaternion(*pose[:4]), pose[4:]
         images.append(ModelImage(name, camera, w2c, seen))
     return sorted(images, key=lambda image: in_order(image.name))
 
 
-def binary_cameras(path):
-    """Yields (number, model, width, height, parameters)."""
-    file = Binary(path)
-    for _ in range(file.take("Q")[0]):
-        number, model, width, height = file.take("iiQQ")
-        if model not in MODELS:
-            raise ValueError(f"{path}: camera {number} is of COLMAP's model number {model}; only "
-                             f"those up to {max(MODELS)} can be read")
-        yield number, MODELS[model][0], width, height, file.take(f"{MODELS[model][1]}d")
+def from_quaternion(w, x, y, z):
+    """Rotation matrix (3, 3) of a quaternion; nan unless its length is about 1."""
+    n = w * w + x * x + y * y + z * z
+    if not abs(n - 1) <= 2 * UNIT_QUATERNION:
+        return np.full((3, 3), np.nan)
+    w, x, y, z = (each * math.sqrt(2 / n) for each in (w, x, y, z))
+    return np.array([[1 - y * y - z * z, x * y - w * z, x * z + w * y],
+                     [x * y + w * z, 1 - x * x - z * z, y * z - w * x],
+                     [x * z - w * y, y * z + w * x, 1 - x * x - y * y]])
 
 
-def text_cameras(path):
-    """Yields the same from cameras.txt."""
-    for line in text_lines(path):
-        if line:
-            try:
-                number, model, width, height, *params = line.split()
-                yield int(number), model, int(width), int(height), [*map(float, params)]
-            except ValueError as err:
-                raise ValueError(f"{path}: {line[:40]!r} is no camera: {err}") from err
+# ---- records
+
+def records(path, part):
+    """Yields the fields of every record of one of PARTS. Raises ValueError, OSError.
+
+    cameras: number, model's name, width, height, parameters; images: quaternion, translation,
+    camera's number, name, OBSERVATIONs; points3D: number, place.
+    """
+    return (binary_records if path.suffix == ".bin" else text_records)(path, part)
 
 
-def binary_images(path):
-    """Yields (name, quaternion and translation, camera's number, OBSERVATIONs)."""
-    file = Binary(path)
-    for _ in range(file.take("Q")[0]):
-        _, *pose, camera = file.take("i7di")
-        yield file.text(), pose, camera, file.array(OBSERVATION, file.take("Q")[0])
+def binary_records(path, part):
+    data, at = path.read_bytes(), 0
 
+    def take(form):
+        """The next numbers, of a struct format without padding."""
+        nonlocal at
+        start, at = at, at + struct.calcsize(f"<{form}")
+        return struct.unpack_from(f"<{form}", data, start)
 
-def text_images(path):
-    """Yields the same from images.txt."""
-    for line, points in text_pairs(path):
-        try:
-            _, qw, qx, qy, qz, tx, ty, tz, camera, name = line.split(maxsplit=9)
-            x, y, point = np.array(points.split(), float).reshape(-1, 3).T
-            seen = np.empty(len(x), OBSERVATION)
-            seen["x"], seen["y"] = x, y
-            seen["point"] = np.where(abs(point) < 2**53, point, -1)
-            yield name, [*map(float, (qw, qx, qy, qz, tx, ty, tz))], int(camera), seen
-        except ValueError as err:
-            raise ValueError(f"{path}: {line[:40]!r} is no image with its points; COLMAP's text "
-                             f"has two lines an image, of 10 words and of three a point ({err})"
-                             ) from err
-
-
-def text_pairs(path):
-    """Yields the two lines of every image: only before the first of them are blank lines none."""
-    lines = iter(text_lines(path))
-    for line in lines:
-        if line:
-            yield line, next(lines, "")
-
-
-def binary_points(path):
-    """The points' numbers (n,) int64 and places (n, 3) float64."""
-    file, numbers, points = Binary(path), [], []
-    for _ in range(file.take("Q")[0]):
-        number, x, y, z, *_, track = file.take("Q3d3BdQ")
-        file.skip(8 * track)
-        numbers.append(number)
-        points.append((x, y, z))
-    return np.array(numbers, np.uint64).astype(np.int64), np.array(points, float).reshape(-1, 3)
-
-
-def text_points(path):
-    """The same from points3D.txt."""
-    lines = [line.split(maxsplit=4)[:4] for line in text_lines(path) if line]
     try:
-        return (np.array([int(line[0]) for line in lines], np.int64),
-                np.array([[*map(float, line[1:])] for line in lines], float).reshape(-1, 3))
-    except (ValueError, OverflowError) as err:
-        raise ValueError(f"{path}: {err}") from err
+        for _ in range(*take("Q")):
+            if part == "cameras":
+                number, model, *size = take("iiQQ")
+                name, count = MODELS.get(model, (f"model {model}", 0))
+                yield number, name, *size, *take(f"{count}d")
+            elif part == "images":
+                _, *pose = take("i7di")
+                name, = take(f"{data.index(0, at) - at}sx")
+                seen, = take(f"{take('Q')[0] * OBSERVATION.itemsize}s")
+                yield *pose, name.decode("utf-8", "replace"), np.frombuffer(seen, OBSERVATION)
+            else:
+                *point, _, _, _, _, track = take("q3d3BdQ")
+                take(f"{8 * track}x")
+                yield point
+    except (struct.error, ValueError) as err:
+        raise ValueError(f"{path}: the file is cut, at byte {len(data)}") from err
 
 
-def text_lines(path):
-    """The lines of one of COLMAP's text files, without comments."""
-    return [line.strip() for line in text_of(path).splitlines()
-            if not line.lstrip().startswith("#")]
-
-
-class Binary:
-    """A little-endian file, read from front to back. ValueError where it is cut."""
-
-    def __init__(self, path, data=b""):
-        self.path, self.data, self.at = path, data or path.read_bytes(), 0
-
-    def skip(self, size):
-        """Goes on by `size` bytes and returns where they begin."""
-        start, self.at = self.at, self.at + size
-        if self.at > len(self.data):
-            raise ValueError(f"{self.path}: the file is cut, at byte {len(self.data)}")
-        return start
-
-    def take(self, form):
-        """The numbers of a struct format, without padding."""
-        return struct.unpack_from("<" + form, self.data, self.skip(struct.calcsize("<" + form)))
-
-    def array(self, dtype, size):
-        """`size` records of a dtype."""
-        return np.frombuffer(self.data, dtype, size, self.skip(size * dtype.itemsize))
-
-    def text(self):
-        """A text that ends with a zero byte."""
-        length = self.data.find(b"\0", self.at) - self.at
-        start = self.skip(length + 1 if length >= 0 else len(self.data))
-        return self.data[start:self.at - 1].decode("utf-8", "replace")
+def text_records(path, part):
+    lines = iter([line.strip() for line in text_of(path).splitlines()
+                  if not line.lstrip().startswith("#")])
+    for line in filter(None, lines):        # a blank line is a record only of an image's points
+        try:
+            if part == "cameras":
+                number, name, width, height, *params = line.split()
+                yield int(number), name, int(width), int(height), *map(float, params)
+            elif part == "images":
+                _, *pose, camera, name = line.split(maxsplit=9)
+                x, y, point = np.array(next(lines, "").split(), float).reshape(-1, 3).T
+                seen = np.empty(len(x), OBSERVATION)
+                seen["x"], seen["y"] = x, y
+                seen["point"] = np.where(abs(point) < 2**53, point, -1)
+                yield *np.array(pose, float).reshape(7).tolist(), int(camera), name, seen
+            else:
+                number, x, y, z, *_ = line.split(maxsplit=4)
+                yield [np.int64(number), float(x), float(y), float(z)]
+        except (ValueError, OverflowError) as err:
+            raise ValueError(f"{path}: {line[:40]!r} is no line of COLMAP's {part}, which has two "
+                             f"lines an image, one a camera or point ({err})") from err

@@ -1,5 +1,6 @@
 """prepare.py on captures: a miniature of each published format, rendered, whose truth is known."""
 
+import errno
 import gzip
 import io
 import json
@@ -24,9 +25,10 @@ from PIL.PngImagePlugin import PngInfo
 import configs
 import data
 import prepare
+import train
 from captures import datasets, own, resample, synth, writer
 from runtime import command as command_line
-from views import colmap
+from views import cameras, colmap
 from views.colmap import Lens
 from test_prepare import project, read_shard, unproject
 
@@ -442,10 +444,7 @@ def test_every_format_trains(made, tmp_path):
         "warmup_steps=0, device='cpu', precision='fp32', workers=0, log_every=1, eval_pairs=2,\n"
         "sample_steps=1, guidance=1.0, eta=0.0,\n"
         f"out={str(tmp_path / 'out')!r})\n")
-    root = Path(prepare.__file__).parent
-    done = subprocess.run([sys.executable, "train.py", str(config)], cwd=root, capture_output=True,
-                          text=True)
-    assert done.returncode == 0, done.stderr
+    train.main([str(config)])
     lines = [json.loads(line) for line in
              (tmp_path / "out/log.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
@@ -483,9 +482,9 @@ def test_views_far_narrower_than_the_scene_are_left_out():
 
 
 @pytest.mark.parametrize("lens, turn, reason", [
-    ((1.0, math.nan, 0.5, 0.5), 1.0, "intrinsics are not finite"),
-    ((1.0, -1.0, 0.5, 0.5), 1.0, "the focal length is not positive"),
-    ((1.0, 1.0, 1.5, 0.5), 1.0, "the principal point lies outside the image"),
+    ((1.0, math.nan, 0.5, 0.5), 1.0, "no focal length"),
+    ((1.0, -1.0, 0.5, 0.5), 1.0, "no focal length"),
+    ((1.0, 1.0, 1.5, 0.5), 1.0, "no focal length, or principal point in the image, of a camera"),
     (LENS, math.inf, "the camera holds numbers that are not finite"),
     (LENS, 1.1, "the camera is not rigid"),
     (LENS, -1.0, "the camera mirrors"),
@@ -494,7 +493,8 @@ def test_cameras_that_cannot_be_are_left_out_with_the_reason(lens, turn, reason)
     bad = resample.View("there", Path("b"), np.diag([turn, 1.0, 1.0, 1.0]),
                         Lens("PINHOLE", 1, 1, lens))
     views, _, out = resample.one_camera([view("a"), bad])
-    assert len(views) == 1 and [(err.where, err.reason) for err in out] == [("there", reason)]
+    assert len(views) == 1 and len(out) == 1
+    assert out[0].where == "there" and out[0].reason.startswith(reason)
 
 
 def ramp(width, height):
@@ -540,7 +540,7 @@ def test_a_photo_of_which_pillow_says_something_else_is_left_out_with_its_name(t
     (_, found), = resample.pictures([view(tmp_path / "a.png")])
     assert found.reason == "image cannot be decoded" and "too large" in found.detail
     with pytest.raises(resample.LeftOut, match="image cannot be decoded"):
-        own.size_of(tmp_path / "a.png")
+        own.nerfstudio_view(tmp_path, False, {"file_path": "a"})
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
@@ -672,9 +672,8 @@ def test_damaged_co3d_frames_are_left_out_and_counted(miniatures, tmp_path):
     annotate(root, frames + more, sequences)
     run(["co3d", str(root)], tmp_path / "out")
     assert left_out(tmp_path / "out") == {
-        "the camera holds numbers that are not finite": 1, "intrinsics_format is not known": 1,
-        "the annotation is not whole": 3, "no depth": 1, "missing image": 1,
-        "the annotation is not numbers": 1, "missing depth": 1}
+        "the camera holds numbers that are not finite": 1, "the annotation cannot be used": 5,
+        "no depth": 1, "missing image": 1, "missing depth": 1}
     assert reader(tmp_path / "out", "co3d").counts.tolist() == [len(views), VIEWS]
 
 
@@ -710,20 +709,22 @@ def test_clips_without_frames_are_passed_over_and_missing_frames_are_counted(min
     row[0], row[10] = str(5_000_000 + 9 * STEP), "nan"
     bent = lines[1].split()
     bent[5] = "0.01"
-    timeless = ["nan", *bent[1:]]
-    rows = [" ".join(each) for each in (row, bent, timeless)]
+    bent[0] = str(5_000_000 + 8 * STEP)
+    rows = [" ".join(each) for each in (row, bent)]
     text.write_text("\n".join([lines[0], *rows, *lines[1:]]) + "\n")
+    (root / "cameras/absent.txt").write_text(" ".join(["link\nnan", *bent[1:]]))
+    (root / "frames/absent").mkdir()
     run(["re10k", "--cameras", f"{root}/cameras", "--frames", f"{root}/frames"], tmp_path / "out")
-    assert "passed over: 1 clips without a folder of frames" in capsys.readouterr().out
     assert left_out(tmp_path / "out") == {"missing image": 1, "the lens is distorted": 1,
-                                          "a time is not finite": 1,
+                                          "the camera text is damaged": 1,
                                           "the camera holds numbers that are not finite": 1}
     assert sorted(reader(tmp_path / "out", "re10k").counts.tolist()) == [VIEWS - 1, VIEWS]
 
 
 def test_a_clip_counts_as_many_views_as_its_text_has_cameras(miniatures):
     root = miniatures / "re10k"
-    found, _ = datasets.find_re10k("acid", root / "cameras", root / "frames", "", "")
+    found, out = datasets.find_re10k("acid", root / "cameras", root / "frames", "", "")
+    assert out == {"clips without a folder of frames": 1}
     assert [(each.name, each.count) for each in found] == [("acid/tall", VIEWS),
                                                            ("acid/wide", VIEWS)]
 
@@ -740,18 +741,18 @@ def test_a_colmap_model_of_another_path_is_left_out_with_its_clip(miniatures, tr
 
 
 def test_lens_distortion_needs_pycolmap(truths, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(colmap, "pycolmap", lambda: None)
+    monkeypatch.setattr(resample, "pycolmap", lambda: None)
     names = [f"{i}.png" for i in range(VIEWS)]
     write_colmap(tmp_path / "garden/sparse/0", truths["wide"], ".bin", names, model="OPENCV")
     (tmp_path / "garden/images").mkdir()
     line = stopped(["colmap", str(tmp_path / "garden")], tmp_path / "out", capsys)
-    assert "cameras.bin: camera 7 is OPENCV with lens distortion" in line
+    assert "lens distortion is undone by pycolmap" in line and "(OPENCV)" in line
     assert "pip install pycolmap" in line
-    assert not (tmp_path / "out").exists()              # before any work
+    assert not list((tmp_path / "out").glob("*.tar"))
 
 
 @pytest.mark.parametrize("number, width, says", [
-    (1, 0, "camera 7 has images of 0 x"), (99, 64, "COLMAP's model number 99; only those up to 16")])
+    (1, 0, "camera 7 has images of 0 x"), (99, 64, "camera 7 is model 99 with 0 parameters; these")])
 def test_a_camera_that_cannot_be_is_refused(number, width, says, tmp_path):
     (tmp_path / "cameras.bin").write_bytes(struct.pack("<QiiQQ4d", 1, 7, number, width, 64,
                                                        *(50.0, 50.0, 32.0, 32.0)))
@@ -773,11 +774,10 @@ def test_binary_and_text_models_of_colmap_say_the_same(truths, tmp_path):
         write_colmap(tmp_path / kind, truths["wide"], kind, names)
     binary, text = colmap.read_model(tmp_path / ".bin"), colmap.read_model(tmp_path / ".txt")
     assert [image.name for image in binary.images] == names and binary.lenses == text.lenses
-    assert colmap.count_images(tmp_path / ".bin") == colmap.count_images(tmp_path / ".txt") == VIEWS
     for one, two in zip(binary.images, text.images, strict=True):
         assert one.camera == two.camera and np.array_equal(one.w2c, two.w2c)
-        (place, depth), (same_place, same_depth) = (one.sparse_depth(binary),
-                                                    two.sparse_depth(text))
+        (place, depth), (same_place, same_depth) = (binary.sparse_depth(one),
+                                                    text.sparse_depth(two))
         assert np.array_equal(place, same_place) and len(place) > 100
         assert np.allclose(depth, same_depth, rtol=1e-14)
 
@@ -830,43 +830,28 @@ def test_nerfstudio_paths_may_leave_the_suffix_out(written, named, tmp_path):
         assert own.nerfstudio_view(tmp_path, False, frame).photo == tmp_path / written
 
 
-@pytest.mark.parametrize("change, says", [
-    ({"k1": 0.1}, "FULL_OPENCV with lens distortion, which pycolmap undoes"),
-    ({"camera_model": "OPENCV_FISHEYE"}, "OPENCV_FISHEYE with lens distortion"),
-    ({"distortion_params": [0.1, 0, 0, 0, 0, 0]}, "FULL_OPENCV with lens distortion"),
-    ({"is_fisheye": True}, "OPENCV_FISHEYE with lens distortion"),
-    ({"frames": 3}, "is no transforms.json"),
-])
-def test_transforms_that_cannot_be_used_stop_with_their_name(change, says, miniatures, tmp_path,
-                                                             capsys, monkeypatch):
-    monkeypatch.setattr(colmap, "pycolmap", lambda: None)
-    path = copied(miniatures, "nerfstudio", tmp_path) / "wide/transforms.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    line = stopped(["nerfstudio", str(path)], tmp_path / "out", capsys)
-    assert str(path) in line and says in line
-
-
-def test_the_distortion_of_a_single_frame_is_seen(miniatures, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(colmap, "pycolmap", lambda: None)
-    path = copied(miniatures, "nerfstudio", tmp_path) / "wide/transforms.json"
-    stored = json.loads(path.read_text())
-    stored["frames"][1]["k1"] = 0.1
-    path.write_text(json.dumps(stored))
-    line = stopped(["nerfstudio", str(path)], tmp_path / "out", capsys)
-    assert "images/1.png is FULL_OPENCV with lens distortion" in line
+@pytest.mark.parametrize("change, model", [
+    ({"k1": 0.1}, "FULL_OPENCV"), ({"camera_model": "OPENCV_FISHEYE"}, "OPENCV_FISHEYE"),
+    ({"distortion_params": [0.1, 0, 0, 0, 0, 0]}, "FULL_OPENCV"),
+    ({"is_fisheye": True}, "OPENCV_FISHEYE")])
+def test_a_distorted_lens_of_a_transforms_json_is_known(change, model, miniatures):
+    frames = [frame | change for frame in
+              cameras.read_transforms(miniatures / "nerfstudio/wide/transforms.json")]
+    assert all(lens.model == model and lens.distorted
+               for lens in map(cameras.transforms_lens, frames))
 
 
 # ---- videos
 
 FAKE_FFMPEG = """#!{python}
-import re, sys
+import json, re, sys
 arguments = sys.argv[1:]
 if sys.argv[0].endswith("ffprobe"):
-    for t in open(arguments[-1]).read().split("\\n")[1].split():
-        print("pts_time=%f|flags=K__" % (int(t) / 1e6))
-    sys.exit(print("start_time=0.000000"))
+    times = open(arguments[-1]).read().split("\\n")[1].split()
+    packets = [dict(pts_time="%f" % (int(t) / 1e6), flags="K__") for t in times]
+    sys.exit(print(json.dumps(dict(packets=packets, format=dict(start_time="0.000000")))))
 start = float(arguments[arguments.index("-ss") + 1])
-first = [float(t) for t in re.findall(r"gte\\(t,([\\d.]+)\\)", " ".join(arguments))]
+first = [float(t) for t in re.findall(r"between\\(t,([\\d.]+)", " ".join(arguments))]
 video = arguments[arguments.index("-i") + 1]
 folder, times = open(video).read().split("\\n")
 known = [int(t) for t in times.split()]
@@ -926,19 +911,9 @@ def test_videos_without_ffmpeg_are_refused_in_a_line(miniatures, tmp_path, capsy
     assert "--videos needs ffmpeg, which is not found" in line
 
 
-def test_a_long_sum_does_not_nest_deeply():
-    # ffmpeg's parser of expressions gives up at 100
-    text, deepest, depth = resample.total([f"gte(t,{i})" for i in range(400)]), 0, 0
-    for letter in text:
-        depth += (letter == "(") - (letter == ")")
-        deepest = max(deepest, depth)
-    assert depth == 0 and deepest < 12
-    assert eval(text.replace("gte(t,", "(")) == sum(range(400))
-
-
 @pytest.mark.skipif(not shutil.which("ffmpeg"), reason="ffmpeg is not installed")
 def test_frames_come_from_a_real_video_at_their_times(tmp_path):
-    levels = [20 + 8 * i for i in range(25)]
+    levels = [20 + 8 * i for i in range(25)] * 6
     frames = b"".join(np.full((48, 64, 3), level, np.uint8).tobytes() for level in levels)
     video = tmp_path / "a.mp4"
     subprocess.run(["ffmpeg", "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "64x48",
@@ -949,10 +924,12 @@ def test_frames_come_from_a_real_video_at_their_times(tmp_path):
              resample.video_frames(video, [i / 10 for i in wanted])]
     assert np.allclose(found, [levels[i] for i in wanted], atol=3)
     # 20 ms early and late; then none within 25 ms; two for one frame, the nearer of which has it
-    found = list(resample.video_frames(video, [0.28, 0.52, 0.65, 1.0, 1.01, 9.0]))
+    found = list(resample.video_frames(video, [0.28, 0.52, 0.65, 1.0, 1.01, 99.0]))
     assert [type(each).__name__ for each in found[2:]] == ["LeftOut", "Image", "LeftOut", "LeftOut"]
     assert np.allclose([np.asarray(found[i]).mean() for i in (0, 1, 3)],
                        [levels[3], levels[5], levels[10]], atol=3)
+    # a sum of 150 terms, of which ffmpeg's parser takes a hundred, has to nest
+    assert len(list(resample.selected(video, resample.frame_times(video)))) == 150
 
 
 # ---- splits, shards, resuming
@@ -976,7 +953,7 @@ def names(out, split):
 
 
 def test_a_split_is_by_scene_and_seeded_and_a_subset_keeps_it(many, tmp_path):
-    small = ["--size", "8", "--views", "2"]
+    small = ["--size", "8", "--views", "2", "--workers", "1"]
     prepare.main([*many, "--out", str(tmp_path / "a"), "--held-out", "4", *small])
     prepare.main([*many, "--out", str(tmp_path / "b"), "--held-out", "4", "--scenes", "3", *small])
     prepare.main([*many, "--out", str(tmp_path / "c"), "--held-out", "4", "--seed", "1", *small])
@@ -1038,17 +1015,17 @@ def test_a_dry_run_writes_nothing_and_says_how_much(many, tmp_path, capsys):
     assert "held-out-*.tar: 1 shards, 2 scenes, 6 views" in printed
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_full_disk_stops_with_the_file_s_name_and_a_rerun_goes_on(workers, many, tmp_path,
-                                                                   capsys):
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc")
+def test_a_full_disk_stops_with_the_file_s_name_and_a_rerun_goes_on(many, tmp_path, capsys,
+                                                                    monkeypatch):
+    def full(descriptor):
+        if "train-000000.tar" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     arguments = [*many, "--out", str(tmp_path / "a"), "--size", "16", "--held-out", "2",
-                 "--workers", workers]
-    prepare.main(arguments)
-    for path in (tmp_path / "a").glob("*.tar"):
-        path.unlink()
-    (tmp_path / "a/.unfinished_train-000000.tar").symlink_to("/dev/full")
-    with pytest.raises(SystemExit) as stop:
+                 "--workers", "1"]
+    with pytest.raises(SystemExit) as stop, monkeypatch.context() as patch:
+        patch.setattr(writer.os, "fsync", full)
         command_line.run("prepare.py", prepare.main, arguments)
     line = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 2
@@ -1089,7 +1066,7 @@ def test_two_scenes_of_one_name_are_refused(miniatures, tmp_path, capsys):
 
 @pytest.mark.parametrize("more, says", [
     (["--views", "1"], "--views 1: a pair needs two"),
-    (["--size", "4"], "--size: 4 is not possible, only numbers from 8 on"),
+    (["--size", "4"], "--size: 4 is not possible, only numbers from 8"),
     (["--shard-size", "0"], "--shard-size: 0 is not possible, only numbers above 0"),
     (["--held-out", "2"], "2 scenes found, of which --held-out 2 leaves none"),
 ])

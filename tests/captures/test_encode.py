@@ -148,8 +148,7 @@ def test_compiled_networks_see_batches_of_one_size(rendered, encoded, tmp_path, 
         torch.testing.assert_close(a["moments_target"], b["moments_target"], rtol=0, atol=1e-3)
         assert a["uid"] == b["uid"]
     told = capsys.readouterr().out
-    assert re.search(r"rank 0: 18 views in [\d.]+ s: [\d.]+ views/s on cpu, "
-                     r"[\d.]+ after the first 4; \d+% of that time waiting for images\n", told)
+    assert re.search(r"rank 0: 4 shards, 18 views in [\d.]+ s: [\d.]+ views/s on cpu\n", told)
 
 
 def test_weights_that_are_halved_once_change_no_bit():
@@ -212,7 +211,7 @@ def test_a_damaged_first_image_costs_no_more_than_its_view(rendered, tmp_path, c
 
 def test_a_dry_run_says_what_would_be_encoded(rendered, tmp_path, capsys):
     run(rendered, tmp_path / "out", dry_run=True)
-    assert "out: 4 shards, 0 of them there; 18 views to encode, about " in capsys.readouterr().out
+    assert "out: 4 shards, 0 of them there; 18 views to encode\n" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
 
 

@@ -14,7 +14,7 @@ from test_prepare import read_shard
 
 import prepare
 from captures import own, resample
-from views import cameras, colmap, paths
+from views import colmap, paths
 from views.colmap import Lens
 
 W, H, SIZE = 160, 120, 48
@@ -186,7 +186,7 @@ def test_colmap_text_is_read_alike_by_prepare_and_path(change, tmp_path):
 @pytest.mark.parametrize("line", ["1 2 3", "1 1 0 0 0 0 0 0 1", "1 1 0 0 0 0 x 0 1 a.png"])
 def test_a_line_that_is_no_image_is_an_error_with_the_line(line, tmp_path):
     (tmp_path / "images.txt").write_text(line + "\n\n")
-    with pytest.raises(ValueError, match=f"'{line}' is no image with its points"):
+    with pytest.raises(ValueError, match=f"'{line}' is no line of COLMAP's images"):
         paths.read(tmp_path / "images.txt", 1.0)
 
 
@@ -209,26 +209,26 @@ def test_a_scene_of_which_nothing_is_left_stops_no_other_and_no_rerun(tmp_path, 
 
 
 def test_a_byte_order_mark_of_a_transforms_json_is_no_part_of_it(tmp_path):
-    frame = {"file_path": "a", "transform_matrix": np.eye(4).tolist(), "sky": 1, "mask_path": "m"}
+    frame = {"file_path": "a", "transform_matrix": np.eye(4).tolist(), "mask_path": "m"}
     text = json.dumps({"camera_angle_x": 1.0, "frames": [frame] * 2, "aabb_scale": 4})
     (tmp_path / "transforms_train.json").write_text(text, encoding="utf-8-sig")
-    _, unused = cameras.read_transforms(tmp_path / "transforms_train.json")
-    assert unused == {"sky": 2, "mask_path": 2}
-    with pytest.raises(FileNotFoundError, match="is missing; there is .*/transforms_train.json"):
-        cameras.read_transforms(tmp_path / "transforms.json")
+    _, left_out = own.find_nerfstudio([tmp_path / "transforms_train.json"], False)
+    assert left_out == {"masks (mask_path), as photos are stored whole": 2}
+    with pytest.raises(FileNotFoundError, match="is missing; .* it: .*/transforms_train.json"):
+        own.find_nerfstudio([tmp_path], False)
 
 
 @pytest.mark.parametrize("fields, reason", [
-    ({"fl_x": 0}, "fl_x is '0', it must be a number above 0"),
+    ({"fl_x": 0}, "fl_x is '0', it must be a number between 0 and inf"),
     ({"camera_angle_x": 0.0}, "camera_angle_x is '0.0', it must be a number between 0 and 3.14"),
     ({"fl_x": 10**400}, "fl_x is '1000000"), ({"fl_x": True}, "fl_x is 'True'"),
     ({"w": 0, "h": 3}, "w is '0'"), ({}, "fl_x and camera_angle_x are missing"),
-    ({"fl_x": 9, "camera_model": "EQUIRECTANGULAR"}, "camera_model 'EQUIRECTANGULAR' is not read"),
+    ({"fl_x": 9, "camera_model": "EQUIRECTANGULAR"}, "camera_model 'EQUIRECTANGULAR' with k4 0 is"),
     ({"fl_x": 9, "k4": 0.1}, "camera_model 'OPENCV' with k4 0.1 is not read"),
     ({"fl_x": 9, "distortion_params": 3}, "distortion_params are not 6 numbers"),
     ({"fl_x": 9, "fisheye_crop_radius": 8}, "fisheye_crop_radius is not read"),
-    ({"fl_x": 9, "transform_matrix": [[10**400] * 4] * 3}, "transform_matrix is no matrix"),
-    ({"fl_x": 9, "file_path": 3}, "file_path is missing")])
+    ({"fl_x": 9, "transform_matrix": [[10**400] * 4] * 3}, "transform_matrix is no 3x4"),
+    ({"fl_x": 9, "file_path": 3}, "has no file_path")])
 def test_what_is_wrong_with_a_frame_is_said_by_its_field(fields, reason, tmp_path):
     Image.new("RGB", (64, 48)).save(tmp_path / "a.png")
     frame = {"file_path": "a", "transform_matrix": np.eye(4).tolist(), **fields}
