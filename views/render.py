@@ -116,7 +116,7 @@ def config_of(tensors, data="", named=None):
     if data and named is None:
         raise ValueError(f"{tensors.path} does not say which shards were held out: --config FILE "
                          "names them")
-    return configs.stored({"mode": MODE_OF_WIDTH[width]}, data, named)
+    return configs.stored({"mode": MODE_OF_WIDTH[width], "sources": []}, data, named)
 
 
 def pose_vectors(mode, cond_c2w, c2w, fov, scale):
