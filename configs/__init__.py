@@ -120,7 +120,7 @@ class Config:
     workers: int = 4                        # loader processes a rank
     threads: int = 0                        # that a rank computes with; 0: its share of them
     max_damaged: float = 0.05               # share of damaged pairs at which a run stops
-    web_patience: float = 300.0             # seconds without an answer after which web shards stop it
+    web_patience: float = 300.0             # seconds without an answer that stop web shards
 
     # what is written
     log_every: int = 10                     # steps between log lines
