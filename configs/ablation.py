@@ -1,6 +1,6 @@
 """The five ways to tell the network its camera, from scratch, in a small: table 4 of the paper.
 
-    python ablation.py configs/ablation.py --minutes 9      # again, until it prints the table
+    python -m analysis.compare configs/ablation.py --minutes 9      # again, until its table
 
 Every scene has its own arbitrary unit of length, and in half of the scenes the camera goes a
 quarter of its path: neither the unit nor the extent of the cameras tells how large things are. 31.4
