@@ -70,7 +70,7 @@ MODES = {
 NO_METRIC_DEPTH = ("mode 7dof_metric_scale needs a metric depth network, and there is none here: "
                    "choose --mode=7dof_quantile_scale or --mode=7dof")
 # departs: 7dof_qs, which the published training command passes and the reference's code rejects, is
-# 7dof_quantile_scale.
+# 7dof_quantile_scale [test_the_published_name_7dof_qs_is_the_quantile_mode]
 ALIASES = {"7dof_qs": "7dof_quantile_scale"}
 
 
@@ -128,7 +128,7 @@ class SceneGeometry:
 def focus_point(c2w):
     """The point (3,) of least squared distance to all optical axes; nan where no one is nearest."""
     # departs: one camera, or parallel ones, have no focus point (nan); in the reference they end
-    # in a singular matrix or in rounding noise.
+    # in a singular matrix or in noise [test_parallel_and_single_cameras_have_no_focus_point]
     axis, position = c2w[:, :3, 2], c2w[:, :3, 3]
     across = torch.eye(3, dtype=c2w.dtype) - axis[:, :, None] * axis[:, None, :]    # (n, 3, 3)
     normal = (across.mT @ across).mean(0)
@@ -143,7 +143,7 @@ def scene_geometry(c2w):
     center, focus = position.mean(0), focus_point(c2w)
     from_center = (position - center).norm(dim=-1)
     # quirk: a scene's "elevation" is the cameras' above its focus point only where they stand on a
-    # circle around a vertical axis.
+    # circle around a vertical axis [test_scene_geometry_equals_the_reference]
     elevation = torch.rad2deg(torch.atan2((center - focus).norm(), from_center))
     return SceneGeometry(center, focus, from_center.mean(),
                          (position - focus).norm(dim=-1).mean(), elevation)

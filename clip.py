@@ -54,7 +54,7 @@ class CLIP(nn.Module):
         """Image in [-1, 1] of any size to the image tower's input. (b, 3, h, w) -> (b, 3, r, r)."""
         # quirk: CLIP's input is resized as kornia 0.6 does, bicubic (a = -0.75) with align_corners
         # and without antialiasing, stretched rather than cropped, its overshoot kept; OpenAI's own
-        # preprocessing crops, and does none of this.
+        # preprocessing crops, and does none of this [test_preprocessing_equals_the_reference]
         size = (self.image_resolution, self.image_resolution)
         x = F.interpolate(x, size, mode="bicubic", align_corners=True, antialias=False)
         return ((x + 1) / 2 - self.mean) / self.std

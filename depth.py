@@ -34,23 +34,16 @@ BIAS_EXTENT = 8  # relative positions are scaled to +-8 before their logarithm i
 MAX_LOGIT_SCALE = math.log(100)  # Swin V2 section 3.2: the temperature is 0.01 or more
 MASKED = -100.0  # what is added to the score of two pixels that are no neighbours
 HEAD_WIDTH = 32  # before the decoder's last convolution
-
-# What the file holds and disparity does not depend on. It stays in the state dict, untouched.
-UNUSED = {
-    "pretrained.model.norm.": "the encoder's last norm: the decoder reads the stages before it",
-    "pretrained.model.head.": "the encoder's ImageNet classifier",
-    "scratch.refinenet4.resConfUnit1.": "the coarsest fusion has no finer stage to add",
-}
+STAGES = 1, 2, 3, 4  # of the encoder, fine to coarse
+# Beginnings of names that files hold and that disparity does not depend on
+UNUSED = "pretrained.model.norm.", "pretrained.model.head.", "scratch.refinenet4.resConfUnit1."
 
 
 # ---- the scale
 
 def pose_vector(batch, mode, depth_net=None, blend=True):
-    """The pose vectors T (b, d) float32 of a batch of pairs, as data.py delivers them.
-
-    depth_net: a DPT for views whose depth has holes, on the device of the batch's images. Raises
-    ValueError, naming the pair, where the mode needs depth that is not known.
-    """
+    """The pose vectors T (b, d) float32 of a batch of pairs, as data.py delivers them; depth_net: a
+    DPT for views whose depth has holes. ValueError names the pair whose depth is not known."""
     scale = scale_of(batch, mode, depth_net, blend).to(batch["cond_c2w"].device)
     return camera.conditioning(mode, batch["cond_c2w"], batch["target_c2w"], batch["fov"],
                                scale).float()
@@ -93,15 +86,12 @@ def viewer_scale(sparse_depth, image, depth_net=None, blend=True):
 def dense_depth(disparity, sparse_depth, blend):
     """Depth at every pixel (b, h, w): 1 / (scale * disparity + shift), fitted to the sparse depth.
 
-    disparity: (b, h, w) of `DPT`; sparse_depth: (b, h, w), 0 where unknown, whose unit the result
-    has; blend: known depths replace fitted ones. The fit is to 1 / depth; both are clipped to
-    DEPTH_RANGE.
+    disparity: (b, h, w) of `DPT`; sparse_depth: (b, h, w), 0 where unknown; blend: known depths
+    replace fitted ones. The fit is to 1 / depth; both are clipped to DEPTH_RANGE.
     """
     # quirk: no line is fitted to one disparity alone (a view with no known depth, or one): scale
-    # and shift are then 0, and the view is 1000 away everywhere.
-    if disparity.shape != sparse_depth.shape or sparse_depth.ndim != 3:
-        raise ValueError(f"disparity is {tuple(disparity.shape)} and depth "
-                         f"{tuple(sparse_depth.shape)}: both must be (b, h, w), of the same size")
+    # and shift are then 0, and the view is 1000 away everywhere
+    # [test_every_view_s_fit_to_known_depth_is_the_reference_s]
     valid = sparse_depth > 0
     scale, shift = scale_and_shift(disparity, 1 / sparse_depth.clamp(*DEPTH_RANGE), valid)
     fitted = scale[:, None, None] * disparity + shift[:, None, None]
@@ -110,13 +100,11 @@ def dense_depth(disparity, sparse_depth, blend):
 
 
 def scale_and_shift(disparity, target, mask):
-    """Least squares of scale * disparity + shift against target over the pixels of mask.
-
-    disparity, target: (b, h, w); mask: (b, h, w) bool or 0/1. Returns scale (b,), shift (b,).
-    Solved about the means: MiDaS's normal equations have the same solution, but cancel in float32.
-    """
+    """Least squares (scale (b,), shift (b,)) of scale * disparity + shift against target, all
+    (b, h, w), over the pixels of mask. Solved about the means: MiDaS's normal equations have the
+    same solution, but cancel in float32."""
     # departs: disparities that differ by rounding alone count as one, to which no line is fitted;
-    # the reference's line is noise there.
+    # the reference's is noise [test_a_disparity_that_varies_by_rounding_alone_counts_as_constant]
     mask = mask.bool().flatten(1)
     p = disparity.to(target.dtype).flatten(1).where(mask, 0)  # (b, h*w)
     y = target.flatten(1).where(mask, 0)  # (b, h*w)
@@ -139,7 +127,7 @@ class DPT(nn.Module):
     image: (b, 3, h, w) in [-1, 1], which goes in as it is. Returns (b, h, w), 0 or more.
     """
     # departs: images of another size than the depth network's are resized to it, and the disparity
-    # back; the reference refuses them.
+    # back; the reference refuses them [test_images_of_another_size_get_disparity_of_their_size]
     def __init__(self, image_size=256, embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24),
                  window_size=16, features=256):
         super().__init__()
@@ -149,8 +137,6 @@ class DPT(nn.Module):
         self.scratch = Decoder(embed_dim, features)
 
     def forward(self, image):
-        if image.ndim != 4 or image.shape[1] != 3:
-            raise ValueError(f"the image is {tuple(image.shape)}, must be (b, 3, h, w)")
         x = resize(image, (self.image_size, self.image_size))  # (b, 3, image_size, image_size)
         disparity = self.scratch(*self.pretrained.model(x))  # (b, 1, image_size, image_size)
         return resize(disparity, image.shape[2:]).squeeze(1)  # (b, h, w)
@@ -165,8 +151,7 @@ def resize(x, size):
 
 class SwinV2(nn.Module):
     """Swin Transformer V2: x (b, 3, s, s), s = image_size, to what each stage ends with:
-    (b, c, s/4, s/4), (b, 2c, s/8, s/8), (b, 4c, s/16, s/16), (b, 8c, s/32, s/32); c = embed_dim.
-    """
+    (b, c, s/4, s/4), (b, 2c, s/8, s/8), (b, 4c, s/16, s/16), (b, 8c, s/32, s/32); c = embed_dim."""
     def __init__(self, image_size, embed_dim, depths, num_heads, window_size):
         super().__init__()
         self.patch_embed = PatchEmbed(embed_dim)
@@ -252,8 +237,7 @@ class WindowAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.logit_scale = nn.Parameter(torch.full((heads, 1, 1), math.log(10)))
-        self.q_bias = nn.Parameter(torch.zeros(dim))
-        self.v_bias = nn.Parameter(torch.zeros(dim))
+        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
         self.cpb_mlp = nn.Sequential(nn.Linear(2, BIAS_WIDTH), nn.ReLU(),
                                      nn.Linear(BIAS_WIDTH, heads, bias=False))
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
@@ -282,8 +266,7 @@ class WindowAttention(nn.Module):
 
 def relative_positions(window):
     """Offsets between a window's pixels: their log-spaced coordinates (p, 2), p = (2 window - 1)^2,
-    Swin V2 eq. 4, and which of them each pair of pixels has, query first: (n, n) int64.
-    """
+    Swin V2 eq. 4, and which of them each pair of pixels has, query first: (n, n) int64."""
     offset = torch.arange(1 - window, window) / max(window - 1, 1) * BIAS_EXTENT
     offset = offset.sign() * (offset.abs() + 1).log2() / math.log2(BIAS_EXTENT)
     table = torch.cartesian_prod(offset, offset)  # (p, 2)
@@ -305,10 +288,10 @@ class Decoder(nn.Module):
     """DPT's fusion of `SwinV2`'s four stages, coarse to fine. Returns (b, 1, s, s), 0 or more."""
     def __init__(self, embed_dim, features):
         super().__init__()
-        for i, scale in enumerate((1, 2, 4, 8), 1):
-            conv = nn.Conv2d(scale * embed_dim, features, 3, padding=1, bias=False)
+        for i in STAGES:
+            conv = nn.Conv2d(2**(i - 1) * embed_dim, features, 3, padding=1, bias=False)
             self.add_module(f"layer{i}_rn", conv)
-        for i in (1, 2, 3, 4):
+        for i in STAGES:
             self.add_module(f"refinenet{i}", Fusion(features))
         self.output_conv = nn.Sequential(
             nn.Conv2d(features, features // 2, 3, padding=1),

@@ -4,9 +4,8 @@
     sample:  eps(z_t, t), z_T (b, c, h, w) -> z_0 (b, c, h, w)
     novel_views: a ZeroNVS, a photo (1, 3, h, w), poses T (b, d) -> views (b, 3, h, w)
 
-Training is in model.py (ZeroNVS.forward) and takes from here the schedule and Draws. Read first:
-uniform, why any batch can be drawn again; schedule_buffers; guided; ddim. Every sampler follows a
-function `eps(z_t, t)` of the noisy latent and the timestep, a python number.
+Training is in model.py (ZeroNVS.forward). Read first: uniform, why any batch can be drawn again;
+schedule_buffers; guided; ddim. In eps(z_t, t) the timestep is a python number.
 DDIM: arXiv:2010.02502. DPM-Solver++(2M): arXiv:2211.01095. UniPC: arXiv:2302.04867. Classifier-free
 guidance: arXiv:2207.12598. `abar` is the schedule's alpha-bar at timesteps 0 .. n-1.
 Letters: `b` batch, `c` channels, `h w` latent grid, `d` pose width.
@@ -52,11 +51,11 @@ def philox(counter, key):
 def uniform(seed, stream, numbers, count):
     """Uniform float32 (b, count) in (0, 1), row i a function of (seed, stream, numbers[i]) alone.
 
-    seed: int from 0. stream: int from 0, or (b,) int64, one of each row. numbers: (b,) int64 from
-    0, those of the pairs or views.
+    seed: int from 0. stream: int from 0, or (b,) int64. numbers: (b,) int64, of pairs or views.
     """
     # departs: noise, timesteps and dropped conditions are functions of the seed and the number of
     # a pair or view; the reference draws from a generator, whose state depends on all before it
+    # [test_draws_of_a_pair_do_not_depend_on_its_batch]
     block = torch.arange(-(-count // 4), device=numbers.device)[None]
     number = numbers[:, None]
     stream = (stream[:, None] if isinstance(stream, torch.Tensor)
@@ -68,8 +67,7 @@ def uniform(seed, stream, numbers, count):
 
 
 def normal(seed, stream, numbers, shape, uniform=uniform):
-    """Standard normal float32 (b, *shape) by Box and Muller's transform of `uniform`, or of another
-    function that draws the same numbers."""
+    """Standard normal float32 (b, *shape) by Box and Muller's transform of `uniform`."""
     count = math.prod(shape)
     u, v = uniform(seed, stream, numbers, count + count % 2).chunk(2, dim=1)
     radius, angle = (-2 * u.log()).sqrt(), 2 * math.pi * v
@@ -87,7 +85,6 @@ def schedule_buffers():
     abar = (1 - betas).cumprod(0)
     abar_prev = torch.cat([betas.new_ones(1), abar[:-1]])
     variance = betas * (1 - abar_prev) / (1 - abar)                 # eq. 7
-    smallest = 1e-20                                                # the variance of step 0 is 0
     tables = {
         "betas": betas,
         "alphas_cumprod": abar,
@@ -98,7 +95,7 @@ def schedule_buffers():
         "sqrt_recip_alphas_cumprod": (1 / abar).sqrt(),
         "sqrt_recipm1_alphas_cumprod": (1 / abar - 1).sqrt(),
         "posterior_variance": variance,
-        "posterior_log_variance_clipped": variance.clamp(min=smallest).log(),
+        "posterior_log_variance_clipped": variance.clamp(min=1e-20).log(),  # of step 0 it is 0
         "posterior_mean_coef1": betas * abar_prev.sqrt() / (1 - abar),
         "posterior_mean_coef2": (1 - abar_prev) * (1 - betas).sqrt() / (1 - abar),
     }
@@ -109,12 +106,11 @@ def schedule_buffers():
 
 @dataclass
 class Draws:
-    """The random numbers of a training batch: t (b,) int64; u (b,) decides which conditions are
-    dropped; the posterior's and the diffusion's noise (b, c, h, w)."""
-    t: torch.Tensor
-    u: torch.Tensor
-    posterior_noise: torch.Tensor
-    noise: torch.Tensor
+    """The random numbers of a training batch."""
+    t: torch.Tensor                 # (b,) int64
+    u: torch.Tensor                 # (b,) decides which conditions are dropped
+    posterior_noise: torch.Tensor   # (b, c, h, w)
+    noise: torch.Tensor             # (b, c, h, w), the diffusion's
 
 
 def draw(seed, numbers, shape, uniform=uniform):
@@ -136,6 +132,7 @@ def plan(abar, sampler, steps, spacing="auto"):
     if spacing == "auto":
         # departs: timesteps trail by default, so that the first is the noisiest; the reference's
         # lead, and of few steps its first is far from the pure noise that it is given
+        # [test_few_steps_that_begin_at_the_noise_keep_the_brightness]
         spacing = "reference" if sampler == "reference" else "trailing"
     return grid(abar, steps, spacing)
 
@@ -143,10 +140,9 @@ def plan(abar, sampler, steps, spacing="auto"):
 def grid(abar, steps, spacing):
     """(t, levels): timesteps to evaluate at, noisiest first; abar at each of them and at the end.
 
-    trailing: equal steps that begin at the noisiest timestep (arXiv:2305.08891). leading: equal
-    steps that end at the cleanest, as DDIM's own code has them. logsnr: equal steps of
-    log(sqrt(abar / (1 - abar))) from the noisiest to the cleanest, t fractional. reference:
-    leading, exactly as the reference runs it.
+    trailing: equal steps from the noisiest timestep (arXiv:2305.08891). leading: equal steps that
+    end at the cleanest, DDIM's own. logsnr: equal steps of log(sqrt(abar / (1 - abar))), t
+    fractional. reference: leading, exactly as the reference runs it.
     """
     abar = abar.detach().double().cpu()
     n = len(abar)
@@ -154,6 +150,7 @@ def grid(abar, steps, spacing):
         raise ValueError(f"{steps} sampling steps: there can be 1 to {n}")
     # departs: samplers end at abar 1, a clean latent; the reference ends at abar[0], with noise
     # left in it, and so does our sampler "reference"
+    # [test_a_network_that_knows_the_clean_latent_ends_exactly_there]
     end = 1.0
     if spacing == "leading":
         t = ddim_timesteps(steps, n)[::-1]
@@ -172,11 +169,9 @@ def grid(abar, steps, spacing):
 
 
 def ddim_timesteps(steps, n=TIMESTEPS):
-    """The `steps` timesteps of leading DDIM, ascending: 1, 21, ..., 981 for 50 of 1000."""
+    """`steps` timesteps of leading DDIM, ascending: 1, 21, ..., 981 for 50 of 1000."""
     # departs: leading DDIM runs exactly the steps asked for; the reference runs more where 1000 is
-    # no multiple of them, and fails at 1000
-    if not 1 <= steps <= n:
-        raise ValueError(f"{steps} sampling steps: there can be 1 to {n}")
+    # no multiple of them, and fails at 1000 [test_ddim_runs_exactly_the_steps_that_were_asked_for]
     first = 1 if steps < n else 0
     return [k * n // steps + first for k in range(steps)]
 
@@ -184,7 +179,7 @@ def ddim_timesteps(steps, n=TIMESTEPS):
 def reference_timesteps(steps, n=TIMESTEPS):
     """The timesteps that the reference's DDIM runs, ascending: 1, 21, ..., 961 for 50 of 1000."""
     # quirk: the sampler "reference" never runs the noisiest timestep of its table, so that 50 steps
-    # are 49 evaluations
+    # are 49 evaluations [test_reference_sampler_follows_every_golden_trajectory]
     if not 2 <= steps <= n // 2:
         raise ValueError(f"{steps} sampling steps: the reference's schedule can have 2 to {n // 2}")
     return [t + 1 for t in range(0, n, n // steps)][:-1]
@@ -195,9 +190,9 @@ def reference_timesteps(steps, n=TIMESTEPS):
 def guided(eps, z_cond, context, guidance=3.0, interval=EVERYWHERE):
     """The function (z_t, t) that samplers follow, of a network eps(z_t, t, z_cond, context).
 
-    z_cond (b, c, h, w) and context (b, n, d) are zeros in the unconditional branch; both branches
-    are one batch, the unconditional first. Guidance 1, or a timestep outside `interval` (lowest,
-    highest: arXiv:2404.07724), evaluates the conditional branch alone.
+    In the unconditional branch, the first half of a batch, z_cond (b, c, h, w) and context
+    (b, n, d) are zeros. Guidance 1, or a timestep outside `interval` (arXiv:2404.07724), evaluates
+    the conditional branch alone.
     """
     low, high = interval
     zeros_first = [torch.cat([torch.zeros_like(x), x]) for x in (z_cond, context)]
@@ -209,7 +204,6 @@ def guided(eps, z_cond, context, guidance=3.0, interval=EVERYWHERE):
         both = eps(torch.cat([z_t, z_t]).to(z_cond.dtype), torch.cat([t_b, t_b]), *zeros_first)
         unconditional, conditional = both.to(z_t.dtype).chunk(2)
         return unconditional + guidance * (conditional - unconditional)
-
     return follow
 
 
@@ -218,8 +212,7 @@ def sample(eps, z_T, abar, sampler="ddim", steps=50, eta=1.0, noise=None, spacin
            watch=None):
     """Clean latent z_0 of the noise z_T (b, c, h, w), in `steps` evaluations of eps(z_t, t).
 
-    eta: DDIM's noise, 0 none, 1 as much as DDPM; `noise(k)` is the standard normal of step k = 0,
-    1, ... (only asked for when it is needed); the two solvers are deterministic.
+    eta: DDIM's noise, 0 none, 1 as much as DDPM; noise(k) gives that of step k = 0, 1, ...
     watch(k, t, z_t, z_0) sees each step's result and the clean latent that it predicted.
     Raises ValueError for an unknown name, an impossible number of steps, or noise that is missing.
     """
@@ -257,8 +250,8 @@ def ddim(eps, z_t, t, levels, eta, noise, watch):
 def solve(eps, z_t, t, levels, watch, correct):
     """DPM-Solver++(2M), and with `correct` UniPC of order 2 (bh2), whose predictor is the same.
 
-    Both are multistep solvers for the clean latent over lambda = log(alpha / sigma). The first and
-    the last step are of order 1. The corrector needs no evaluation of its own.
+    Both are multistep solvers for the clean latent over lambda = log(alpha / sigma), whose first
+    and last step are of order 1. The corrector needs no evaluation of its own.
     """
     alpha = [math.sqrt(abar) for abar in levels]
     sigma = [math.sqrt(1 - abar) for abar in levels]
@@ -302,9 +295,8 @@ def novel_views(model, image_cond, T, numbers, seed=0, sampler="ddim", steps=50,
                 guidance=3.0, interval=EVERYWHERE, spacing="auto", watch=None):
     """Views of what `image_cond` shows, as the camera conditioning T asks: (b, 3, h, w) in [-1, 1].
 
-    image_cond (b, 3, h, w) in [-1, 1], or (1, 3, h, w) for all views, which encodes it once; T
-    (b, d). The noise of row i is a function of (seed, numbers[i]) alone, so equal numbers share
-    their noise and the batch size changes nothing. The rest is as in `guided` and `sample`.
+    image_cond (b or 1, 3, h, w) in [-1, 1]; T (b, d). The noise of row i is a function of
+    (seed, numbers[i]) alone, whatever the batch. The rest is as in `guided` and `sample`.
     """
     z_cond, embedding = model.encode(image_cond)[0], model.embed(image_cond)
     return encoded_views(model, z_cond, embedding, T, numbers, seed, sampler, steps, eta, guidance,
@@ -316,8 +308,7 @@ def encoded_views(model, z_cond, embedding, T, numbers, seed=0, sampler="ddim", 
                   guidance=3.0, interval=EVERYWHERE, spacing="auto", watch=None, fast=None):
     """`novel_views` of an image whose latent (posterior's mode) and embedding are known.
 
-    z_cond (b or 1, c, h, w), embedding (b or 1, e). fast: an engine.Sampler of the model,
-    which evaluates the same functions sooner.
+    z_cond (b or 1, c, h, w), embedding (b or 1, e). fast: an engine.Sampler of the model.
     """
     dtype = next(model.model.parameters()).dtype
     z_cond = z_cond.to(dtype).expand(len(T), -1, -1, -1)
@@ -343,11 +334,9 @@ def step_noise(seed, numbers, shape, uniform=uniform):
     def noise(k):
         if k not in drawn:
             drawn.clear()
-            ahead = torch.arange(k, k + AHEAD, device=numbers.device)
-            # every pair of a step and a view is a row
+            ahead = torch.arange(k, k + AHEAD, device=numbers.device)    # a row: a step and a view
             rows = normal(seed, SAMPLE + 1 + ahead.repeat_interleave(len(numbers)),
                           numbers.repeat(AHEAD), shape, uniform)
             drawn.update(zip(range(k, k + AHEAD), rows.unflatten(0, (AHEAD, -1))))
         return drawn[k]
-
     return noise

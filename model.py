@@ -5,9 +5,8 @@
 
 Read first: ZeroNVS.forward, the loss in twelve lines; then UNet.forward, ResBlock, Attention.
 UNet: Stable Diffusion 1's (arXiv:2112.10752). Conditioning: zero123's (arXiv:2303.11328). Module
-names are the checkpoint's, in its order.
-Letters: `b` batch, `c` channels, `h w` latent grid, `n` tokens, `d` head or pose width, `e`
-embedding width.
+names are the checkpoint's, in its order. Letters: `b` batch, `c` channels, `h w` latent grid, `n`
+tokens, `d` head or pose width, `e` embedding width.
 """
 
 import math
@@ -25,9 +24,11 @@ from diffusion import schedule_buffers
 from vae import FOLD, Pixels, Upsample
 
 # quirk: GroupNorm's eps is 1e-5 in residual blocks and at the UNet's end, 1e-6 before transformers
+# [test_unet_output_equals_the_reference]
 RES_EPS, TRANSFORMER_EPS = 1e-5, 1e-6
 LARGEST_PERIOD = 10_000                     # of the timestep embedding
 FEED_FORWARD = 4                            # hidden width of a feed-forward, in channels
+EMBEDDING = 768                             # width of CLIP's embedding
 
 
 # ---- UNet
@@ -45,7 +46,7 @@ def timestep_embedding(t, width):
     index = torch.arange(half, dtype=torch.float32, device=t.device)
     frequency = torch.exp(-math.log(LARGEST_PERIOD) * index / half)
     angle = t.float()[:, None] * frequency
-    # quirk: the timestep embedding has cosines first, then sines
+    # quirk: the timestep embedding has cosines first [test_schedule_tables_equal_the_reference]
     return F.pad(torch.cat([angle.cos(), angle.sin()], dim=-1), (0, width % 2))
 
 
@@ -91,7 +92,7 @@ class Attention(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """Linear layer whose second half gates the first by the exact (erf) GELU (arXiv:2002.05202)."""
+    """Linear layer whose second half gates the first by the exact GELU (arXiv:2002.05202)."""
     def __init__(self, c, c_hidden):
         super().__init__()
         self.proj = nn.Linear(c, 2 * c_hidden)
@@ -119,8 +120,7 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """A transformer block, of width c_inner = heads times their size, over the grid's positions.
-    x: (b, c, h, w), context: (b, m, e)."""
+    """A transformer block over the grid's positions. x: (b, c, h, w), context: (b, m, e)."""
     def __init__(self, c, c_inner, c_context, heads, groups):
         super().__init__()
         self.norm = nn.GroupNorm(groups, c, TRANSFORMER_EPS)
@@ -150,12 +150,10 @@ class Stage(nn.Sequential):
 
     def forward(self, x, emb, context):
         for layer in self:
-            if isinstance(layer, (ResBlock, SpatialTransformer)):
-                more = emb if isinstance(layer, ResBlock) else context
-                x = (checkpoint(layer, x, more, use_reentrant=False, preserve_rng_state=False)
-                     if self.recompute and self.training else layer(x, more))
-            else:
-                x = layer(x)
+            inputs = ((x, emb) if isinstance(layer, ResBlock) else
+                      (x, context) if isinstance(layer, SpatialTransformer) else (x,))
+            x = (checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+                 if self.recompute and self.training and len(inputs) > 1 else layer(*inputs))
         return x
 
 
@@ -163,8 +161,7 @@ class UNet(nn.Module):
     """Noise prediction. x (b, c_in, h, w), t (b,) timesteps, context (b, m, e) -> (b, c_out, h, w).
 
     h and w: multiples of 2 ** (levels - 1). Heads: `num_heads` at every width, or of
-    `num_head_channels` each where that is not 0. norm_groups: of every GroupNorm; groups of one
-    channel, in a narrow model, wipe out the colours.
+    `num_head_channels` each where that is not 0. norm_groups: of every GroupNorm.
     """
     def __init__(self, in_channels=8, out_channels=4, model_channels=320, channel_mult=(1, 2, 4, 4),
                  num_res_blocks=2, attention_resolutions=(4, 2, 1), num_heads=8, context_dim=768,
@@ -172,12 +169,12 @@ class UNet(nn.Module):
         super().__init__()
         self.model_channels = model_channels
         c, c_emb = model_channels, FEED_FORWARD * model_channels
-        widths = [mult * model_channels for mult in channel_mult]
+        widths = [mult * c for mult in channel_mult]
 
         def transformer(c):
             heads = c // num_head_channels if num_head_channels else num_heads
-            size = num_head_channels or c // num_heads
-            return SpatialTransformer(c, heads * size, context_dim, heads, norm_groups)
+            c_inner = heads * (num_head_channels or c // num_heads)
+            return SpatialTransformer(c, c_inner, context_dim, heads, norm_groups)
 
         def layers(c_in, level):
             block = ResBlock(c_in, widths[level], c_emb, norm_groups)
@@ -235,8 +232,7 @@ class NoEmbedding(nn.Module):
 class ZeroNVS(nn.Module):
     """UNet, autoencoder, image embedding and pose projection, under the checkpoint's names.
 
-    scale_factor: of the target's latent; embedding_dim: width of the image embedding; prediction:
-    what the UNet puts out, "eps" the noise, or "z" the clean latent.
+    scale_factor: of the target's latent; prediction: the UNet's, "eps" noise, "z" clean latent.
     """
     def __init__(self, unet, first_stage_model, clip, mode, scale_factor, embedding_dim,
                  context_dim, prediction="eps"):
@@ -277,8 +273,7 @@ class ZeroNVS(nn.Module):
         """
         weight = self.cc_projection.weight
         with torch.autocast(weight.device.type, enabled=False):
-            both = torch.cat([embedding.to(weight.dtype), T.to(weight.dtype)], dim=-1)
-            return self.cc_projection(both)[:, None]
+            return self.cc_projection(torch.cat([embedding, T], dim=-1).to(weight.dtype))[:, None]
 
     def levels(self, t):
         """(signal, sigma), each (b, 1, 1, 1), of z_t = signal * z + sigma * noise at t (b,)."""
@@ -305,14 +300,14 @@ class ZeroNVS(nn.Module):
     def forward(self, mean, logvar, z_cond, embedding, T, draws, drop=(0.05, 0.05, 0.05)):
         """Mean squared error of the prediction, per sample (b,), in float32.
 
-        mean, logvar: the target's posterior; z_cond: the mean of the conditioning view's; embedding
-        (b, e). drop: shares of samples that lose the embedding, both, the conditioning latent.
+        mean, logvar: the target's posterior; z_cond: the mean of the conditioning view's. drop:
+        shares of samples that lose the embedding, both, the conditioning latent.
         """
         # quirk: the target's latent is a sample of the posterior, times the scale factor; the
         # conditioning latent is the posterior's mode, not times the scale factor
+        # [test_three_training_steps_equal_the_reference]
         z = self.scale_factor * vae.sample(mean, logvar, draws.posterior_noise)
-        only_embedding, both, only_latent = drop
-        lost = only_embedding + both
+        only_embedding, lost, only_latent = drop[0], drop[0] + drop[1], drop[2]
         # a dropped embedding is zeros before the projection, so that the pose stays
         embedding = embedding * (draws.u >= lost)[:, None]
         keeps_latent = (draws.u < only_embedding) | (draws.u >= lost + only_latent)
@@ -325,7 +320,7 @@ class ZeroNVS(nn.Module):
 
 
 def pose_projection(embedding_dim, pose_dim, context_dim):
-    """cc_projection: identity on the embedding, default initialisation on the pose, no bias yet."""
+    """cc_projection: identity on the embedding, random on the pose, no bias yet."""
     projection = nn.Linear(embedding_dim + pose_dim, context_dim)
     with torch.no_grad():
         # the CPU's, as in schedule_buffers
@@ -336,19 +331,16 @@ def pose_projection(embedding_dim, pose_dim, context_dim):
 
 def build(config):
     """The ZeroNVS that a Config describes, with random weights."""
-    channels, *_ = latent_shape(config)
+    channels = latent_shape(config)[0]
     unet = UNet(2 * channels, channels, config.model_channels, config.channel_mult,
                 config.num_res_blocks, config.attention_resolutions, config.num_heads,
                 config.context_dim, norm_groups=config.norm_groups)
     for module in unet.modules():
         if isinstance(module, Stage):
             module.recompute = config.checkpoint_activations
-    if config.latent == "pixels":
-        return ZeroNVS(unet, Pixels(), NoEmbedding(), config.mode, 1.0, 0, config.context_dim,
-                       config.prediction)
-    clip = CLIP()
-    return ZeroNVS(unet, vae.AutoencoderKL(), clip, config.mode, vae.SCALE_FACTOR,
-                   clip.text_projection.shape[1], config.context_dim, config.prediction)
+    frozen = ((Pixels(), NoEmbedding(), config.mode, 1.0, 0) if config.latent == "pixels" else
+              (vae.AutoencoderKL(), CLIP(), config.mode, vae.SCALE_FACTOR, EMBEDDING))
+    return ZeroNVS(unet, *frozen, config.context_dim, config.prediction)
 
 
 def latent_shape(config):

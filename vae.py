@@ -38,18 +38,11 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
 
     def encode(self, x):
-        """Image in [-1, 1] to the posterior's (mean, logvar).
-
-        (b, 3, h, w) -> two of (b, embed_dim, h // 8, w // 8). The mean is the posterior's mode too.
-        Neither is multiplied by SCALE_FACTOR.
-        """
+        """Image to the posterior's (mean, logvar); neither is multiplied by SCALE_FACTOR."""
         return posterior(self.quant_conv(self.encoder(x)))
 
     def decode(self, z):
-        """Latent, already divided by SCALE_FACTOR, to an image, not clamped.
-
-        (b, embed_dim, h, w) -> (b, 3, 8h, 8w), in the precision of the decoder's weights.
-        """
+        """Latent, already divided by SCALE_FACTOR, to an image, in the weights' precision."""
         return self.decoder(self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype)))
 
 
@@ -70,12 +63,10 @@ class Encoder(nn.Module):
         super().__init__()
         self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
         self.down = nn.ModuleList()
-        c = ch
-        for level, mult in enumerate(ch_mult):
-            attention = resolution >> level in attn_resolutions
-            down = Level(c, ch * mult, num_res_blocks, attention)
-            c = ch * mult
-            down.downsample = Downsample(c) if level < len(ch_mult) - 1 else nn.Identity()
+        widths = [ch * mult for mult in ch_mult]
+        for level, (c_in, c) in enumerate(zip([ch, *widths], widths)):
+            down = Level(c_in, c, num_res_blocks, resolution >> level in attn_resolutions)
+            down.downsample = Downsample(c) if level < len(widths) - 1 else nn.Identity()
             self.down.append(down)
         self.mid = middle(c)
         self.norm_out = nn.GroupNorm(NORM_GROUPS, c, NORM_EPS)
@@ -89,25 +80,19 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(b, z, h, w) -> (b, 3, 8h, 8w) for four levels.
-
-    `up` counts from the finest level, as the checkpoint does, so it runs backwards.
-    """
+    """(b, z, h, w) -> (b, 3, 8h, 8w) for four levels. `up` counts from the finest, the last."""
     def __init__(self, ch, ch_mult, num_res_blocks, attn_resolutions, resolution, c_in):
         super().__init__()
-        c = ch * ch_mult[-1]
-        self.conv_in = nn.Conv2d(c_in, c, 3, padding=1)
-        self.mid = middle(c)
-        levels = []
-        for level, mult in reversed(list(enumerate(ch_mult))):
-            attention = resolution >> level in attn_resolutions
-            up = Level(c, ch * mult, num_res_blocks + 1, attention)
-            c = ch * mult
+        widths = [ch * mult for mult in ch_mult]
+        self.conv_in = nn.Conv2d(c_in, widths[-1], 3, padding=1)
+        self.mid = middle(widths[-1])
+        self.up = nn.ModuleList()
+        for level, (c, wider) in enumerate(zip(widths, [*widths[1:], widths[-1]])):
+            up = Level(wider, c, num_res_blocks + 1, resolution >> level in attn_resolutions)
             up.upsample = Upsample(c) if level > 0 else nn.Identity()
-            levels.insert(0, up)
-        self.up = nn.ModuleList(levels)
-        self.norm_out = nn.GroupNorm(NORM_GROUPS, c, NORM_EPS)
-        self.conv_out = nn.Conv2d(c, 3, 3, padding=1)
+            self.up.append(up)
+        self.norm_out = nn.GroupNorm(NORM_GROUPS, widths[0], NORM_EPS)
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, z):
         h = self.mid(self.conv_in(z))                                       # (b, c, h, w)
@@ -161,9 +146,7 @@ class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.norm = nn.GroupNorm(NORM_GROUPS, c, NORM_EPS)
-        self.q = nn.Conv2d(c, c, 1)
-        self.k = nn.Conv2d(c, c, 1)
-        self.v = nn.Conv2d(c, c, 1)
+        self.q, self.k, self.v = nn.Conv2d(c, c, 1), nn.Conv2d(c, c, 1), nn.Conv2d(c, c, 1)
         self.proj_out = nn.Conv2d(c, c, 1)
 
     def forward(self, x):
@@ -181,7 +164,7 @@ class Downsample(nn.Module):
 
     def forward(self, x):
         # quirk: the autoencoder's strided convolutions pad by one on the right and below only;
-        # padding=1 would load every key and give other latents
+        # padding=1 would load every key and give other latents [test_encoding_equals_the_reference]
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 

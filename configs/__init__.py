@@ -7,30 +7,21 @@ A config file is plain python that ends in `config = Config(...)`. Everything is
 when a Config is made, no sooner: a typo on the command line is answered at once.
 """
 
+import argparse
+import functools
 import logging
 import re
 import reprlib
 import runpy
 import traceback
-import typing
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 from runtime import command
 
 TIMESTEPS, STEPS_OF_REFERENCE = 1000, (2, 500)      # see diffusion.py
-FORMATS = ("co3d", "re10k", "acid", "encoded")
-CHOICES = {
-    "latent": ("vae", "pixels"),
-    "prediction": ("eps", "z"),
-    "device": ("auto", "cpu", "cuda", "mps"),
-    "precision": ("fp32", "bf16"),
-    "lr_schedule": ("constant", "cosine"),
-    "ema_per": ("step", "micro_step"),
-    "sampler": ("ddim", "reference", "dpm++", "unipc"),
-    "format": FORMATS,
-    "held_out_format": ("", *FORMATS),
-}
+FORMATS = "co3d", "re10k", "acid", "encoded"
 MOST = 2**31 - 1
 # What a number, or every number of a tuple, may be: (lowest, highest) by field
 BOUNDS = {name: (low, high) for low, high, names in (
@@ -47,8 +38,7 @@ BOUNDS = {name: (low, high) for low, high, names in (
 ) for name in names.split()}
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 # Fields of a checkpoint's configuration that name files: never opened, see `stored`
-NAME_FILES = ("sources", "data", "out", "init", "depth_weights")
-SHOWN = 5                                           # fields that a message lists
+NAME_FILES = "sources", "data", "out", "init", "depth_weights"
 
 log = logging.getLogger(__name__)
 
@@ -57,12 +47,12 @@ log = logging.getLogger(__name__)
 class Source:
     """One dataset of the mixture."""
     name: str
-    format: str                      # co3d | re10k | acid | encoded
+    format: Literal[FORMATS]
     shards: str                      # training shards: glob or {000..126} pattern from Config.data,
                                      # http(s)://, pipe:COMMAND or -; see shards/files.py
     probability: float               # share of the pairs of a step; the sources' shares sum to 1
     held_out: str = ""               # shards of scenes kept from training, for pictures and scores
-    held_out_format: str = ""        # of these, if another: encoded sources have raw ones
+    held_out_format: Literal[("", *FORMATS)] = ""   # if another: encoded sources have raw ones
     window: int = 8                  # shards open at a time, of `pipe:` shards alone
     pairs_per_shard: int = 2000      # pairs drawn from each of these before another takes its place
 
@@ -84,14 +74,14 @@ class Config:
     out: str = "out/run"                    # folder of the run: checkpoints, log.jsonl, grids
 
     # the network: the defaults are zero123-xl's
-    latent: str = "vae"                     # vae: 8 x smaller latents | pixels: the image itself
+    latent: Literal["vae", "pixels"] = "vae"        # 8 x smaller latents, or the image itself
     image_size: int = 256                   # pixels a side of the square images
-    prediction: str = "eps"                 # the UNet's output: eps, noise | z, the clean latent
+    prediction: Literal["eps", "z"] = "eps"         # the UNet's output: noise, or the clean latent
     model_channels: int = 320               # width of the first level
     channel_mult: tuple[int, ...] = (1, 2, 4, 4)    # width of each level, in model_channels
     num_res_blocks: int = 2                 # residual blocks a level
-    attention_resolutions: tuple[int, ...] = (4, 2, 1)  # grids with transformers, by how many times
-                                            # smaller than the latent; the smallest always has one
+    attention_resolutions: tuple[int, ...] = (4, 2, 1)  # shrinkages of the latent whose grids
+                                            # have transformers; the smallest always has one
     num_heads: int = 8                      # attention heads at every width
     norm_groups: int = 32                   # groups of every GroupNorm
     context_dim: int = 768                  # width of the one context token
@@ -107,30 +97,30 @@ class Config:
     micro_batch: int = 48                   # pairs a rank holds in memory at once, at most
     lr: float = 1e-4                        # of the UNet
     lr_projection: float = 1e-3             # of cc_projection
-    lr_schedule: str = "constant"           # after the warm-up: constant | cosine (to 0 at `steps`)
+    lr_schedule: Literal["constant", "cosine"] = "constant"     # after the warm-up
     warmup_steps: int = 100                 # steps over which the rate rises, from 1e-6 of it
     betas: tuple[float, ...] = (0.9, 0.999)     # AdamW
     eps: float = 1e-8                       # AdamW
     weight_decay: float = 0.01              # AdamW
     grad_clip: float = 0.0                  # largest gradient norm; 0 does not clip
     ema_decay: float = 0.9999               # of the average of the UNet's weights
-    ema_per: str = "step"                   # step | micro_step (the reference's)
+    ema_per: Literal["step", "micro_step"] = "step"     # micro_step is the reference's
     drop_clip: float = 0.05                 # share of samples that lose the image embedding, alone
     drop_both: float = 0.05                 # share of samples that lose embedding and latent
     drop_latent: float = 0.05               # share of samples that lose the cond latent, alone
     seed: int = 42                          # pairs, noise, timesteps and dropouts follow from it
 
     # the machine
-    device: str = "auto"                    # auto: cuda, then mps, then cpu
-    precision: str = "bf16"                 # of matrix products and convolutions; weights stay fp32
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, then mps, then cpu
+    precision: Literal["fp32", "bf16"] = "bf16"     # of products and convs; weights stay fp32
     compile: bool = False                   # torch.compile the UNet
     graph: bool = False                     # on one GPU, replay a CUDA graph: for small steps
     checkpoint_activations: bool = False    # recompute in the backward pass: less memory, slower
     divide_optimizer: bool = False          # ranks share moments and average (ZeRO-1): less memory
     workers: int = 4                        # loader processes a rank
-    threads: int = 0                        # that a rank computes with; 0: its share of processors
+    threads: int = 0                        # that a rank computes with; 0: its share of them
     max_damaged: float = 0.05               # share of damaged pairs at which a run stops
-    web_patience: float = 300.0             # seconds without an answer after which web shards stop it
+    web_patience: float = 300.0             # seconds without an answer that stop web shards
 
     # what is written
     log_every: int = 10                     # steps between log lines
@@ -142,7 +132,7 @@ class Config:
     validate_every: int = 1000              # steps between validations; 0 has none
     validate_pairs: int = 64                # held-out pairs of each validation, of the eval_pairs
     validate_steps: int = 8                 # network evaluations a sample of it, at most
-    sampler: str = "ddim"                   # ddim | reference | dpm++ | unipc
+    sampler: Literal["ddim", "reference", "dpm++", "unipc"] = "ddim"
     sample_steps: int = 50                  # network evaluations a sample
     guidance: float = 3.0                   # classifier-free guidance scale; 1 has none
     eta: float = 1.0                        # DDIM's noise: 0 deterministic, 1 as much as DDPM
@@ -158,55 +148,48 @@ class Config:
         check_fields(self)
         camera.mode_named(self.mode)
         object.__setattr__(self, "mode", camera.ALIASES.get(self.mode, self.mode))
-        self.check_together()
+        for wrong, says in self.contradictions():
+            if wrong:
+                raise ValueError(says)
 
-    def check_together(self):
-        """Raises ValueError where fields that are right alone are wrong together."""
-        if self.drop_clip + self.drop_both + self.drop_latent > 1:
-            raise ValueError("drop_clip + drop_both + drop_latent is more than 1")
-        if not self.sources:
-            raise ValueError("sources is empty: a run needs at least one Source")
+    def contradictions(self):
+        """Yields (whether it is so, a line) of what fields can be together and must not."""
         total = sum(source.probability for source in self.sources)
-        if abs(total - 1) > 1e-6:
-            shares = " + ".join(f"{s.name} {s.probability:g}" for s in self.sources)
-            raise ValueError(f"the probabilities of the sources sum to {total:g}, not 1: {shares}")
-        if len(self.betas) != 2 or max(self.betas) == 1:
-            raise ValueError(f"betas is {self.betas}, it must be two numbers in [0, 1)")
-        if not self.out.strip():
-            raise ValueError("out is empty, it must name the folder of the run")
+        yield abs(total - 1) > 1e-6, f"the probabilities of the sources sum to {total:g}, not 1"
+        yield (self.drop_clip + self.drop_both + self.drop_latent > 1,
+               "drop_clip + drop_both + drop_latent is more than 1")
+        yield (len(self.betas) != 2 or max(self.betas) == 1,
+               f"betas is {self.betas}, it must be two numbers in [0, 1)")
+        yield not self.out.strip(), "out is empty, it must name the folder of the run"
         low, high = STEPS_OF_REFERENCE if self.sampler == "reference" else (1, TIMESTEPS)
-        if not low <= self.sample_steps <= high:
-            raise ValueError(f"sample_steps is {self.sample_steps}, with sampler={self.sampler!r} "
-                             f"it must be {low} to {high}")
-        if not self.channel_mult:
-            raise ValueError("channel_mult is (), it must be one number or more")
+        yield (not low <= self.sample_steps <= high,
+               f"sample_steps is {self.sample_steps}, with sampler={self.sampler!r} it must be "
+               f"{low} to {high}")
+        yield not self.channel_mult, "channel_mult is (), it must be one number or more"
         for times in self.attention_resolutions:
-            if times & times - 1:
-                raise ValueError(f"attention_resolutions is {self.attention_resolutions}: {times} "
-                                 "is no power of 2, and grids are halved from level to level")
+            yield (times & times - 1, f"attention_resolutions is {self.attention_resolutions}: "
+                   f"{times} is no power of 2, and grids are halved from level to level")
         deepest = len(self.channel_mult) - 1
         for level, times in enumerate(self.channel_mult):
             attends = level == deepest or 2**level in self.attention_resolutions
-            if attends and self.model_channels * times % self.num_heads:
-                raise ValueError(f"num_heads {self.num_heads} does not divide the "
-                                 f"{self.model_channels * times} channels of level {level + 1}")
+            yield (attends and self.model_channels * times % self.num_heads,
+                   f"num_heads {self.num_heads} does not divide the {self.model_channels * times} "
+                   f"channels of level {level + 1}")
         stride = 2**deepest * (8 if self.latent == "vae" else 2)
-        if self.image_size % stride:
-            raise ValueError(f"image_size {self.image_size} is not a multiple of {stride}, which "
-                             f"{deepest + 1} levels of latent={self.latent!r} need")
-        if self.model_channels % self.norm_groups:
-            raise ValueError(f"model_channels {self.model_channels} is not a multiple of "
-                             f"norm_groups {self.norm_groups}")
+        yield (self.image_size % stride, f"image_size {self.image_size} is not a multiple of "
+               f"{stride}, which {deepest + 1} levels of latent={self.latent!r} need")
+        yield (self.model_channels % self.norm_groups, f"model_channels {self.model_channels} is "
+               f"not a multiple of norm_groups {self.norm_groups}")
 
     def check_trainable(self):
         """Raises ValueError for what cannot be trained, before anything is read."""
         import camera
 
-        raw = any(source.format != "encoded" for source in self.sources)
-        if camera.MODES[self.mode].unit == "metric":
+        mode = camera.MODES[self.mode]
+        if mode.unit == "metric":
             raise ValueError(camera.NO_METRIC_DEPTH)
-        if camera.MODES[self.mode].needs_depth and raw and not (self.quantile_blend
-                                                                or self.depth_weights):
+        raw = any(source.format != "encoded" for source in self.sources)
+        if mode.needs_depth and raw and not (self.quantile_blend or self.depth_weights):
             raise ValueError("quantile_blend=false takes scales from the depth network alone, and "
                              "there is none: --depth_weights=dpt_swin2_tiny_256.pt brings it")
         if self.latent == "vae" and not self.init:
@@ -214,9 +197,8 @@ class Config:
                              "autoencoder and CLIP, such as zero123-xl.ckpt")
         for source in self.sources:
             if "pipe:" in source.held_out:
-                raise ValueError(f"source {source.name!r}: held_out is {source.held_out!r}, but a "
-                                 "command has no fixed order: held-out shards must be files or web "
-                                 "addresses")
+                raise ValueError(f"source {source.name!r}: a command has no fixed order: held_out "
+                                 f"must be files or web addresses, not {source.held_out!r}")
 
 
 # ---- checks
@@ -225,77 +207,71 @@ def check_fields(record, where=""):
     """Raises ValueError where a field of a Config or Source is of another type, choice or size.
     Lists become tuples."""
     for field in fields(record):
-        name, value = field.name, getattr(record, field.name)
+        value = getattr(record, field.name)
         if isinstance(value, list):
             value = tuple(value)
-            object.__setattr__(record, name, value)
-        if not fits(value, field.type, *BOUNDS.get(name, ())):
-            raise ValueError(f"{where}{name} is {reprlib.repr(value)}, it must be "
-                             f"{allowed(name, field.type)}")
-        if name in CHOICES and value not in CHOICES[name]:
-            raise ValueError(where + command.unknown(name, repr(value), CHOICES[name])
-                             + f"; it is one of {', '.join(map(repr, CHOICES[name]))}")
+            object.__setattr__(record, field.name, value)
+        if not fits(value, field.type, *BOUNDS.get(field.name, ())):
+            raise ValueError(f"{where}{field.name} is {reprlib.repr(value)}, it must be "
+                             f"{allowed(field)}")
 
 
 def fits(value, kind, *bounds):
     """Whether a value is of a field's type and within its bounds, if there are any; whole numbers
     are numbers too, truths are not."""
-    if typing.get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(fits(v, typing.get_args(kind)[0], *bounds)
-                                                for v in value)
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is tuple:
+        item = get_args(kind)[0]
+        return isinstance(value, tuple) and all(fits(each, item, *bounds) for each in value)
     if isinstance(value, bool):
         return kind is bool
     return (isinstance(value, (int, float) if kind is float else kind)
             and (not bounds or bounds[0] <= value <= bounds[1]))
 
 
-def allowed(name, kind):
+def allowed(field):
     """What a field may hold, in words."""
-    several = typing.get_origin(kind) is tuple
-    item = typing.get_args(kind)[0] if several else kind
-    text = WORDS.get(item, f"a {item.__name__}")
-    if name in BOUNDS:
-        text += " from {:,} to {:,}".format(*BOUNDS[name])
+    kind, several = field.type, get_origin(field.type) is tuple
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(repr, get_args(kind)))}"
+    text = WORDS.get(get_args(kind)[0] if several else kind, "a Source")
+    if field.name in BOUNDS:
+        text += " from {:,} to {:,}".format(*BOUNDS[field.name])
     return f"a tuple, of which each is {text}" if several else text
 
 
 # ---- the command line and the file
 
-def parse(name, text, kind):
-    """The value that `--name=text` means for a field of type `kind`. Raises ValueError."""
+class Options(command.Parser):
+    """`--name=value` and `--name value` of every field of Config but the sources. Raises ValueError
+    with the nearest option."""
+    def __init__(self):
+        super().__init__("", add_help=False, argument_default=argparse.SUPPRESS)
+        for field in fields(Config):
+            if field.name != "sources":
+                self.add_argument(f"--{field.name}", type=functools.partial(parse, field.type))
+
+    def error(self, message):
+        raise ValueError(message)
+
+
+def parse(kind, text):
+    """What a text means for a field of that type; or the text, which `check_fields` refuses."""
+    if kind is bool:
+        return {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
     try:
-        if kind is bool:
-            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        if typing.get_origin(kind) is tuple:
-            item = typing.get_args(kind)[0]
+        if get_origin(kind) is tuple:
+            item = get_args(kind)[0]
             return tuple(item(part) for part in text.strip("()").split(",") if part.strip())
-        return kind(text)
-    except (KeyError, ValueError) as err:
-        raise ValueError(f"--{name}={text[:40]}: it must be {allowed(name, kind)}") from err
-
-
-def parse_options(arguments):
-    """{field: value} of `--name=value` and `--name value`. ValueError has the nearest option."""
-    kinds = {field.name: field.type for field in fields(Config) if field.name != "sources"}
-    arguments, changes = iter(arguments), {}
-    for argument in arguments:
-        option, equals, text = argument.partition("=")
-        name = option.removeprefix("--").replace("-", "_")
-        if not option.startswith("--"):
-            raise ValueError(f"{argument[:40]!r} is one argument too many: options are "
-                             "--name=value or --name value")
-        if name not in kinds:
-            raise ValueError(command.unknown("option", option[:40], [f"--{k}" for k in kinds]))
-        text = text if equals else next(arguments, "--")
-        if not equals and text.startswith("--"):
-            raise ValueError(f"{option} needs a value, {allowed(name, kinds[name])}")
-        changes[name] = parse(name, text, kinds[name])
-    return changes
+        return kind(text) if kind in (int, float) else text
+    except ValueError:
+        return text
 
 
 def override(config, arguments):
     """A copy of `config` with `--name=value` put in. Raises ValueError with the nearest option."""
-    return replace(config, **parse_options(arguments))
+    return replace(config, **vars(Options().parse_args(arguments)))
 
 
 def load(argv):
@@ -303,67 +279,50 @@ def load(argv):
     if not argv or argv[0].startswith("--"):
         raise ValueError("a config file comes first, for example: "
                          "python train.py configs/synth.py --steps=200")
-    changes, path = parse_options(argv[1:]), Path(argv[0])      # a typo is found before torch is
+    changes = vars(Options().parse_args(argv[1:]))      # a typo is found before torch is
+    path = Path(argv[0])
     if not path.is_file():
-        there = sorted(str(p) for p in Path(__file__).parent.glob("[!_]*.py"))
-        raise FileNotFoundError(f"no config file {path}; there are {', '.join(there) or 'none'}")
+        there = ", ".join(sorted(str(p) for p in Path(__file__).parent.glob("[!_]*.py")))
+        raise FileNotFoundError(f"no config file {path}; there are {there}")
     try:
         config = runpy.run_path(str(path)).get("config")
-    except SyntaxError as err:
-        raise ValueError(f"{path} is no python config file: line {err.lineno}, {err.msg}") from err
     except Exception as err:        # whatever a user's python does wrong
         lines = [frame.lineno for frame in traceback.extract_tb(err.__traceback__)
-                 if frame.filename == str(path)]
-        raise ValueError(f"{path}{', line %d' % lines[-1] if lines else ''}: {reason_of(err)}"
-                         ) from err
+                 if frame.filename == str(path)] or [getattr(err, "lineno", "?")]
+        reason = str(err) if isinstance(err, ValueError) else f"{type(err).__name__}: {err}"
+        raise ValueError(f"{path}, line {lines[-1]}: {' '.join(reason.split())}") from err
     if not isinstance(config, Config):
         raise ValueError(f"{path} does not end in `config = Config(...)`")
     return replace(config, **changes)
 
 
-def reason_of(err):
-    """What an exception in a config file says, with the nearest field where one is unknown."""
-    text = " ".join(str(err).split())
-    wrong = re.match(r"(Config|Source).+ unexpected keyword argument '(\w+)'", text)
-    if wrong:
-        kind = {"Config": Config, "Source": Source}[wrong[1]]
-        return command.unknown(f"{wrong[1]}'s field", wrong[2], [f.name for f in fields(kind)])
-    return text if isinstance(err, ValueError) else f"{type(err).__name__}: {text}"
-
-
 # ---- the configurations of checkpoints
 
 def from_dict(values):
-    """The Config that `asdict` made, with the sources that it names: to compare, not to open.
-
-    Of runs of other versions, fields that are gone are told in a line and ignored, new ones have
-    their defaults. ValueError has one line, whatever the values are.
-    """
-    own = own_fields(Config, values)
-    return Config(**{**own, "sources": sources_of(own)})
+    """The Config that `asdict` made, to compare, not to open: its sources name what they named.
+    Fields that are gone are told in a line, new ones have their defaults. One-line ValueError."""
+    return Config(**{**own_fields(Config, values), "sources": sources_of(values)})
 
 
 def stored(values, data="", config=None):
     """The Config of a checkpoint, in which every name of a file is the user's own.
 
-    The network, its scale and how it is sampled are those of `values`, the stored dict. NAME_FILES
-    are those of `config`, of the user's --config FILE; without it, sources are the stored held-out
-    patterns inside of `data`, the user's --data FOLDER; with neither they are NOWHERE, and whoever
-    then asks for data is told so by `no_data`. Raises ValueError with one line.
+    `values`, the stored dict, has the network, its scale and how it is sampled. NAME_FILES are
+    those of `config`, the user's --config FILE; without it, sources are the stored held-out
+    patterns inside of `data`, the user's --data FOLDER; with neither they are NOWHERE, and who
+    then asks for data is told `no_data`. Raises ValueError with one line.
     """
-    own = own_fields(Config, values)
-    theirs = {name: own.pop(name) for name in NAME_FILES if name in own}
+    own = {name: value for name, value in own_fields(Config, values).items()
+           if name not in NAME_FILES}
+    own["sources"] = NOWHERE
     if config is not None:
         own.update({name: getattr(config, name) for name in NAME_FILES})
     elif data:
-        own["sources"] = tuple(replace(source, shards="") for source in sources_of(theirs))
+        own["sources"] = tuple(replace(source, shards="") for source in sources_of(values))
         for source in own["sources"]:
             if not is_inside(source.held_out):
-                raise ValueError(f"the checkpoint names held-out shards {source.held_out!r}, which "
-                                 "do not lie inside of a --data FOLDER: name them in a --config "
-                                 "FILE of your own")
-    else:
-        own["sources"] = NOWHERE
+                raise ValueError(f"the checkpoint names held-out shards {source.held_out!r}, not "
+                                 "inside of --data FOLDER: name them in a --config FILE of yours")
     return Config(**{**own, **({"data": data} if data else {})})
 
 
@@ -373,14 +332,6 @@ def no_data(values):
             "file names is opened: name them yourself, with --data FOLDER or --config FILE")
 
 
-def sources_of(values):
-    """The Sources of a stored configuration. Raises ValueError."""
-    sources = values.get("sources")
-    if not isinstance(sources, (list, tuple)):
-        raise ValueError(f"the stored sources are {reprlib.repr(sources)}, they must be a list")
-    return tuple(Source(**own_fields(Source, source)) for source in sources)
-
-
 def is_inside(pattern):
     """Whether a shard pattern means nothing but files inside of the folder that it is joined to."""
     names = [name.strip() for name in re.sub(r"\{\d+\.\.\d+\}", "", pattern).split(" ; ")]
@@ -388,20 +339,25 @@ def is_inside(pattern):
                    or ".." in name.split("/") for name in names)
 
 
+def sources_of(values):
+    """The Sources of a stored configuration. Raises ValueError."""
+    try:
+        return tuple(Source(**own_fields(Source, source)) for source in values.get("sources"))
+    except TypeError as err:        # no list, or one lacks a field
+        raise ValueError(f"the stored sources are not those of a run: {err}") from err
+
+
 def own_fields(kind, values):
     """The fields that a stored Config or Source has of ours. Raises ValueError."""
     if not isinstance(values, dict):
         raise ValueError(f"the stored configuration has {reprlib.repr(values)} where the fields of "
                          f"a {kind.__name__} belong")
-    names = [field.name for field in fields(kind)]
+    names = {field.name for field in fields(kind)}
     gone = [reprlib.repr(name) for name in values if name not in names]
     if gone:
         log.warning("the stored configuration has %d fields that this version has not, which are "
-                    "ignored: %s", len(gone), ", ".join(gone[:SHOWN]))
-    for field in fields(kind):
-        if field.default is MISSING and field.name not in values:
-            raise ValueError(f"the stored configuration lacks {field.name} of a {kind.__name__}")
-    return {name: values[name] for name in names if name in values}
+                    "ignored: %s", len(gone), ", ".join(gone[:5]))
+    return {name: value for name, value in values.items() if name in names}
 
 
 NOWHERE = (Source("nowhere", "co3d", "", 1.0),)     # of a checkpoint whose data nobody has named

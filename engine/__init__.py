@@ -5,8 +5,7 @@
     engine.compiled(net)                torch.compile the UNet and the frozen encoders
     engine.Sampler(net)                 the same views, sooner; the network can only sample then
     engine.Recorded(passes, p)          forward and backward pass as one CUDA graph
-    engine.OnePassAdamW(adamw)          AdamW and the average of the weights in one pass
-    engine.draw, normal, uniform        diffusion.py's random numbers in one kernel
+    engine.draw(seed, numbers, shape)   diffusion.py's random numbers in one kernel
 """
 
 import subprocess
@@ -14,14 +13,13 @@ import subprocess
 import torch
 
 from engine import kernels
-from engine.adamw import OnePassAdamW
 from engine.forms import convert
 from engine.graph import Recorded, can_capture, capture_graph
-from engine.noise import draw, normal, uniform
+from engine.noise import draw
 from engine.sampling import Sampler
 
-__all__ = ["OnePassAdamW", "Recorded", "Sampler", "can_capture", "capture_graph", "channels_last",
-           "check_compiler", "compiled", "convert", "draw", "kernels", "normal", "uniform"]
+__all__ = ["Recorded", "Sampler", "can_capture", "capture_graph", "channels_last",
+           "check_compiler", "compiled", "convert", "draw", "kernels"]
 
 
 def channels_last(net):

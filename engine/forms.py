@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import clip
 import model
 import vae
 from engine import norm
@@ -42,6 +43,8 @@ def form_of(module):
     if cls is nn.Conv2d:
         patches = module.kernel_size == module.stride != (1, 1) and module.padding == (0, 0)
         return PatchConv if patches else None
+    if cls is clip.Transformer and module.resblocks[0].attn.causal:
+        return None                 # all tokens are read of a text's
     return FORMS.get(cls)
 
 
@@ -179,6 +182,21 @@ class AutoencoderAttention(vae.Attention):
 
 # ---- clip.py
 
+class Transformer(clip.Transformer):
+    """(b, n, c) -> (b, 1, c): the first token alone is read, so the last block makes no other."""
+    def forward(self, x):
+        *blocks, last = self.resblocks
+        for block in blocks:
+            x = block(x)
+        attn, y, c = last.attn, last.ln_1(x), x.shape[2]
+        q = F.linear(y[:, :1], attn.in_proj_weight[:c], attn.in_proj_bias[:c])
+        k, v = F.linear(y, attn.in_proj_weight[c:], attn.in_proj_bias[c:]).chunk(2, dim=2)
+        q, k, v = (part.unflatten(2, (attn.heads, -1)).transpose(1, 2) for part in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)          # (b, 1, c)
+        x = x[:, :1] + attn.out_proj(y)
+        return x + last.mlp(last.ln_2(x))
+
+
 class PatchConv(nn.Conv2d):
     """A conv whose windows do not overlap, as a product. (b, c, h, w) -> (b, d, h/s, w/s)."""
     def forward(self, x):
@@ -192,4 +210,5 @@ class PatchConv(nn.Conv2d):
 FORMS = {model.ResBlock: ResBlock, model.GEGLU: GEGLU, model.TransformerBlock: TransformerBlock,
          model.SpatialTransformer: SpatialTransformer, vae.Upsample: Upsample,
          vae.Encoder: Encoder, vae.Decoder: Decoder, vae.Downsample: EncoderDownsample,
-         vae.ResBlock: AutoencoderBlock, vae.Attention: AutoencoderAttention}
+         vae.ResBlock: AutoencoderBlock, vae.Attention: AutoencoderAttention,
+         clip.Transformer: Transformer}

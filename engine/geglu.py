@@ -1,8 +1,7 @@
 """GEGLU (arXiv:2002.05202): the first half of the channels, gated by the exact GELU of the second.
 
-One kernel forward and one backward, which read and write every number once: 3 and 5 numbers for
-every one of the result. What torch.compile makes of the backward pass reads twice as many, and
-computes both halves for each.
+One kernel forward and one backward, which read and write every number once; what torch.compile
+makes of the backward pass reads twice as many.
 """
 
 import math
@@ -68,32 +67,29 @@ if triton is not None:
         tl.store(dx + at + c, (dz * value * slope).to(dx.dtype.element_ty), exist)
 
 
-def tiling(m, c):
-    """(grid of programs, options) of a kernel over (m, c). Only a grid's first axis can be longer
-    than 65,535."""
-    return ((triton.cdiv(m, ROWS), triton.cdiv(c, COLUMNS)),
-            {"ROWS": ROWS, "COLUMNS": COLUMNS, "num_warps": WARPS})
+def launch(kernel, m, c, *given):
+    """Runs a kernel over (m, c). Only the first axis of its programs can be longer than 65,535."""
+    grid = triton.cdiv(m, ROWS), triton.cdiv(c, COLUMNS)
+    kernel[grid](*given, ROWS, COLUMNS, num_warps=WARPS, **launch_early())
 
 
 @torch.library.custom_op("zeronvs::geglu", mutates_args=())
 def kernel_forward(x: Tensor) -> Tensor:
     """See geglu. One node for torch.compile."""
     y = fake_forward(x)
-    launch_geglu(y, x)
+    write_geglu(y, x)
     return y
 
 
 @torch.library.custom_op("zeronvs::geglu_into", mutates_args=("y",))
 def kernel_into(y: Tensor, x: Tensor) -> None:
     """See geglu_into."""
-    launch_geglu(y, x)
+    write_geglu(y, x)
 
 
-def launch_geglu(y, x):
-    x, c = x.contiguous(), y.shape[-1]
-    m = y.numel() // c
-    grid, tile = tiling(m, c)
-    geglu_kernel[grid](x, y, m, c, y.stride(-2), **tile, **launch_early())
+def write_geglu(y, x):
+    m, c = y.numel() // y.shape[-1], y.shape[-1]
+    launch(geglu_kernel, m, c, x.contiguous(), y, m, c, y.stride(-2))
 
 
 @kernel_forward.register_fake
@@ -104,10 +100,8 @@ def fake_forward(x):
 @torch.library.custom_op("zeronvs::geglu_backward", mutates_args=())
 def kernel_backward(dy: Tensor, x: Tensor) -> Tensor:
     """The gradient of x (..., 2 c), from that of the result."""
-    dy, x, dx = dy.contiguous(), x.contiguous(), fake_backward(dy, x)
-    m, c = dy.numel() // dy.shape[-1], dy.shape[-1]
-    grid, tile = tiling(m, c)
-    geglu_backward_kernel[grid](dy, x, dx, m, c, **tile, **launch_early())
+    dx, m, c = fake_backward(dy, x), dy.numel() // dy.shape[-1], dy.shape[-1]
+    launch(geglu_backward_kernel, m, c, dy.contiguous(), x.contiguous(), dx, m, c)
     return dx
 
 

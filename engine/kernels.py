@@ -20,7 +20,7 @@ HALF_TYPES = TYPES[1:]              # whose products tensor cores take as they a
 MOST_WARPS = 16                     # groups of 32 threads, of one program
 
 # file of the engine -> whether its kernels are used; set to False to measure what they bring
-enabled = dict.fromkeys(("adamw", "conv", "geglu", "noise", "norm", "unet"), triton is not None)
+enabled = dict.fromkeys(("conv", "geglu", "noise", "norm", "unet"), triton is not None)
 
 
 def usable(file, x, types=TYPES):

@@ -1,7 +1,4 @@
-"""diffusion.py's random numbers in one kernel: the same bits, of the same (seed, stream, number).
-
-In PyTorch's operations Philox is about a hundred kernels over 64-bit integers.
-"""
+"""diffusion.py's random numbers in one kernel, bit for bit: in PyTorch's Philox is a hundred."""
 
 import torch
 
@@ -16,11 +13,6 @@ BLOCKS = 256                # of four words, of one program
 def draw(seed, numbers, shape):
     """diffusion.Draws of the pairs `numbers` (b,), for latents of `shape` (c, h, w)."""
     return diffusion.draw(seed, numbers, shape, uniform)
-
-
-def normal(seed, stream, numbers, shape):
-    """Standard normal float32 (b, *shape), see diffusion.normal."""
-    return diffusion.normal(seed, stream, numbers, shape, uniform)
 
 
 def uniform(seed, stream, numbers, count):

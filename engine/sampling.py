@@ -1,11 +1,9 @@
 """A ZeroNVS made ready for sampling: the same numbers, sooner.
 
-Much of a sampler's step does not depend on the noisy latent. With one context token the outputs of
-cross-attention depend on the view alone, and the timestep's projections on the step alone: both are
-computed once and read from tables by the network of unet.py. On CUDA the whole guided evaluation
-is recorded once as a graph and replayed for every step and every batch of views: a step of one view
-is hundreds of kernels of microseconds each, and the time that the CPU takes to launch them would be
-most of it.
+With one context token the outputs of cross-attention depend on the view alone, and the timestep's
+projections on the step alone: both are computed once and read from tables by the network of
+unet.py. On CUDA the whole guided evaluation is recorded once as a graph and replayed for every step
+and every batch of views: to launch hundreds of kernels of microseconds each would be most of it.
 Letters: `b` views of a batch, `r` rows that the network sees, 2 b (unconditional rows first) or b.
 """
 
@@ -25,14 +23,13 @@ class Sampler:
 
     It is what diffusion.encoded_views takes as `fast`. compile: torch.compile the UNet and the
     decoder too, which takes a minute or two, once for each size of batch; a later run finds it in
-    PyTorch's cache. graphs: record and replay, where there is CUDA. fuse: the UNet of unet.py.
+    PyTorch's cache. graphs: record and replay, where there is CUDA.
     """
     uniform = staticmethod(noise.uniform)
 
-    def __init__(self, net, compile=False, graphs=True, fuse=True):
+    def __init__(self, net, compile=False, graphs=True):
         convert(net)
-        unet = net.model.diffusion_model
-        self.net, self.unet = net, fused.UNet(unet) if fuse else unet
+        self.net, self.unet = net, fused.UNet(net.model.diffusion_model)
         net.model.diffusion_model = self.unet
         self.device, self.dtype = net.betas.device, next(self.unet.parameters()).dtype
         self.by_time = [m for m in self.unet.modules() if isinstance(m, fused.Block)]
@@ -82,7 +79,7 @@ class Sampler:
             steps = model.timestep_embedding(torch.tensor(t, device=self.device),
                                              self.unet.model_channels)
             emb = self.unet.time_embed(steps.to(self.dtype))
-            rows = torch.cat([emb[:, :0], *(block.projected(emb) for block in self.by_time)], dim=1)
+            rows = torch.cat([block.projected(emb) for block in self.by_time], dim=1)
             self.times = dict(zip(t, rows[:, None]))
 
     # ---- a step

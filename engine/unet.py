@@ -1,10 +1,9 @@
 """model.UNet for sampling, in about two thirds of the kernels.
 
 A step of one view is a few hundred kernels of microseconds each, so what counts is how many there
-are. A residual sum is added up by the kernel that reads it next, a norm's (forms.Sum), and biases of
-convs wait for that sum; the last two products of a transformer are one, which adds itself to the
-sum in place; what the step or the view decides alone comes from tables. Where there is no Triton,
-PyTorch computes the same in as many kernels as it needs.
+are. A residual sum is added up by the norm that reads it next (forms.Sum), and biases of convs wait
+for that sum; the last two products of a transformer are one, which adds itself to the sum in place;
+what the step or the view decides alone comes from tables.
 Letters: `r` rows, `c` channels, `h w` latent grid, `n` = h w tokens.
 """
 

@@ -1,7 +1,6 @@
 """What follows a backward pass: the learning rate, AdamW, and the average of the weights.
 
-AdamW: arXiv:1711.05101. Moments and average can be divided among ranks, see ranks.Division;
-undivided, a GPU takes both steps in one pass over memory, see engine.OnePassAdamW.
+AdamW: arXiv:1711.05101. Moments and average can be divided among ranks, see ranks.Division.
 """
 
 import math
@@ -9,7 +8,6 @@ from contextlib import contextmanager
 
 import torch
 
-import engine
 from runtime import checkpoint
 from runtime.ranks import ALONE, Division
 
@@ -44,12 +42,9 @@ class Ema:
         return 1 - min(self.decay, (1 + updates) / (10 + updates))
 
     @torch.no_grad()
-    def update(self, done=frozenset()):
-        """One update, but of the averages named in `done`, which the optimizer's step made."""
-        rest = [name for name in self.average if name not in done]
-        if rest:
-            torch._foreach_lerp_([self.average[name] for name in rest],
-                                 [self.live[name] for name in rest], self.pull())
+    def update(self):
+        torch._foreach_lerp_(list(self.average.values()),
+                             [self.live[name] for name in self.average], self.pull())
         self.updates += 1
 
     @torch.no_grad()
@@ -105,7 +100,6 @@ class Optimizer:
         self.adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps,
                                        weight_decay=config.weight_decay,
                                        fused=net.betas.device.type == "cuda")
-        self.one_pass, self.behind = engine.OnePassAdamW(self.adamw), False
 
     @torch.no_grad()
     def step(self, step, ema=None):
@@ -118,7 +112,7 @@ class Optimizer:
             group["lr"] = rate * group["full_lr"]
         if self.config.grad_clip:
             norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.config.grad_clip)
-        done = self.advance(ema)
+        self.adamw.step()
         self.division.broadcast()
         for p in self.trained.values():
             p.grad = None
@@ -126,21 +120,8 @@ class Optimizer:
             torch._foreach_mul_(self.idle, 1 - rate * self.config.lr * self.config.weight_decay)
         self.count += 1
         if ema is not None:
-            ema.update(done)
+            ema.update()
         return norm
-
-    def advance(self, ema):
-        """AdamW alone; the names of the averages that took their step with it."""
-        done = None if self.division.divided else self.one_pass.step(self.count + 1, ema)
-        if done is not None:
-            self.behind = True
-            return done
-        if self.behind:         # PyTorch counts for each parameter
-            for state in self.adamw.state.values():
-                state["step"].fill_(self.count)
-            self.behind = False
-        self.adamw.step()
-        return frozenset()
 
     def tensors(self):
         """Yields (parameter.moment, tensor) of AdamW's state of all parameters; all ranks must go

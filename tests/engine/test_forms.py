@@ -30,7 +30,7 @@ def switch(monkeypatch):
 
 def test_convert_counts_the_modules_of_the_full_network():
     with torch.device("meta"):
-        net = model.ZeroNVS(model.UNet(), vae.AutoencoderKL(), clip.CLIP(transformer_layers=0),
+        net = model.ZeroNVS(model.UNet(), vae.AutoencoderKL(), clip.CLIP(),
                             "7dof", vae.SCALE_FACTOR, 768, 768)
     before = {name: p for name, p in net.named_parameters()}
     keys = list(net.state_dict())
@@ -39,7 +39,7 @@ def test_convert_counts_the_modules_of_the_full_network():
     assert counts == {"ResBlock": 22, "NormSequential": 2 * 22 + 1, "SpatialTransformer": 16,
                       "TransformerBlock": 16, "GEGLU": 16, "Upsample": 3 + 3, "Encoder": 1,
                       "Decoder": 1, "EncoderDownsample": 3, "AutoencoderBlock": 10 + 14,
-                      "AutoencoderAttention": 2, "PatchConv": 1}
+                      "AutoencoderAttention": 2, "PatchConv": 1, "Transformer": 1}
     assert engine.convert(net) == counts and list(net.state_dict()) == keys
     assert all(p is before[name] for name, p in net.named_parameters())
     bare = model.ZeroNVS(model.UNet(2, 1, 32, (1,), 1, (), 1, 8), model.Pixels(),
@@ -130,11 +130,11 @@ def test_the_autoencoder_s_forms_have_the_gradients_of_the_text():
 
 
 @torch.no_grad()
-def test_clip_s_patches_are_a_product():
-    tower = golden.fill(clip.CLIP(32, 32, 1, 64, 16, 8, 16, 64, 1, 0)).to(DEVICE)
+def test_clip_s_patches_are_a_product_and_its_last_block_makes_one_token():
+    tower = golden.fill(clip.CLIP(32, 32, 2, 128, 16, 8, 16, 64)).to(DEVICE)
     image = torch.randn(2, 3, 40, 40, device=DEVICE)
     wanted = tower.encode_image(image)
-    assert engine.convert(tower) == {"PatchConv": 1}
+    assert engine.convert(tower) == {"PatchConv": 1, "Transformer": 1}
     assert_close(tower.encode_image(image), wanted, relative=1e-5)
 
 

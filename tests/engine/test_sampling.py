@@ -75,11 +75,6 @@ def test_step_noise_is_that_of_its_step_and_view_in_any_order():
         assert torch.equal(noise(k), expected)
 
 
-def test_a_sampler_of_the_unfused_network_makes_the_same_views(networks):
-    about, _ = golden.case("sample_zero123")
-    assert_same_views((networks[0], engine.Sampler(golden_model(about), fuse=False)), "view", 2)
-
-
 def test_modules_that_are_not_evaluated_are_not_asked_again(networks):
     """A step runs neither cross-attention nor the timestep's projections."""
     _, fast = networks

@@ -54,7 +54,6 @@ def test_the_engine_draws_what_the_method_draws():
     ours, theirs = (vars(door.draw(3, numbers, (4, 5, 3))) for door in (engine, diffusion))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert torch.equal(engine.normal(3, 9, numbers, (7,)), diffusion.normal(3, 9, numbers, (7,)))
 
 
 @pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
