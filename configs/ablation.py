@@ -3,24 +3,23 @@
     python -m analysis.compare configs/ablation.py --minutes 9      # again, until its table
 
 Every scene has its own arbitrary unit of length, and in half of the scenes the camera goes a
-quarter of its path: neither the unit nor the extent of the cameras tells how large things are. 31.4
-M parameters at 64x64, 512,000 pairs a mode. On one H200, which the five runs share: 8.5 minutes. Of
-two trainings: 17.3, 17.4 and 17.7, 18.4 and 18.5, 19.8, 20.0 and 20.1 dB.
+quarter of its path, in the others all of it: neither the unit nor the extent of the cameras tells
+how large things are. 31.4 M parameters at 64x64, 512,000 pairs a mode. Hardware: one GPU, which the
+five runs share, or several. On one H200: 8.5 minutes. Of two trainings: 17.3, 17.4 and 17.7, 18.4
+and 18.5, 19.8, 20.0 and 20.1 dB.
 """
 
-from dataclasses import replace
+from configs import Config, Source
 
-from configs import Source
-from configs.synth import config as synth
-
-config = replace(
-    synth,
+config = Config(
     sources=tuple(
         Source(f"{extent} {layout}", layout, f"{extent}/{layout}/train-*.tar", 0.25,
                f"{extent}/{layout}/held-out-*.tar")
         for extent in ("near", "far") for layout in ("co3d", "re10k")),
     data="data/ablation",
     out="out/ablation",
+    latent="pixels",
+    prediction="z",
     image_size=64,
     model_channels=64,
     channel_mult=(1, 2, 3, 4),
@@ -29,17 +28,21 @@ config = replace(
     num_heads=4,
     norm_groups=16,
     context_dim=256,
+    mode="7dof_quantile_scale",
     steps=4000,
     batch_size=128,
     micro_batch=128,
     lr=5e-4,
     lr_projection=5e-3,
+    lr_schedule="cosine",
     warmup_steps=200,
+    drop_clip=0.0, drop_both=0.0, drop_latent=0.0,
     ema_decay=0.999,
-    precision="bf16",
     compile=True,
     graph=True,
     workers=5,
+    log_every=20,
+    save_every=500,
     keep=1,
     keep_every=100_000,
     sample_every=1000,
@@ -48,4 +51,6 @@ config = replace(
     validate_pairs=256,
     sampler="dpm++",
     sample_steps=8,
+    guidance=1.0,
+    eta=0.0,
 )

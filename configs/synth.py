@@ -1,9 +1,8 @@
-"""The embedded default: a small UNet in pixel space, fine-tuned to scenes to walk and fly through.
+"""The default job: the small weights fine-tuned on scenes that the project renders itself.
 
     python prepare.py synth && python train.py configs/synth.py
 
-It starts from weights/small.safetensors, which configs/small.py trained on turned objects, as
-ZeroNVS starts from zero123-xl.
+It starts from weights/small.safetensors (configs/small.py), as ZeroNVS starts from zero123-xl.
 """
 
 from dataclasses import replace
