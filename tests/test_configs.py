@@ -120,7 +120,7 @@ def test_the_published_name_of_the_mode_is_an_alias():
 @pytest.mark.parametrize("changes, says", [
     ({"mode": "7dof_metric_scale"}, "needs a metric depth network"),
     ({"quantile_blend": False}, "--depth_weights=dpt_swin2_tiny_256.pt brings it"),
-    ({"latent": "vae"}, "needs --init=FILE"),
+    ({"latent": "vae", "init": ""}, "needs --init=FILE"),
     ({"sources": (replace(SOURCES[0], probability=1.0, held_out="pipe:cat x.tar"),)},
      "a command has no fixed order"),
 ])
