@@ -157,7 +157,7 @@ class Render:
     def __call__(self, cameras, scale=0.0, label="views", watch=None, **options):
         """Yields the images of n paths.Cameras, in their order, a batch as soon as it is drawn.
 
-        scale: the photo's own, unless given. watch(first, t, z_0) sees every step of the batch that
+        scale: the photo's own, unless given. label: of the bar of progress; "" shows none. watch(first, t, z_0) sees every step of the batch that
         begins with view `first`, z_0 (b, c, h, w) the clean latents that it promises; what it
         raises ends the call, and the next one is as good as the first. options: instead of
         the renderer's own, for example steps=4, seed=1.
@@ -175,7 +175,7 @@ class Render:
         size = math.ceil(n / batches)
         t, _ = diffusion.plan(self.net.alphas_cumprod, options["sampler"], options["steps"],
                               options.get("spacing", "auto"))
-        self.evaluations, bar = len(t), Progress(label, "steps", batches * len(t))
+        self.evaluations, bar = len(t), Progress(label, "steps", batches * len(t), not label)
         try:
             for first in range(0, n, size):
                 rows = [min(i, n - 1) for i in range(first, first + size)]
@@ -208,12 +208,16 @@ class Render:
                 f"steps of {options['sampler']}, guidance {options['guidance']:g}, {where})")
         if self.sampler.preparing:
             line += f", {self.sampler.preparing:.1f} s of preparation"
-        if where.type == "cuda":
-            return line + f", {torch.cuda.max_memory_allocated() / MEGABYTE:,.0f} MB of GPU memory"
+        return ", ".join(filter(None, [line, self.memory()]))
+
+    def memory(self):
+        """The most memory that was used so far, in words; "" where there is no such figure."""
+        if self.net.betas.device.type == "cuda":
+            return f"{torch.cuda.max_memory_allocated() / MEGABYTE:,.0f} MB of GPU memory"
         try:
             import resource
-        except ImportError:         # Windows has no such figure
-            return line
+        except ImportError:         # Windows
+            return ""
         unit = 1 if sys.platform == "darwin" else 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        return line + f", {peak / MEGABYTE:,.0f} MB of memory at most"
+        return f"{peak / MEGABYTE:,.0f} MB of memory at most"
