@@ -10,7 +10,6 @@ views/paths.py, the photo in views/photos.py, what is written in views/pictures.
 
 import argparse
 import math
-import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +21,6 @@ from views import FOV, MOTIONS, SCALE, STEEPEST
 RUN, CONFIG = "out/synth", "configs/synth.py"       # where the command line names neither
 DEFAULT_MOTION, VIEWS, MOST_VIEWS = "swing", 16, 10_000
 FAR, MOST_BATCH, TIMESTEPS = 1_000_000, 1024, 1000
-# patterns of shards that cannot lead out of a folder
-INSIDE = re.compile(r"(?![-/])(?!.*\.\.)[\w./*?{}\[\]-]+")
 BY = "how far a path goes is told by --by"
 UNITS = """One unit of length is the distance from the photo's camera to what it looks at, the
 centre of every orbit. --scale says how many units the model takes as one; a smaller one makes every
@@ -142,13 +139,12 @@ ARGS = command.parse(parser()) if __name__ == "__main__" else None      # before
 import torch
 
 import camera
-import configs
 import diffusion
 import engine
 from runtime.ranks import device_of
 from views import paths, photos
 from views.folder import Folder
-from views.render import Render, config_of, load, read
+from views.render import Render, load, open_run
 
 
 def cameras_of(args, fov, elevation):
@@ -164,22 +160,7 @@ def cameras_of(args, fov, elevation):
     return paths.motion(name, args.views, by, fov, elevation), name
 
 
-def scenes_of(args, config, path):
-    """The model's Config with the held-out scenes that the command line names: by its own file, or
-    by the folder in which the shards that the checkpoint names are looked for."""
-    patterns = [source.held_out for source in config.sources if source.held_out]
-    if args.config or not args.checkpoint:
-        own = configs.load([args.config or CONFIG])
-        return replace(config, sources=own.sources, data=args.data or own.data,
-                       depth_weights=args.depth_weights or own.depth_weights)
-    if args.data and all(map(INSIDE.fullmatch, patterns)):
-        return replace(config, data=args.data, depth_weights=args.depth_weights)
-    raise ValueError(f"no IMAGE given, and the scenes that {path} names are not opened ("
-                     f"{', '.join(patterns) or 'none'}, in {config.data}): --config FILE or --data "
-                     "FOLDER names them")
-
-
-def photo_of(args, config, path):
+def photo_of(args, config):
     """The Photo that the command line asks for. Raises ValueError, FileNotFoundError."""
     if args.image:
         if args.motion and not Path(args.image).exists() and is_number(args.image):
@@ -188,7 +169,7 @@ def photo_of(args, config, path):
         if camera.MODES[config.mode].unscaled:
             photo.scale = 1.0
     else:
-        photo = photos.held_out(scenes_of(args, config, path), args.scene)
+        photo = photos.held_out(config, args.scene)
         scene = photo.reader.scene(photo.number).name
         command.say(f"no IMAGE given: view {photo.view} of the held-out scene {scene}")
     if args.fov is not None:
@@ -209,9 +190,12 @@ def draw(args):
     if not Path(path).exists():
         raise FileNotFoundError(f"no checkpoint {path}: --checkpoint names another, and "
                                 f"`python train.py {CONFIG}` makes {RUN}")
-    tensors = read(path, args.init)
-    config = config_of(tensors)
-    photo = photo_of(args, config, path)
+    # without a word of the user's, the run and the scenes of the first commands of the README
+    tensors, config = open_run(path, args.data, args.config or CONFIG * (not args.checkpoint),
+                               args.init, needs_data=not args.image)
+    if args.depth_weights:
+        config = replace(config, depth_weights=args.depth_weights)
+    photo = photo_of(args, config)
     cameras, name = cameras_of(args, photo.fov, photo.elevation)
     if camera.MODES[config.mode].pose == "angles" and not cameras.centred():
         raise ValueError("a 3DoF model knows of azimuth, elevation and distance alone: its cameras "

@@ -26,18 +26,16 @@ from pathlib import Path
 import torch
 
 from runtime import checkpoint
-import camera
-import depth
 import diffusion
 import configs
 from runtime import cost
 import data
 from runtime import ranks as distributed
-import evaluate
-import engine
+from engine import graph
+from engine import kernels
 import model
 from runtime import log as report
-from analysis import tables
+from analysis import score as scoring
 from runtime.optimizer import Ema, Optimizer, learning_rate
 
 GRID_PAIRS = 8
@@ -50,7 +48,7 @@ FREE = {"data", "out", "steps", "device", "compile", "graph", "checkpoint_activa
         "micro_batch", "divide_optimizer", "workers", "max_damaged", "log_every", "save_every",
         "keep", "keep_every", "sample_every", "eval_pairs", "validate_every", "validate_pairs",
         "validate_steps", "sampler", "sample_steps", "guidance", "eta", "init", "depth_weights",
-        "precision", "web_patience"}
+        "precision"}
 
 
 # ---- a batch
@@ -60,11 +58,11 @@ def inputs(net, batch, config, depth_net, device):
     if "moments_target" in batch:       # of encoded shards: what the frozen networks said once
         moments, z_cond, embedding = (batch[name].to(device, non_blocking=True).float()
                                       for name in ("moments_target", "mean_cond", "clip_cond"))
-        T = depth.pose_vector(batch, config.mode, depth_net, config.quantile_blend)
+        T = model.pose_vector(batch, config.mode, depth_net, config.quantile_blend)
         return *moments.chunk(2, dim=1), z_cond, embedding, T.to(device)
     image_cond, image_target = (data.images(batch[name].to(device, non_blocking=True))
                                 for name in ("image_cond", "image_target"))
-    T = depth.pose_vector({**batch, "image_cond": image_cond}, config.mode, depth_net,
+    T = model.pose_vector({**batch, "image_cond": image_cond}, config.mode, depth_net,
                           config.quantile_blend)
     mean, logvar = net.encode(image_target)
     return mean, logvar, net.encode(image_cond)[0], net.embed(image_cond), T.to(device)
@@ -76,6 +74,29 @@ def forward_backward(net, autocast, micro_steps, drop, mean, logvar, z_cond, emb
         loss = net(mean, logvar, z_cond, embedding, T, diffusion.Draws(*draws), drop)
         (loss.mean() / micro_steps).backward()
     return loss.detach()
+
+
+# ---- the machine
+
+def channels_last(net):
+    """Lays out the weights of convolutions as GPUs compute with them. Values, and so checkpoints,
+    stay; to come before averages and moments, which are laid out as their parameters are."""
+    for p in net.parameters():
+        # 1x1 kernels lie so anyway, and their gradients come with the strides that they have
+        if p.ndim == 4 and p.shape[2:].numel() > 1:
+            p.data = p.data.contiguous(memory_format=torch.channels_last)
+
+
+def compile_networks(net):
+    """Lets the first step compile the UNet and, where they are asked, the frozen encoders."""
+    import torch._inductor.config as inductor
+    # Else every 4-D tensor is put channels-last, attention's q, k and v too, by copies
+    inductor.layout_optimization = False
+    net.model.diffusion_model.compile()
+    for network, name in ((net.first_stage_model, "encode"),
+                          (net.cond_stage_model.model, "encode_image")):
+        if any(True for _ in network.parameters()):     # else there is no network
+            setattr(network, name, torch.compile(getattr(network, name)))
 
 
 # ---- the run
@@ -100,14 +121,12 @@ def split(config, world):
 
 def check_sources(pairs, config):
     """Reads pairs of every source, so that what cannot be trained on is refused at start."""
-    for source, reader in enumerate(pairs.readers):
-        if config.mode == "7dof_quantile_scale" and hasattr(reader, "check_blend"):
-            reader.check_blend(config.quantile_blend)
+    for source in range(len(pairs.readers)):
         numbers = (k for k in itertools.count() if pairs.draw(k)[0] == source)
         for k in itertools.islice(numbers, CHECKED_PAIRS):
             batch = torch.utils.data.default_collate([pairs[k]])
-            if not config.depth_weights or not camera.MODES[config.mode].needs_depth:
-                depth.pose_vector(batch, config.mode, None, config.quantile_blend)
+            if not config.depth_weights or config.mode != "7dof_quantile_scale":
+                model.pose_vector(batch, config.mode, None, config.quantile_blend)
 
 
 def newest(config, ranks, log):
@@ -143,17 +162,25 @@ def begin(config, net, run, ranks):
     # filled before anything refers to the parameters: loading may put others in their place
     loaded = checkpoint.load_model(net, config.init, finetune=True) if config.init else None
     if run is not None:
-        weights = net.state_dict()
+        weights = {name: tensor for name, tensor in net.state_dict().items()
+                   if name in run.model or not name.startswith(checkpoint.FROZEN)}
+        unet = {name: p for name, p in weights.items() if name.startswith(checkpoint.UNET)}
+        moments = {f"{name}.{kind}": () if kind == "step" else p.shape
+                   for name, p in net.named_parameters() if p.requires_grad
+                   for kind in ("exp_avg", "exp_avg_sq", "step")}
+        # a step that was converted has no moments, and no average where its source had none
+        run.require(weights, unet if run.ema or run.meta.get("ema_updates", 0) else {},
+                    moments if run.optimizer else {})
         for name, tensor in run.model.items():
             weights[name].copy_(tensor)
     if net.betas.device.type == "cuda":
-        engine.channels_last(net)
+        channels_last(net)
     ema = Ema(net.model.diffusion_model, config.ema_decay, ranks, config.divide_optimizer)
     optimizer = Optimizer(net, config, ranks)
     averages, updates = {}, 0
     if run is not None:
         optimizer.restore(run.optimizer)
-        averages, updates = run.ema, run.meta["ema_updates"]
+        averages, updates = run.ema, run.meta.get("ema_updates", 0)
     elif loaded is not None:
         averages, updates = loaded.ema, loaded.num_updates
     ema.restore(averages, updates)
@@ -218,19 +245,19 @@ def show(config, step, net, held_out, depth_net, log):
     """Writes a grid of held-out pairs, a row each: conditioning view | truth | sample."""
     shown = range(min(GRID_PAIRS, len(held_out)))
     batch = torch.utils.data.default_collate([held_out[k] for k in shown])
-    views, image_cond, truth = evaluate.views_of(net, batch, config, depth_net)
-    path = log.picture(step, "grids", evaluate.grid([image_cond, truth, views]))
+    views, image_cond, truth = scoring.views_of(net, batch, config, depth_net)
+    path = log.picture(step, "grids", scoring.grid([image_cond, truth, views]))
     log.say(f"{path}: conditioning view | truth | sample, of held-out scenes")
 
 
 def score(config, net, held_out, depth_net):
     """Scores the model on the held-out pairs: metrics.json, and the last lines on the screen."""
     pairs = torch.utils.data.Subset(held_out, range(min(config.eval_pairs, len(held_out))))
-    scores = evaluate.evaluate(net, pairs, config, depth_net)
-    means = {name: row.mean().item() for name, row in scores.items()}
+    rows = scoring.score(net, pairs, config, scoring.FAST, depth_net)
+    means = {name: found["psnr"] for name, found in scoring.means_of(rows).items()}
     metrics = {"psnr": means, "pairs": len(pairs)}
     (Path(config.out) / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    print("\n".join(tables.report(scores)))
+    print("\n".join(scoring.report(rows)))
 
 
 def options(argv):
@@ -249,9 +276,7 @@ def options(argv):
     given, rest = parser.parse_known_args(argv)
     if given.profile < 0:
         raise ValueError(f"--profile {given.profile}: a number of steps is needed")
-    config = configs.load(rest)
-    config.check_trainable()
-    return config, given.profile, given.dry_run
+    return configs.load(rest), given.profile, given.dry_run
 
 
 def main(argv):
@@ -284,7 +309,7 @@ def main(argv):
 def train(config, ranks, device, log, writer, traced, dry_run):
     """The run, from what is in its folder to the last step or a signal to stop."""
     micro_batch, micro_steps = split(config, ranks.world)
-    for name in (config.init, config.depth_weights * camera.MODES[config.mode].needs_depth):
+    for name in (config.init, config.depth_weights * (config.mode == "7dof_quantile_scale")):
         if name and not dry_run and not Path(name).exists():    # found before data are indexed
             raise FileNotFoundError(f"no checkpoint {name}")
     torch.manual_seed(config.seed)      # random initial weights; nothing later draws from it
@@ -295,15 +320,18 @@ def train(config, ranks, device, log, writer, traced, dry_run):
     log.say(report.summary(config, ranks, device, needs, micro_batch, micro_steps))
     cost.check(needs, config, ranks, device, log.say)
     if config.compile:
-        engine.check_compiler(device, "--compile=false")
+        kernels.check_compiler(device, "--compile=false")
     # data before the model: a wrong path is found before anything is built
-    readers = [data.open_source(s, config.data, config.image_size, patience=config.web_patience) for s in config.sources]
+    readers = [data.open_source(s, config.data, config.image_size) for s in config.sources]
     pairs = data.Pairs(readers, [s.probability for s in config.sources], config.seed,
                        config.image_size, config.mode)
     check_sources(pairs, config)
-    held_out = evaluate.held_out_pairs(config, max(config.eval_pairs, GRID_PAIRS), fewer=True)
+    held_out = scoring.held_out_pairs(config, max(config.eval_pairs, GRID_PAIRS), fewer=True)
     if len(held_out) < config.eval_pairs:
         log.say(f"held out are {len(held_out)} pairs, of the {config.eval_pairs} of --eval_pairs")
+    if config.latent == "vae" and not config.init:
+        raise ValueError("latent='vae' needs --init=FILE, a checkpoint that brings the autoencoder "
+                         "and CLIP, such as zero123-xl.ckpt")
     pictures = "image_cond" in held_out[0]
     if not pictures:
         log.say("the held-out shards are encoded, so there are neither pictures nor scores")
@@ -321,20 +349,20 @@ def train(config, ranks, device, log, writer, traced, dry_run):
     Path(config.out).mkdir(parents=True, exist_ok=True)
 
     net = model.build(config).to(device).train()
-    forms = engine.convert(net)
-    log.say(f"forms    {', '.join(f'{count} {name}' for name, count in forms.items())}")
-    depth_net = evaluate.load_depth(config, device)
+    depth_net = scoring.load_depth(config, device)
     ema, optimizer = begin(config, net, run, ranks)
     del run         # and its mapped files: they may be removed
+    if device.type == "cuda" and ranks.rank == 0:
+        writer.reserve(checkpoint.step_bytes(net))
     # tries out kernels at the first step; a GPU's sums differ from run to run in any case
     torch.backends.cudnn.benchmark = device.type == "cuda"
     if config.compile:
-        engine.compiled(net)
+        compile_networks(net)
         log.say("compile  the first step takes minutes, in later runs seconds")
     wrapped = ranks.wrap(net)
     passes = functools.partial(forward_backward, wrapped, autocast, micro_steps, config.drop)
-    if engine.can_capture(config, ranks, device):
-        passes = engine.Recorded(passes, net.parameters())
+    if graph.possible(config, ranks, device):
+        passes = graph.Recorded(passes, net.parameters())
     peak = cost.ceiling(device, config.precision) if ranks.rank == 0 else 1.0
 
     asked_to_stop = []
@@ -355,7 +383,7 @@ def train(config, ranks, device, log, writer, traced, dry_run):
             if stopped:
                 break
             numbers = batch["number"].to(device, non_blocking=True)
-            draws = engine.draw(config.seed, numbers, shape)
+            draws = diffusion.draw(config.seed, numbers, shape)
             with autocast:
                 given = inputs(net, batch, config, depth_net, device)
             last = micro_step == micro_steps - 1
@@ -387,7 +415,7 @@ def train(config, ranks, device, log, writer, traced, dry_run):
             if validates:
                 with averaged(net, ema, config, ranks):
                     if ranks.rank == 0:
-                        numbers |= evaluate.validate(net, held_out, config, depth_net)
+                        numbers |= scoring.validate(net, held_out, config, depth_net)
             log(done, **numbers, lr=learning_rate(done - 1, config) * config.lr,
                 **report.state(config, done, numbers, needs, peak, ranks, device, readers))
             logged = done

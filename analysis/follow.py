@@ -1,6 +1,6 @@
 """Whether a model follows the camera along every path of sample.py, beside the truth.
 
-    python follow.py out/synth
+    python -m analysis.follow out/synth --config configs/synth.py
 
 The held-out scenes of `prepare.py synth` can be rendered from everywhere. Of each, the photo is the
 view that sample.py takes; a little way along every path the model's views are compared with the
@@ -9,24 +9,9 @@ Writes a picture, `paths.png`, into the run's folder.
 """
 
 import json
-import sys
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
-import camera
-from runtime import checkpoint
-from runtime import command as options
-from views import paths
-from views import photos
-from views import pictures
-from views import render
-from captures import synth
-from runtime.ranks import device_of
-from analysis.metrics import psnr
-from diffusion import novel_views
-from analysis.tables import mean_and_error
+from runtime import command
 
 # How far, as --by says it: about as far as the views of a scene go by default
 HOW_FAR = {"orbit": 10, "swing": 10, "spiral": 0.1, "dolly": 0.15, "truck": 0.12, "pedestal": 0.1,
@@ -34,6 +19,36 @@ HOW_FAR = {"orbit": 10, "swing": 10, "spiral": 0.1, "dolly": 0.15, "truck": 0.12
 VIEWS = 5               # along a path, the photo's own among them, which does not count
 SAME = 40               # dB by which a rendered photo is known to be the photo
 SHOWN = 2               # scenes in the picture
+
+
+def parser():
+    p = command.Parser("follow.py", description=__doc__.splitlines()[0])
+    p.add_argument("run", help="a run's folder, of scenes that `prepare.py synth` made")
+    p.add_argument("--config", default="", metavar="FILE", help="the configuration of the data")
+    p.add_argument("--data", default="", metavar="FOLDER",
+                   help="where the scenes lie, by the run's own patterns without --config")
+    p.add_argument("--init", default="", metavar="FILE",
+                   help="what brings the autoencoder and CLIP of a run that does not hold them")
+    p.add_argument("--scenes", type=command.numbers_of(int, SHOWN), default=50, metavar="N",
+                   help="held-out scenes (%(default)s)")
+    p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
+    return p
+
+
+# answered before torch, which takes seconds, is imported
+ARGS = parser().parse_args() if __name__ == "__main__" else None
+
+import torch
+
+import camera
+
+from analysis import score
+from analysis.metrics import psnr
+from captures import synth
+from diffusion import novel_views
+from runtime.files import unfinished
+from runtime.ranks import device_of
+from views import paths, photos, pictures, render
 
 
 def truth_of(photo, cameras, seed):
@@ -67,15 +82,6 @@ def follow(net, config, photo, name, seed):
     return truth_of(photo, cameras, seed), views.cpu()
 
 
-def parser():
-    p = options.Parser("follow.py", allow_abbrev=False, description=__doc__.splitlines()[0])
-    p.add_argument("run", help="a run's folder, of scenes that `prepare.py synth` made")
-    p.add_argument("--scenes", type=options.numbers_of(int, SHOWN), default=50, metavar="N",
-                   help="held-out scenes (%(default)s)")
-    p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
-    return p
-
-
 def seed_of(note):
     """The seed in the note of `prepare.py synth`. Raises FileNotFoundError, ValueError."""
     if not note.is_file():
@@ -87,20 +93,19 @@ def seed_of(note):
         raise ValueError(f"{note} is not what `prepare.py synth` writes") from err
 
 
-def run(args):
+def main(args):
     """The command, options parsed. Raises ValueError or OSError with one line."""
-    tensors = checkpoint.read(args.run)
-    config = render.config_of(tensors)
+    tensors, config = render.open_run(args.run, args.data, args.config, args.init)
     seed = seed_of(Path(config.data) / "synth.json")
     photo = photos.held_out(config, args.scenes - 1)        # before anything is spent on the others
     net = render.load(tensors, device_of(args.device), "fp32")[0]
-    known = [name for name in HOW_FAR
-             if camera.MODES[config.mode].pose != "angles" or path_from(photo, name).centred()]
-    found, rows = {name: [] for name in known}, {name: [] for name in known}
-    for number in tqdm(range(args.scenes), unit="scene", leave=False):
+    names = [name for name in HOW_FAR
+             if camera.MODES[config.mode].pose == "matrix" or path_from(photo, name).centred()]
+    found, rows = {name: [] for name in names}, {name: [] for name in names}
+    for number in command.progress(range(args.scenes), "follow", "scenes"):
         photo = photos.held_out(config, number)
         image = pictures.tensor(photo.picture)
-        for name in known:
+        for name in names:
             truth, views = follow(net, config, photo, name, seed)
             found[name].append((psnr(views, truth)[1:].mean().item(),
                                 psnr(image.expand_as(truth), truth)[1:].mean().item()))
@@ -113,20 +118,13 @@ def run(args):
     print(f"{'path':10}{'by':>6}{'model':>8}{'photo':>8}   difference")
     for name, pairs in found.items():
         model, still = (sum(each) / len(pairs) for each in zip(*pairs))
-        mean, error, _ = mean_and_error([a - b for a, b in pairs], range(len(pairs)))
+        mean, error, _ = score.mean_and_error([a - b for a, b in pairs], range(len(pairs)))
         print(f"{name:10}{HOW_FAR[name]:6g}{model:8.2f}{still:8.2f}   {mean:+.2f} +- {error:.2f}")
     path = Path(args.run) / "paths.png"
-    pictures.sheet(list(rows.values())).save(path)
+    with unfinished(path) as partial:
+        pictures.sheet(list(rows.values())).save(partial, "png")
     print(f"{path}: photo, truth and model along every path")
 
 
-def main(argv):
-    try:
-        run(parser().parse_args(argv))
-    except (ValueError, OSError) as err:
-        print(f"follow.py: {err}", file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    command.run("follow.py", main, ARGS)

@@ -9,7 +9,6 @@ is unknown. Letters: `b` batch, `c` channels, `h w` pixels, `n` points.
 import math
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 from runtime.foreign import read_file
@@ -22,19 +21,8 @@ LANDS = 0.999                   # pixels to the sides of where it lands that a p
 IMPROVEMENTS = 2                # of the depth that a warp finds
 LEAST_SEEN = 0.05               # share of a view that must be seen by both for a figure
 
-# LPIPS: convolutions (c_out, kernel, stride, padding), "tap" where features are compared, pools
-# (kernel, stride); one after the other these are torchvision's `features`, counted with their ReLUs
-BACKBONES = {
-    "alex": [(64, 11, 4, 2), "tap", (3, 2), (192, 5, 1, 2), "tap", (3, 2), (384, 3, 1, 1), "tap",
-             (256, 3, 1, 1), "tap", (256, 3, 1, 1), "tap"],
-    "vgg": [(64, 3, 1, 1), (64, 3, 1, 1), "tap", (2, 2), (128, 3, 1, 1), (128, 3, 1, 1), "tap",
-            (2, 2), (256, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1), "tap", (2, 2), (512, 3, 1, 1),
-            (512, 3, 1, 1), (512, 3, 1, 1), "tap", (2, 2), (512, 3, 1, 1), (512, 3, 1, 1),
-            (512, 3, 1, 1), "tap"],
-}
-SMALLEST = {"alex": 31, "vgg": 16}              # pixels a side, or a pool has nothing left
-SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)     # of LPIPS' input, R G B
-TINY = 1e-10                                    # LPIPS': added to the norm of features
+BACKBONES = {"alex": ("alexnet", 31), "vgg": ("vgg16", 16)}     # of LPIPS: torchvision's name, and
+                                # pixels a side that its pools leave something of
 
 
 # ---- of two images
@@ -45,10 +33,9 @@ def decibels(mse):
 
 
 def psnr(image, truth):
-    """Peak signal-to-noise ratio in dB of (b, c, h, w) images in [-1, 1], each on its own: (b,).
-
-    # departs: the reference takes the error of a whole batch at once, which depends on the batch.
-    """
+    """Peak signal-to-noise ratio in dB of (b, c, h, w) images in [-1, 1], each on its own: (b,)."""
+    # departs: PSNR is of each view on its own; the reference takes the error of a whole batch at
+    # once, which depends on the batch.
     return decibels((image - truth).square().mean(dim=(1, 2, 3)))
 
 
@@ -79,74 +66,40 @@ def ssim(image, truth):
     return index.mean(dim=(1, 2, 3)).float()
 
 
-class LPIPS(nn.Module):
-    """Learned perceptual distance, version 0.1, of images (b, 3, h, w) in [-1, 1]: (b,).
+def load_lpips(net, backbone, device="cpu"):
+    """Learned perceptual distance (arXiv:1801.03924), version 0.1, by the lpips package: a function
+    of images (b, 3, h, w) in [-1, 1] -> (b,).
 
-    net: alex or vgg. `features` has torchvision's names, `lin0`..`lin4` those of the lpips package.
+    net: alex or vgg; backbone: torchvision's file of its weights, as nothing is downloaded. Raises
+    ValueError, FileNotFoundError.
     """
-    def __init__(self, net):
-        super().__init__()
-        self.net, layers, widths = net, [], []
-        self.taps, c = [], 3
-        for layer in BACKBONES[net]:
-            if layer == "tap":
-                self.taps.append(len(layers) - 1)
-                widths.append(c)
-            elif len(layer) == 2:
-                layers.append(nn.MaxPool2d(*layer))
-            else:
-                layers += [nn.Conv2d(c, *layer), nn.ReLU()]
-                c = layer[0]
-        self.features = nn.Sequential(*layers)
-        for i, width in enumerate(widths):
-            lin = nn.Module()       # Identity stands where the package has dropout
-            lin.model = nn.Sequential(nn.Identity(), nn.Conv2d(width, 1, 1, bias=False))
-            setattr(self, f"lin{i}", lin)
-        self.register_buffer("shift", torch.tensor(SHIFT)[:, None, None], persistent=False)
-        self.register_buffer("scale", torch.tensor(SCALE)[:, None, None], persistent=False)
+    try:
+        import lpips
+    except (ImportError, RuntimeError, OSError) as err:     # a torchvision of another torch
+        reason = next(iter(str(err).splitlines()), type(err).__name__)
+        raise ValueError(f"LPIPS needs the lpips package ({reason}): pip install lpips") from err
+    if net not in BACKBONES:
+        raise ValueError(f"--lpips {net}: it is one of {', '.join(BACKBONES)}")
+    name, smallest = BACKBONES[net]
+    module = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+    state = read_file(backbone)
+    features = {key: state[key] for key in state if key.startswith("features.")}
+    # the package's slices keep torchvision's numbers of the layers
+    mine = {key: f"features.{key.partition('.')[2]}"
+            for key in module.net.state_dict()}
+    for key, tensor in module.net.state_dict().items():
+        if mine[key] not in features or features[mine[key]].shape != tensor.shape:
+            raise ValueError(f"{backbone}: not torchvision's {name}: {mine[key]} of shape "
+                             f"{list(tensor.shape)} is not in it")
+    module.net.load_state_dict({key: features[mine[key]] for key in mine})
+    module.to(device).eval().requires_grad_(False)
 
-    def forward(self, image, truth):
-        if min(image.shape[2:]) < SMALLEST[self.net]:
-            raise ValueError(f"LPIPS by {self.net} needs images of at least {SMALLEST[self.net]} "
-                             f"pixels a side, not {min(image.shape[2:])}")
-        x, distance, tap = (torch.cat([image, truth]) - self.shift) / self.scale, 0, 0
-        for i, layer in enumerate(self.features):
-            x = layer(x)
-            if i in self.taps:
-                unit = x / (x.square().sum(1, keepdim=True).sqrt() + TINY)
-                a, b = unit.chunk(2)
-                lin = getattr(self, f"lin{tap}").model
-                distance = distance + lin((a - b).square()).mean(dim=(1, 2, 3))
-                tap += 1
-        return distance
-
-
-def load_lpips(backbone, linear):
-    """An LPIPS of two files: torchvision's AlexNet or VGG-16, and lpips' weights/v0.1/NAME.pth.
-
-    Which of the two it is follows from the first file. Raises ValueError, FileNotFoundError.
-    """
-    found = {}
-    for path in (backbone, linear):
-        found[path] = read_file(path)
-    first = "features.0.weight"
-    kernel = found[backbone].entries[first].shape[-1] if first in found[backbone] else 0
-    names = {net: layers[0][1] for net, layers in BACKBONES.items()}
-    net = next((net for net, side in names.items() if side == kernel), "")
-    if not net:
-        raise ValueError(f"{backbone}: not torchvision's AlexNet or VGG-16, whose {first} is of "
-                         "11x11 or 3x3")
-    module, state = LPIPS(net), {}
-    for name, tensor in module.state_dict().items():
-        path = backbone if name.startswith("features.") else linear
-        if name not in found[path]:
-            raise ValueError(f"{path}: {name} is missing, which LPIPS by {net} needs")
-        if found[path].entries[name].shape != tensor.shape:
-            raise ValueError(f"{path}: {name} is {list(found[path].entries[name].shape)}, LPIPS by "
-                             f"{net} has {list(tensor.shape)}")
-        state[name] = found[path][name]
-    module.load_state_dict(state)
-    return module.eval().requires_grad_(False)
+    def distance(image, truth):
+        if min(image.shape[2:]) < smallest:
+            raise ValueError(f"LPIPS by {net} needs images of at least {smallest} pixels a side, "
+                             f"not {min(image.shape[2:])}")
+        return module(image, truth).flatten()
+    return distance
 
 
 # ---- warping
@@ -281,3 +234,63 @@ class Followed:
         margin = torch.where(margin.isinf(), torch.nan, margin)     # no other camera sees enough
         found = torch.where(margin.isnan(), torch.nan, (margin > 0).to(margin.dtype))
         return {"reprojection": right, "camera_margin": margin, "camera_found": found}
+
+
+# ---- do pictures agree with cameras whose depth is unknown?
+
+MATCH_SIDE, PATCH, SPACING, DEPTHS = 64, 7, 6, 96   # pixels; pixels; pixels; along a line
+TEXTURED = 0.03                                     # least standard deviation of a patch
+
+
+def conventions(c2w):
+    """{name: cameras (n, 4, 4)} that c2w would be if its convention were that one."""
+    def turned(*signs):
+        return c2w @ torch.diag(c2w.new_tensor([*signs, 1.0]))
+
+    inverse = torch.linalg.inv(c2w)
+    return {"as they are": c2w, "OpenCV": turned(1.0, -1.0, -1.0), "world-to-camera": inverse,
+            "world-to-camera, OpenCV": inverse @ torch.diag(c2w.new_tensor([1.0, -1.0, -1.0, 1.0])),
+            "mirrored": turned(-1.0, 1.0, 1.0), "upside down": turned(1.0, -1.0, 1.0)}
+
+
+def match(image_cond, image, pose, fov, depth_cond):
+    """How well patches of a view are found in another where the cameras say: the mean of their
+    normalized correlation, 0..1; nan where a view has no texture.
+
+    image_cond, image (3, s, s); pose (4, 4) = inv(cond_c2w) @ c2w; fov radians. A patch is looked
+    for at the depth of its middle in depth_cond (s, s), or along its epipolar line if depth_cond is
+    0 everywhere: at all inverse depths from 0 to that of the cameras' distance.
+    """
+    s, reach = MATCH_SIDE, PATCH // 2
+    depth = F.interpolate(depth_cond[None, None].double(), (s, s), mode="nearest")[0, 0]
+    grey_cond, grey = (F.interpolate(x.mean(0)[None, None].double(), (s, s), mode="area")
+                       for x in (image_cond, image))
+    patches = F.unfold(grey_cond, PATCH, stride=1)[0].T                     # (n, PATCH^2)
+    row, column = torch.meshgrid(*[torch.arange(reach, s - reach)] * 2, indexing="ij")
+    asked = depth[row, column] > 0 if depth.any() else (row % SPACING == 0) & (column % SPACING == 0)
+    asked = asked.flatten() & (patches.std(1) > TEXTURED)
+    if not asked.any():
+        return math.nan
+    patches, row, column = patches[asked], row.flatten()[asked], column.flatten()[asked]
+    offset = torch.arange(-reach, reach + 1)
+    y = (row[:, None, None] + offset[:, None]).expand(-1, PATCH, PATCH).flatten(1)
+    x = (column[:, None, None] + offset).expand(-1, PATCH, PATCH).flatten(1)
+    slope = math.tan(fov / 2)
+    ray = torch.stack([((x + 0.5) * 2 / s - 1) * slope, -((y + 0.5) * 2 / s - 1) * slope,
+                       -torch.ones_like(x, dtype=torch.float64)])            # (3, n, PATCH^2)
+    if depth.any():
+        inverse = 1 / depth[row, column][None]                              # (1, n)
+    else:
+        inverse = torch.linspace(0, 1, DEPTHS, dtype=torch.float64)[:, None] / pose[:3, 3].norm()
+    there = torch.linalg.inv(pose.double())
+    # in homogeneous coordinates, so that an infinite depth is no exception
+    points = (torch.einsum("ij,jnp->inp", there[:3, :3], ray)[:, None]
+              + there[:3, 3, None, None, None] * inverse[None, :, :, None])  # (3, depths, n, p)
+    front = points[2] < -1e-9
+    place = torch.stack([points[0], -points[1]], -1) / (-points[2] * slope).clamp(min=1e-9)[..., None]
+    inside = (front & (place.abs() < 1).all(-1)).all(-1)                    # (depths, n)
+    found = F.grid_sample(grey, place.clamp(-2, 2).flatten(0, 1)[None], align_corners=False)
+    found = found[0, 0].unflatten(0, inside.shape)                          # (depths, n, p)
+    a, b = (values - values.mean(-1, keepdim=True) for values in (patches, found))
+    same = (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1)).clamp(min=1e-6)
+    return torch.where(inside, same, 0).amax(0).clamp(min=0).mean().item()

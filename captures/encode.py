@@ -14,7 +14,7 @@ A member `category/scene.safetensors` a scene, with arrays over its n views:
 and the scene's `radius`, `nearplane` and `quantile_blend` as metadata. shards/index.py reads them.
 """
 
-import argparse
+import itertools
 import json
 import os
 import sys
@@ -28,26 +28,28 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from runtime import checkpoint
 import clip
 import engine
 from runtime.networks import load_depth
 from runtime.cost import ceiling, flops_of
-from runtime.ranks import leave, own_device
-from analysis import inspect as inspector
+from runtime.ranks import device_of, leave, own_device
 import vae
 from depth import viewer_scale
-from shards.scenes import images, nearplane_quantile, of_files
-from captures.writer import check_out, write_shard, write_text
-from shards.files import Damaged
+from captures.make import ahead, check_out
+from captures.writer import write_shard
+from runtime.command import progress
+from runtime.files import write_text
 from runtime.foreign import pack
+from shards.detect import groups
+from shards.files import Damaged
+from shards.scenes import images, nearplane_quantile, of_files
 
 ENCODE_VERSION = 1
 FEWEST_VIEWS = 2                # of a scene: a pair
 EMBEDDING = 768                 # CLIP's numbers of a view
-MOST_LOADERS = 16               # processes, by default
+MOST_LOADERS = 16               # processes that decode images, unless told
 START = 2**16                   # bytes
 PATIENCE = timedelta(days=30)   # of a rank that is done, with the others
 
@@ -124,47 +126,118 @@ class Views(Dataset):
             return err
 
 
-def gather(items):
-    """A batch of what `Views` gives: (whether it is whole, images, depths)."""
-    whole = [not isinstance(item, Damaged) for item in items]
+def stack(items):
+    """A batch of what `Views` gives: (a problem or "" of each, images, depths of those without)."""
     good = [item for item in items if not isinstance(item, Damaged)]
     stacked = [torch.stack(part) for part in zip(*good)] or [None, None]
-    return [None if ok else str(item) for ok, item in zip(whole, items)], *stacked
+    return [str(item) if isinstance(item, Damaged) else "" for item in items], *stacked
 
 
-def encoded_views(source, networks, args, device, total):
-    """Yields (problem or None, (moments, embedding, scale), depth) of every view, in order; adds to
-    `total` the seconds that it waited for images."""
-    autocast = (torch.autocast(device.type, torch.bfloat16) if args.precision == "bf16"
-                else nullcontext())
-    batches = DataLoader(Views(source), args.batch, collate_fn=gather, num_workers=args.loaders,
-                         pin_memory=device.type == "cuda")
+class Shard:
+    """A raw shard that is open: its scenes, and batches of their views, which are being decoded."""
 
-    def begun():
-        """(problems, what a GPU may still be computing, depths, what ends then) of every batch."""
-        asked = time.perf_counter()
-        for problems, pixels, known in batches:
-            total["waited"] += time.perf_counter() - asked
-            rows, done = (), torch.cuda.Event() if device.type == "cuda" else None
+    def __init__(self, file, format, side, path, args, device):
+        self.file, self.path = file, path
+        self.source = of_files(file.name, format, [file], side)
+        self.batches = iter(DataLoader(Views(self.source), args.batch, collate_fn=stack,
+                                       num_workers=args.loaders, pin_memory=device.type == "cuda"))
+        self.problems = list(self.source.problems)
+
+
+class Encoder:
+    """The networks at work on shards, and how long that took.
+
+    seen, waited: views so far, and the seconds that their images were waited for; first: (views,
+    seconds waited, time) of the first batch, for which networks are compiled
+    """
+
+    def __init__(self, networks, args, device, views):
+        self.networks, self.args, self.device = networks, args, device
+        self.seen, self.waited, self.first, self.started = 0, 0.0, None, time.perf_counter()
+        quiet = int(os.environ.get("RANK", 0)) > 0
+        self.ticks = progress(itertools.repeat(None), f"encode on {device}", "views", views, quiet)
+
+    def launched(self, batches):
+        """Yields (problems, results that a GPU may still be computing, depths, the event that ends
+        them) of every batch."""
+        autocast = (torch.autocast(self.device.type, torch.bfloat16)
+                    if self.args.precision == "bf16" else nullcontext())
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - asked
+            if batch is None:
+                return
+            problems, pixels, known = batch
+            rows, done = (), torch.cuda.Event() if self.device.type == "cuda" else None
             if pixels is not None:
                 # compiled, every number of views would be compiled anew
-                size = args.batch if args.compile else len(pixels)
+                size = self.args.batch if self.args.compile else len(pixels)
                 with autocast:
-                    rows = networks(images(filled(pixels, size).to(device, non_blocking=True)),
-                                    filled(known, size).to(device, non_blocking=True))
+                    rows = self.networks(
+                        images(filled(pixels, size).to(self.device, non_blocking=True)),
+                        filled(known, size).to(self.device, non_blocking=True))
                 rows = [part.float().to("cpu", non_blocking=True) for part in rows]
             if done:
                 done.record()
             yield problems, rows, known, done
-            asked = time.perf_counter()
 
-    for problems, rows, known, done in one_ahead(begun()):
-        if done:
-            done.synchronize()
-        rows = zip(*rows, () if known is None else known)
-        for problem in problems:
-            *made, its_depth = next(rows) if problem is None else (None, None)
-            yield problem, made, its_depth
+    def views(self, batches):
+        """Yields (problem or "", (moments, embedding, scale), depth) of every view, in order."""
+        for problems, rows, known, done in one_ahead(self.launched(batches)):
+            if done:
+                done.synchronize()
+            self.first = self.first or (len(problems), self.waited, time.perf_counter())
+            rows = zip(*rows, () if known is None else known)
+            for problem in problems:
+                next(self.ticks)
+                self.seen += 1
+                *made, depth = (None, None) if problem else next(rows)
+                yield problem, made, depth
+
+    def scenes(self, shard):
+        """Yields the members of every scene of a Shard, then writes its note. Raises Damaged where
+        there is none."""
+        views, made = self.views(shard.batches), 0
+        for number in range(len(shard.source)):
+            scene, kept = shard.source.scene(number), []
+            for view in range(len(scene.c2w)):
+                problem, arrays, depth = next(views)
+                if problem:
+                    shard.problems.append(problem)
+                else:
+                    kept.append((view, depth.numpy(), *arrays))
+            if len(kept) < FEWEST_VIEWS:
+                continue
+            made += 1
+            of_scene, depths, *arrays = zip(*kept)
+            moments, embeddings, scales = map(torch.stack, arrays)
+            yield [(f"{scene.name}.safetensors", member(
+                moments, embeddings, scene.c2w[list(of_scene)],
+                torch.full((len(kept),), scene.fov, dtype=torch.float64), scales, scene.radius,
+                nearplane_quantile(depths), self.networks.blend))]
+        if not made:
+            raise Damaged(shard.source.name, f"none of its {len(shard.source)} scenes has "
+                          f"{FEWEST_VIEWS} views that can be encoded, so there is no shard of it")
+        note = {"raw": {"path": shard.file.path, "start": start(shard.file)},
+                "left_out": shard.problems}
+        write_text(shard.path.with_suffix(".json"), json.dumps(note, indent=1))
+
+    def rates(self, seconds_a_view):
+        """The line at the end; the first batch, for which networks are compiled, is left out of the
+        second rate. seconds_a_view: at the chip's ceiling, 0 unknown."""
+        now = time.perf_counter()
+        line = (f"{self.seen} views in {now - self.started:.1f} s: "
+                f"{self.seen / (now - self.started):.1f} views/s on {self.device}")
+        views, waited, began = self.first
+        if self.seen == views:
+            return line
+        rate = (self.seen - views) / (now - began)
+        waiting = (self.waited - waited) / (now - began)
+        line += (f", {rate:.1f} after the first {views}; {waiting:.0%} of that time waiting for "
+                 "images")
+        return line + (f", {rate * seconds_a_view:.0%} of the rate of a large product"
+                       if seconds_a_view else "")
 
 
 def one_ahead(items):
@@ -185,38 +258,12 @@ def filled(rows, size):
     return torch.cat([rows, rows[-1:].expand(size - len(rows), *rows.shape[1:])])
 
 
-def encoded_scenes(source, networks, args, device, total, report):
-    """Yields the members of every scene; report(view's problem or "") as views get done. Raises
-    Damaged where there is none."""
-    views, whole = encoded_views(source, networks, args, device, total), 0
-    for scene in range(len(source)):
-        known, kept, made, depths = source.scene(scene), [], [], []
-        for view in range(len(known.c2w)):
-            problem, arrays, its_depth = next(views)
-            report(problem or "")
-            if problem is None:
-                kept.append(view)
-                made.append(arrays)
-                depths.append(its_depth.numpy())
-        if len(kept) < FEWEST_VIEWS:
-            continue
-        whole += 1
-        moments, embeddings, scales = map(torch.stack, zip(*made))
-        yield [(f"{known.name}.safetensors", member(
-            moments, embeddings, known.c2w[kept],
-            torch.full((len(kept),), known.fov, dtype=torch.float64), scales, known.radius,
-            nearplane_quantile(depths), networks.blend))]
-    if not whole:
-        raise Damaged(source.name, f"none of its {len(source)} scenes has {FEWEST_VIEWS} views "
-                      "that can be encoded, so there is no shard of it")
-
-
 # ---- the command
 
 def plan(args):
     """[(raw file, format, image size, path of its encoded shard)]. Raises ValueError."""
     found = [(file, format, side)
-             for (format, side), files in inspector.groups(args.shards, args.format, 0).items()
+             for (format, side), files in groups(args.shards, args.format, 0).items()
              for file in files]
     if any(format == "encoded" for _, format, _ in found):
         raise ValueError(f"{found[0][0].path} is encoded already")
@@ -249,7 +296,7 @@ def fingerprint(networks):
     return f"{zlib.crc32(b''.join(part.cpu().numpy().tobytes() for part in few)):08x}"
 
 
-def tell_plan(shards, out):
+def describe(shards, out):
     """Says what would be made."""
     views = size = 0
     todo = [shard for shard in shards if not is_there(shard[0], shard[-1])]
@@ -264,65 +311,24 @@ def run(args):
     """Encodes the shards that are not there yet; under torchrun, each rank its part of them."""
     rank, world = (int(os.environ.get(name, default)) for name, default in
                    (("RANK", 0), ("WORLD_SIZE", 1)))
-    device = own_device(torch.device(args.device))
+    device = own_device(torch.device(device_of(args.device, ("cuda", "cpu")).type))
+    args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
+    if args.loaders is None:
+        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        args.loaders = min(MOST_LOADERS, cores) if device.type == "cuda" else 0
     shards = plan(args)
     if args.dry_run:
-        return tell_plan(shards, args.out)
+        return describe(shards, args.out)
     networks = load(args.weights, args.depth_weights, args.quantile_blend, device)
     if world > 1:
         dist.init_process_group("gloo", timeout=PATIENCE)       # to wait for one another, no more
     if rank == 0:
-        arguments = {"version": ENCODE_VERSION,
-                     "weights": f"{Path(args.weights).name} ({fingerprint(networks)})",
-                     "depth-weights": Path(args.depth_weights).name, "precision": args.precision,
-                     "quantile-blend": args.quantile_blend}
-        check_out(Path(args.out) / "encode.json", arguments, list(Path(args.out).rglob("*.tar")),
-                  args.overwrite)
-        for file, *_, path in shards:
-            is_there(file, path)
+        check(shards, networks, args)
     if world > 1:
         dist.barrier()      # with --overwrite, shards that are there now are to stay
-    if args.precision == "bf16":
-        halve_weights(networks.first_stage_model)
-        halve_weights(networks.cond_stage_model)
-    flops, peak = 0, 1.0
-    if device.type == "cuda":
-        flops = view_flops(networks, shards[0][2], device)
-        peak = ceiling(device, args.precision)
-    if args.compile:
-        for part in (networks.first_stage_model.encoder, networks.cond_stage_model.model.visual):
-            part.compile()
-    started, total = time.perf_counter(), {"views": 0, "waited": 0.0}
-    with tqdm(unit=" views", desc=f"encode on {device}", disable=rank > 0) as bar:
-        for file, format, side, path in shards[rank::world]:
-            if is_there(file, path):
-                continue
-            source = of_files(file.name, format, [file], side)
-            problems = list(source.problems)
-
-            def report(problem):
-                bar.update()
-                total["views"] += 1
-                if total["views"] == args.batch:
-                    total.update(began=time.perf_counter(), before=total["waited"])
-                problems.extend([problem] * bool(problem))
-
-            def scenes_and_note():
-                yield from encoded_scenes(source, networks, args, device, total, report)
-                note = {"raw": {"path": file.path, "start": start(file)}, "left_out": problems}
-                write_text(path.with_suffix(".json"), json.dumps(note, indent=1))
-
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                write_shard(path, scenes_and_note())
-            except Damaged as err:
-                problems.append(str(err))
-            for problem in problems:
-                bar.write(f"left out: {problem}", file=sys.stderr)
-    if total["views"]:
-        print(f"rank {rank}: " + rates(total, started, args.batch, device, flops / peak))
-    elif rank == 0:
-        print("all of them were there already")
+    seconds_a_view = prepare(networks, shards[0][2], args, device)
+    encode([shard for shard in shards[rank::world] if not is_there(shard[0], shard[-1])],
+           networks, args, device, seconds_a_view)
     if world > 1:
         dist.barrier()
         leave()
@@ -333,64 +339,60 @@ def run(args):
                   "it: give --depth-weights=dpt_swin2_tiny_256.pt, or train with --mode=7dof")
 
 
+def check(shards, networks, args):
+    """Raises ValueError where the shards that are there were made otherwise, or of others."""
+    arguments = {"version": ENCODE_VERSION,
+                 "weights": f"{Path(args.weights).name} ({fingerprint(networks)})",
+                 "depth-weights": Path(args.depth_weights).name, "precision": args.precision,
+                 "quantile-blend": args.quantile_blend}
+    check_out(Path(args.out) / "encode.json", arguments, list(Path(args.out).rglob("*.tar")),
+              args.overwrite)
+    for file, *_, path in shards:
+        is_there(file, path)
+
+
 @torch.no_grad()
-def view_flops(networks, side, device):
-    """FLOPs of the autoencoder and CLIP for a view of side x side."""
-    view = torch.zeros(1, 3, side, side, device=device)
-    with torch.autocast(device.type, torch.bfloat16):
-        return (flops_of(lambda: networks.first_stage_model.encode(view))
-                + flops_of(lambda: networks.cond_stage_model.model.encode_image(view)))
+def prepare(networks, side, args, device):
+    """Makes networks fast for views of side x side; returns the seconds that one of them takes the
+    autoencoder and CLIP at the rate of a large product, 0 where that is not known."""
+    encode_image = networks.cond_stage_model.model.encode_image
+    if args.precision == "bf16":
+        halve_weights(networks.first_stage_model)
+        halve_weights(networks.cond_stage_model)
+    seconds = 0.0
+    if device.type == "cuda":
+        view = torch.zeros(1, 3, side, side, device=device)
+        with torch.autocast(device.type, torch.bfloat16):
+            flops = (flops_of(lambda: networks.first_stage_model.encode(view))
+                     + flops_of(lambda: encode_image(view)))
+        seconds = flops / ceiling(device, args.precision)
+    if args.compile:
+        for part in (networks.first_stage_model.encoder, networks.cond_stage_model.model.visual):
+            part.compile()
+    return seconds
 
 
-def rates(total, started, batch, device, seconds_a_view):
-    """What is told at the end. Compiling is for the first batch, so the rest has its own rate.
-
-    total: views, seconds waited for images, and after the first batch the time and those before it;
-    seconds_a_view: at the chip's ceiling, 0 unknown.
-    """
-    views, now = total["views"], time.perf_counter()
-    seconds = now - started
-    told = f"{views} views in {seconds:.1f} s: {views / seconds:.1f} views/s on {device}"
-    if views <= batch:
-        return told
-    seconds = now - total["began"]
-    rate = (views - batch) / seconds
-    told += (f", {rate:.1f} after the first {batch}; "
-             f"{(total['waited'] - total['before']) / seconds:.0%} of that time waiting for images")
-    return told + (f", {rate * seconds_a_view:.0%} of the rate of a large product" if seconds_a_view
-                   else "")
+def encode(shards, networks, args, device, seconds_a_view):
+    """Encodes shards, one after the other, while the images of the next one are being decoded."""
+    rank, encoder = os.environ.get("RANK", "0"), Encoder(networks, args, device, None)
+    for shard in ahead(lambda each: Shard(*each, args, device), shards, 1, 1):
+        try:
+            write_shard(shard.path, encoder.scenes(shard))
+        except Damaged as err:
+            shard.problems.append(str(err))
+        for problem in shard.problems:
+            print(f"left out: {problem}", file=sys.stderr)
+    encoder.ticks.close()
+    if encoder.seen:
+        print(f"rank {rank}: {encoder.rates(seconds_a_view)}")
+    elif rank == "0":
+        print("all of them were there already")
 
 
 def unknown_scales(paths):
     """How many views have no scale, in those of the shards that are there."""
-    there = [path for path in paths if path.is_file()]
-    found = inspector.groups([str(path) for path in there], "", 0)
+    found = groups([str(path) for path in paths if path.is_file()], "", 0)
     scales = [torch.from_numpy(shard.scale.copy())
               for (format, side), files in found.items()
               for shard in of_files("encoded", format, files, side).shards]
     return sum(int(scale.isnan().sum()) for scale in scales)
-
-
-def add_options(sub):
-    """The options of `prepare.py encode`."""
-    add = sub.add_argument
-    add("shards", nargs="+", help="raw shards: files, globs, {000..012} patterns")
-    add("--weights", required=True, help="zero123-xl.ckpt, or another file with the autoencoder "
-        "and CLIP")
-    add("--depth-weights", default="", help="dpt_swin2_tiny_256.pt, which fills holes of depth")
-    sub.set_defaults(quantile_blend=True)
-    add("--no-quantile-blend", dest="quantile_blend", action="store_false",
-        default=argparse.SUPPRESS,
-        help="the scale is that of the depth network alone, known depths or not")
-    add("--out", default="data/encoded", help="folder of the encoded shards")
-    add("--format", default="", choices=("", *inspector.FORMATS[:-1]),
-        help="of the raw shards; else it is detected")
-    add("--batch", type=int, default=64, help="views at once")
-    add("--precision", choices=("bf16", "fp32"), default="", help="of the networks; bf16 on a GPU, "
-        "fp32 on a CPU, unless told")
-    add("--compile", action="store_true", help="torch.compile the networks: for many views")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to encode")
-    add("--loaders", type=int, default=None, help="processes a rank that decode images; on a GPU "
-        f"as many as there are cores for, up to {MOST_LOADERS}, unless told")
-    add("--dry-run", action="store_true", help="say what would be made, and stop")
-    add("--overwrite", action="store_true", help="replace shards made with other arguments")

@@ -1,12 +1,12 @@
 """Views of a capture made alike: photos from files or videos, resampled to one pinhole camera.
 
 `one_camera` finds the field of view that all views of a scene can have, `square` resamples a photo
-and its depth to it: principal point in the middle, square pixels. Cameras are OpenGL
-camera-to-world. Intrinsics are fx, fy, cx, cy in shares of the image's width and height, so they
-hold at any resolution. Letters: `n` points, `h w` pixels of a file, `s` pixels a side of what comes
-out.
+and its depth to it, once: principal point in the middle, square pixels, no lens distortion. Cameras
+are OpenGL camera-to-world. Letters: `n` points, `h w` pixels of a file, `s` pixels a side of what
+comes out.
 """
 
+import functools
 import math
 import subprocess
 import tempfile
@@ -16,14 +16,23 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
-from views import paths
+from views.cameras import pose_problem
+from views.colmap import Lens
 
 NARROWEST = 0.5             # share of the scene's median extent, below which a view is left out
 SAME_ASPECT = 0.02          # largest relative difference of a photo's and its camera's aspect ratio
-ENOUGH = 1.5                # times the written size, to which JPEGs may be shrunk while decoding
+ENOUGH = 1.5                # times the written size, to which photos may be shrunk before
+SUBSAMPLES = 3              # along each side of a pixel that a distorted photo is resampled to
+BLACK = 3                   # level below which all of a black picture is
 FEWEST_DEPTHS = 16          # pixels of known depth, below which a view has none
-EARLY = 0.005               # seconds by which a video's frame may be before its listed time
+WIDEST = 1.0                # tangent of half the field of view that a distorted lens may keep
+BORDER = 33                 # places along a side of a square, looked at in a distorted photo
+SAME_SLOPE = 1e-4           # error of a direction that went through a lens and back
+HALVINGS = 24               # of the interval that holds a distorted lens's extent
+NEAR = 0.025                # seconds between a listed time and the video's frame, at most
+EARLY = 0.001               # seconds by which ffmpeg's clock may differ from a frame's own time
 SEEK = 1.0                  # seconds before the first frame wanted, from which a video is decoded
 EVEN_RATE = 25              # frames a second that ffmpeg is told: any number
 
@@ -61,23 +70,45 @@ class View:
     where: str                      # for messages
     photo: Path                     # an image, or with `time` a video
     c2w: np.ndarray                 # (4, 4) float64
-    intrinsics: tuple               # fx, fy, cx, cy in shares of the image's width and height
-    size: tuple = (0, 0)            # pixels (w, h) that the camera is for; 0, 0: not known
+    lens: Lens                      # of 1 x 1 pixels where the photo's size is not known
     depth: DepthMap | Points | None = None
     time: float | None = None       # seconds
+    black: str = "the picture is black"         # the reason to leave it out then
 
 
 # ---- one camera for a scene
 
-def extent(intrinsics):
-    """Tangent of half the field of view of the largest square about the principal point."""
-    fx, fy, cx, cy = intrinsics
-    return min(cx / fx, (1 - cx) / fx, cy / fy, (1 - cy) / fy)
+@functools.lru_cache(maxsize=64)
+def extent(lens):
+    """Tangent of half the field of view of the largest square about the principal ray.
+
+    Of a distorted lens no more than WIDEST, and only as far as directions come back from it.
+    """
+    if not lens.distorted:
+        fx, fy, cx, cy = lens.intrinsics
+        return min(cx / fx, (1 - cx) / fx, cy / fy, (1 - cy) / fy)
+    steps = np.linspace(-1, 1, BORDER)
+    square = np.stack(np.meshgrid(steps, steps), axis=-1).reshape(-1, 2)
+
+    def inside(half):
+        places = lens.places(square * half)
+        if not ((places >= 0) & (places <= 1)).all():
+            return False
+        back = lens.slopes(places)
+        return np.isfinite(back).all() and abs(back - square * half).max() < SAME_SLOPE
+
+    low, high = 0.0, WIDEST
+    if inside(high):
+        return high
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if inside(middle) else (low, middle)
+    return low
 
 
 def check_pose(pose, where):
     """Raises LeftOut unless a matrix (4, 4), a tensor, is a rotation and shift."""
-    found = paths.pose_problem(pose)
+    found = pose_problem(pose)
     if found:
         reason, _, detail = found.rstrip(")").partition(" (")
         raise LeftOut(where, f"the camera {reason}", detail)
@@ -86,12 +117,13 @@ def check_pose(pose, where):
 def check_camera(view):
     """Raises LeftOut where a view's camera cannot be used."""
     check_pose(torch.from_numpy(view.c2w), view.where)
-    if not np.isfinite(view.intrinsics).all():
-        raise LeftOut(view.where, "intrinsics are not finite", view.intrinsics)
-    if min(view.intrinsics[:2]) <= 0:
-        raise LeftOut(view.where, "the focal length is not positive", view.intrinsics)
-    if extent(view.intrinsics) <= 0:
-        raise LeftOut(view.where, "the principal point lies outside the image", view.intrinsics)
+    intrinsics = view.lens.intrinsics
+    if not np.isfinite(view.lens.params).all():
+        raise LeftOut(view.where, "intrinsics are not finite", intrinsics)
+    if min(intrinsics[:2]) <= 0:
+        raise LeftOut(view.where, "the focal length is not positive", intrinsics)
+    if extent(view.lens) <= 0:
+        raise LeftOut(view.where, "the principal point lies outside the image", intrinsics)
 
 
 def one_camera(views):
@@ -107,7 +139,7 @@ def one_camera(views):
             good.append(view)
         except LeftOut as err:
             out.append(err)
-    extents = [extent(view.intrinsics) for view in good]
+    extents = [extent(view.lens) for view in good]
     least = NARROWEST * np.median(extents) if good else 0.0
     out += [LeftOut(view.where, "the field of view is far narrower than the scene's")
             for view, each in zip(good, extents) if each < least]
@@ -119,35 +151,65 @@ def square(view, picture, half, size):
     """The pixels (s, s, 3) uint8 and depths (s, s) float32 or None of a view, 0 where not known.
 
     What is seen is `half`, the tangent of half the field of view, to each side of the principal
-    point. Raises LeftOut.
+    ray. Raises LeftOut.
     """
     width, height = picture.size
-    if view.size[0] and abs(width / height * view.size[1] / view.size[0] - 1) > SAME_ASPECT:
-        raise LeftOut(view.where, "the photo's shape is not its camera's", "{}x{}, {}x{}".format(
-            width, height, *view.size))
-    fx, fy, cx, cy = view.intrinsics
+    lens = view.lens
+    if lens.width > 1 and abs(width / height * lens.height / lens.width - 1) > SAME_ASPECT:
+        raise LeftOut(view.where, "the photo's shape is not its camera's",
+                      f"{width}x{height}, {lens.width:g}x{lens.height:g}")
+    fx, fy, *_ = lens.intrinsics
     try:
         # a JPEG may come out smaller by a whole number, and the last pixel then reaches outside
-        side = 2 * half * min(fx * width, fy * height)
-        shrunk = ENOUGH * size / side
+        shrunk = ENOUGH * size / (2 * half * min(fx * width, fy * height))
         picture.draft("RGB", (math.ceil(shrunk * width), math.ceil(shrunk * height)))
         picture.load()
     except Exception as err:    # on damaged bytes Pillow raises anything, SyntaxError included
         raise LeftOut(view.where, "image cannot be decoded", str(err)) from err
-    step = round(width / picture.width)
-    box = np.array([(cx - half * fx) * width, (cy - half * fy) * height,
-                    (cx + half * fx) * width, (cy + half * fy) * height]) / step
-    box = box.clip(0, [*picture.size, *picture.size])           # rounding
-    picture = opaque(view, picture)
-    picture = picture.resize((size, size), Image.Resampling.LANCZOS, tuple(box.tolist()))
+    shape = width / round(width / picture.width), height / round(width / picture.width)
+    resample = bent_pixels if lens.distorted else straight_pixels
+    pixels = resample(lens, opaque(view, picture), shape, half, size)
+    if pixels.max() < BLACK:
+        raise LeftOut(view.where, view.black)
     if view.depth is None:
-        return np.asarray(picture), None
+        return pixels, None
     take = points_depth if isinstance(view.depth, Points) else map_depth
     depth = take(view, half, size)
     if np.count_nonzero(depth) < FEWEST_DEPTHS:
         raise LeftOut(view.where, f"fewer than {FEWEST_DEPTHS} pixels of known depth",
                       "with --no-depth, or without --colmap, none is needed")
-    return np.asarray(picture), depth
+    return pixels, depth
+
+
+def straight_pixels(lens, picture, shape, half, size):
+    """The pixels (s, s, 3) of a pinhole's photo; shape: what (w, h) its camera's image has."""
+    corners = lens.places(np.array([[-half, -half], [half, half]])) * shape
+    box = corners.ravel().clip(0, [*picture.size, *picture.size])       # rounding
+    return np.asarray(picture.resize((size, size), Image.Resampling.LANCZOS, tuple(box.tolist())))
+
+
+def bent_pixels(lens, picture, shape, half, size):
+    """The same of a distorted photo: the mean of what the SUBSAMPLES of each pixel meet."""
+    fx, fy, *_ = lens.intrinsics
+    step = max(1, int(2 * half * min(fx * shape[0], fy * shape[1]) / (ENOUGH * size)))
+    picture = picture.reduce(step)
+    places = bent_places(lens, half, size * SUBSAMPLES) * (np.array(shape) / step / picture.size)
+    image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float()
+    grid = torch.from_numpy(places * 2 - 1).float().view(1, size * SUBSAMPLES, -1, 2)
+    image = F.grid_sample(image, grid, padding_mode="border", align_corners=False)
+    return F.avg_pool2d(image, SUBSAMPLES)[0].round().byte().permute(1, 2, 0).numpy()
+
+
+@functools.lru_cache(maxsize=2)
+def bent_places(lens, half, size):
+    """The places (s * s, 2) of the pixels' centres, which most views of a scene have alike."""
+    return lens.places(slopes_of(half, size))
+
+
+def slopes_of(half, size):
+    """The directions (s * s, 2) of the centres of pixels, row by row."""
+    slope = ((np.arange(size) + 0.5) / size * 2 - 1) * half
+    return np.stack(np.meshgrid(slope, slope), axis=-1).reshape(-1, 2)
 
 
 def opaque(view, picture):
@@ -162,15 +224,13 @@ def opaque(view, picture):
 
 def map_depth(view, half, size):
     """The depth map (s, s) at the nearest pixels. Raises LeftOut."""
-    source, (fx, fy, cx, cy) = view.depth, view.intrinsics
-    slope = ((np.arange(size) + 0.5) / size * 2 - 1) * half
+    source, places = view.depth, view.lens.places(slopes_of(half, size))
 
     def nearest(path, what):
         values = pixels(path, what)
         h, w = values.shape[:2]
-        rows = np.floor((cy + slope * fy) * h).astype(int).clip(0, h - 1)
-        columns = np.floor((cx + slope * fx) * w).astype(int).clip(0, w - 1)
-        return values[rows[:, None], columns]
+        column, row = np.floor(places * (w, h)).astype(int).clip(0, (w - 1, h - 1)).T
+        return values[row, column].reshape(size, size, *values.shape[2:])
 
     words = nearest(source.path, "depth")
     if words.ndim != 2 or words.dtype not in (np.uint16, np.int32):     # Pillow 10's is int32
@@ -185,9 +245,7 @@ def map_depth(view, half, size):
 
 def points_depth(view, half, size):
     """The depths (s, s) of the pixels where points fall; of several the nearest."""
-    fx, fy, cx, cy = view.intrinsics
-    slope = (view.depth.place - (cx, cy)) / (fx, fy)
-    at = np.floor((slope / half + 1) / 2 * size)                # (n, 2) column, row
+    at = np.floor((view.lens.slopes(view.depth.place) / half + 1) / 2 * size)   # column, row
     inside = ((at >= 0) & (at < size)).all(1)
     column, row = at[inside].astype(int).T
     depth = np.full((size, size), np.inf, np.float32)
@@ -225,11 +283,46 @@ def pictures(views):
 
 
 def video_frames(video, times):
-    """Yields the pictures of a video at ascending times in seconds, by one call of ffmpeg.
+    """Yields the pictures of a video nearest to ascending times in seconds, by one call of ffmpeg.
 
-    Each is the first frame at or after its time, less EARLY. Raises LeftOut unless every time has
-    a frame of its own.
+    A LeftOut stands for a time that has no frame within NEAR, or none of its own. Raises LeftOut
+    for a video that cannot be read.
     """
+    known, times = frame_times(video), np.array(times)
+    after = np.searchsorted(known, times).clip(1, len(known) - 1)
+    nearest = np.where(times - known[after - 1] <= known[after] - times, after - 1, after)
+    away = abs(known[nearest] - times)
+    best = {}                               # frame: the last, so the nearest, of its times
+    for i in np.argsort(-away, kind="stable"):
+        if away[i] <= NEAR:
+            best[nearest[i]] = i
+    frames = selected(video, known[sorted(best)])
+    for i in range(len(times)):
+        yield (next(frames) if best.get(nearest[i]) == i else
+               LeftOut(f"{video}: {times[i]:.6f} s", "no frame of the video at its listed time"))
+
+
+def frame_times(video):
+    """The times of a video's frames in seconds from its start, ascending. Raises LeftOut."""
+    command = ["ffprobe", "-v", "error", "-select_streams", "v:0", "-show_entries",
+               "format=start_time:packet=pts_time,flags", "-of", "compact=p=0:nk=0", str(video)]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    fields = [dict(part.split("=", 1) for part in line.split("|") if "=" in part)
+              for line in done.stdout.splitlines()]
+    start = next((each["start_time"] for each in fields if "start_time" in each), "N/A")
+    # packets with the flag D are decoded and not shown
+    times = [float(each["pts_time"]) for each in fields
+             if each.get("pts_time", "N/A") != "N/A" and "D" not in each.get("flags", "")]
+    if done.returncode or not times:
+        raise LeftOut(video, "the video cannot be read", " ".join(done.stderr.split()))
+    return np.sort(np.array(times) - (0.0 if start == "N/A" else float(start)))
+
+
+def selected(video, times):
+    """Yields the pictures of a video's frames at ascending times, which are their own. Raises
+    LeftOut where one is missing."""
+    if not len(times):
+        return
     start = max(0.0, times[0] - SEEK)
     after = [f"{time - start - EARLY:.6f}" for time in times]
     wanted = total([f"gte(t,{time})*not(gte(prev_selected_t,{time}))" for time in after])
@@ -248,8 +341,8 @@ def video_frames(video, times):
             if process.wait() or found < len(times):
                 errors.seek(0)
                 detail = errors.read().decode("utf-8", "replace").strip().splitlines()[-1:]
-                raise LeftOut(video, "the video has no frame at some listed times",
-                              "; ".join([f"{found} of {len(times)} found", *detail]))
+                raise LeftOut(video, "the video cannot be decoded",
+                              "; ".join([f"{found} of {len(times)} frames found", *detail]))
         finally:
             process.kill()
             process.stdout.close()

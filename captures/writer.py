@@ -1,32 +1,24 @@
 """Writes raw scenes: images, depths and cameras as the members of tars, in ZeroNVS's layouts.
 
 A raw scene is, for every view, `category/scene/frame000001.png`, `..._depth.png` (16-bit PNG whose
-words are float16 bits, 0 where unknown) and `..._metadata.json`. `make` writes many tars in several
-processes; `check_out` lets a run go on where it stopped. Letters: `v` views, `h w` pixels.
+words are float16 bits, 0 where unknown) and `..._metadata.json`. Letters: `v` views, `h w` pixels.
 """
 
 import io
 import json
 import math
-import multiprocessing
 import os
-import signal
 import struct
-import sys
 import tarfile
-import time
 import zlib
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-PARTIAL = ".partial"            # suffix of a file that is being written
-POLL = 0.1                      # seconds between looks at the processes
+from runtime.files import unfinished
+
 # from OpenGL camera axes (right, up, back) to pytorch3d's (left, up, forward)
 PYTORCH3D = np.diag([-1.0, 1.0, -1.0])
 LOSSY = {"jpg": dict(format="JPEG", quality=95), "webp": dict(format="WEBP", quality=92)}
@@ -42,8 +34,7 @@ def write_shard(path, scenes):
     Raises OSError with the file's name, as of a full disk.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as partial, open(partial, "wb") as file:
+    with unfinished(path) as partial, open(partial, "wb") as file:
         for scene in scenes:
             for name, content in scene:
                 member = tarfile.TarInfo(name)          # time, owner and group are 0
@@ -58,28 +49,6 @@ def write_shard(path, scenes):
         file.flush()
         os.fsync(file.fileno())
     return path.stat().st_size
-
-
-@contextmanager
-def replacing(path):
-    """The path of a file to write, which is `path` in the end, or nothing if that fails. Raises
-    OSError with the file's name: a write that fails does not say where."""
-    partial = path.with_name(path.name + PARTIAL)
-    try:
-        yield partial
-        os.replace(partial, path)
-    except OSError as err:
-        if err.errno is None or err.filename is not None:
-            raise
-        raise OSError(err.errno, err.strerror, str(path)) from err
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_text(path, text):
-    """Writes a text file, whole or not at all."""
-    with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
 
 
 # ---- members
@@ -166,134 +135,3 @@ def raw_scene(layout, name, images, depths, c2w, fov, image_format="png", scale_
             members.append((f"{frame}_depth.png", depth_bytes(depth)))
         members.append((f"{frame}_metadata.json", json.dumps(metadata).encode()))
     return members
-
-
-# ---- shards by the dozen
-
-def ahead(function, items, threads, count):
-    """Yields function(item) of the items in order, worked out by threads up to `count` ahead."""
-    pool, results = ThreadPoolExecutor(threads), deque()
-    try:
-        for item in items:
-            results.append(pool.submit(function, item))
-            if len(results) > count:
-                yield results.popleft().result()
-        while results:
-            yield results.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def make_shards(todo, scenes_of, report):
-    """Makes shards one after the other; torch takes one core.
-
-    todo: (path, content)s, perhaps a generator. scenes_of(path, content, report) yields the members
-    of each scene, and calls report(views) as they get done.
-    """
-    torch.set_num_threads(1)
-    for path, content in todo:
-        write_shard(path, scenes_of(path, content, report))
-
-
-def worker(todo, scenes_of, taken, views, errors):
-    """One of several processes: makes the shards that no other has taken; dies with its parent, or
-    when it is terminated, and leaves nothing of a shard that is not complete."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # the parent gets it too, and terminates all
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-
-    def shards():
-        while True:
-            with taken.get_lock():
-                k, taken.value = taken.value, taken.value + 1
-            if k >= len(todo):
-                return
-            yield todo[k]
-
-    def report(more):
-        with views.get_lock():
-            views.value += more
-        if not multiprocessing.parent_process().is_alive():
-            os._exit(1)
-
-    try:
-        make_shards(shards(), scenes_of, report)
-    except (ValueError, OSError) as err:
-        errors.put(str(err))
-
-
-def make_shards_together(todo, scenes_of, workers, report):
-    """Makes shards in several processes. OSError where one of them fails.
-
-    Processes, not threads: most calls into torch are so short that threads would queue up for them.
-    """
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    context.set_forkserver_preload(["prepare"])     # all that it imports, once for all processes
-    taken, views, errors = context.Value("q", 0), context.Value("q", 0), context.SimpleQueue()
-    shared = (todo, scenes_of, taken, views, errors)
-    processes = [context.Process(target=worker, args=shared, daemon=True) for _ in range(workers)]
-    for process in processes:
-        process.start()
-    reported, running = 0, True
-    try:
-        while running:
-            time.sleep(POLL)
-            running = any(process.is_alive() for process in processes)
-            now = views.value
-            report(now - reported)
-            reported = now
-            if not errors.empty():
-                raise OSError(errors.get())
-            codes = [process.exitcode for process in processes if process.exitcode]
-            if codes:
-                raise OSError(f"one of the processes ended with code {codes[0]}: the same command "
-                              "goes on from here, perhaps with fewer --workers")
-    finally:        # the next run may write what they were writing
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.join()
-
-
-def check_out(note, arguments, shards, overwrite):
-    """Writes the arguments to the file `note`, or compares them with those in it: ValueError if
-    shards were made with others.
-
-    shards: those in the output folder, the note's. With `overwrite` they are deleted.
-    """
-    out = note.parent
-    if note.is_file():
-        try:
-            found = json.loads(note.read_text())
-        except ValueError as err:
-            raise ValueError(f"{note} is no JSON; choose another --out") from err
-        differing = [f"{name.replace('_', '-')} {found.get(name)} there, {value} now"
-                     for name, value in arguments.items() if found.get(name) != value]
-        if differing and shards and not overwrite:
-            raise ValueError(f"{out} was made with other arguments ({'; '.join(differing)}): "
-                             "choose another --out, or --overwrite")
-        if overwrite:
-            for path in shards:
-                path.unlink()
-    elif shards:
-        raise ValueError(f"{out} holds shards that this command did not make: choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(note, json.dumps(arguments, indent=1) + "\n")
-
-
-def make(todo, scenes_of, workers, bar):
-    """Makes shards in as many processes as there are workers; returns the views a second since the
-    first were done, which leaves out what processes and device took to start."""
-    first = None            # (time, views) when some were done
-
-    def report(more):
-        nonlocal first
-        bar.update(more)
-        if more and not first:
-            first = time.perf_counter(), bar.n
-
-    if workers == 1:
-        make_shards(todo, scenes_of, report)
-    else:
-        make_shards_together(todo, scenes_of, workers, report)
-    return (bar.n - first[1]) / (time.perf_counter() - first[0]) if first else 0.0

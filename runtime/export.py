@@ -1,6 +1,7 @@
 """Hugging Face diffusers folders of zero123 (`unet/`, `vae/`, ...), under checkpoint names.
 
-zero123-xl is published in two such layouts, which differ in the pose projection's folder and name.
+zero123-xl is published in two such layouts, which differ in the pose projection's folder and name:
+both are read, and written beside each other, so that zero123-hf and threestudio open one folder.
 The two naming schemes are one table of (checkpoint, diffusers) pairs of module names; what differs
 in more than its name: CLIP's q, k and v are one matrix in a checkpoint, its projection is
 transposed, and the autoencoder's attention is made of 1x1 convolutions.
@@ -15,10 +16,12 @@ from runtime.foreign import LazyTensor, StateDict, read_file, write_safetensors
 
 UNET, VAE, CLIP, POSE = ("model.diffusion_model.", "first_stage_model.",
                          "cond_stage_model.model.", "cc_projection.")
-POSE_FOLDERS = {"clip_camera_projection": "proj.", "cc_projection": "projection."}
+POSE_FOLDERS = ("clip_camera_projection", "cc_projection")
+CONFIG_FILE = "zeronvs_config.json"     # a run's configuration, which diffusers' files do not tell
 WEIGHTS = [stem + ending for ending in (".safetensors", ".bin", ".fp16.safetensors", ".fp16.bin")
            for stem in ("diffusion_pytorch_model", "model", "pytorch_model")]
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+IMAGE_SIZE = 256            # of zero123's images
 HEADS = 8                   # of Stable Diffusion 1's attention at every width; weights do not tell
 NORM_GROUPS = 32            # of its UNet's norms
 PREDICTIONS = {"eps": "epsilon", "z": "sample"}         # a run's name for what is predicted: theirs
@@ -137,21 +140,52 @@ def read_diffusers(folder):
              **{part: pose_from for part in POSE_FOLDERS}}
     for part, convert in parts.items():
         if (folder / part).is_dir():
-            found = read_file(weights_file(folder / part)).entries
+            found = read_part(folder / part)
             entries.update(convert(found))
             # a table of numbers 0, 1, 2, ... in files of old versions
             others.update((f"{part}.{name}", entry) for name, entry in found.items()
                           if name.endswith("position_ids"))
-    return StateDict(folder, entries, {}, others)
+    config = folder / CONFIG_FILE
+    meta = read_json(config) if config.is_file() else {}
+    return StateDict(folder, entries, meta, others)
 
 
-def weights_file(folder):
+def read_json(path):
+    """The dict in a small JSON file. Raises ValueError with one line."""
+    largest = 1 << 24
+    try:
+        if path.stat().st_size > largest:
+            raise ValueError(f"it has more than {largest:,} bytes")
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it is no table of entries")
+    except (ValueError, RecursionError) as err:
+        raise ValueError(f"{path} is damaged: {' '.join(str(err).split())[:100]}") from err
+    return found
+
+
+def read_part(folder):
+    """The entries of one network: of its file, or of the shards that its index lists."""
     for name in WEIGHTS:
         if (folder / name).is_file():
-            return folder / name
+            return read_file(folder / name).entries
+    # of half precision last: model.safetensors.index.json, model.safetensors.index.fp16.json
+    for index in sorted(folder.glob("*.index*.json"), key=lambda path: ("fp16" in path.name, path)):
+        places, entries = read_json(index).get("weight_map"), {}
+        if not isinstance(places, dict):
+            raise ValueError(f"{index} has no weight_map")
+        for file in sorted({str(file) for file in places.values()}):
+            if Path(file).name != file:
+                raise ValueError(f"{index} names {file[:100]!r}, which is no file beside it")
+            entries |= read_file(folder / file).entries
+        missing = [name for name in places if name not in entries]
+        if missing:
+            raise ValueError(f"{index} lists {missing[0][:100]}, which is in none of its files")
+        return entries
     found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
     raise FileNotFoundError(f"{folder} holds {found}; its weights must be one file, "
-                            f"{', '.join(WEIGHTS[:2])} or a .bin of the older kind")
+                            f"{', '.join(WEIGHTS[:2])} or a .bin of the older kind, or have an "
+                            "index, *.index.json")
 
 
 def renamed(found, pairs, prefix):
@@ -205,37 +239,45 @@ def write_diffusers(folder, tensors):
     """Writes the parts that there are into an existing folder. Returns the names left out.
 
     tensors: StateDict under checkpoint names; what weights do not tell is taken from the run's
-    configuration, if they are of one, else Stable Diffusion's.
+    configuration, if they are of one, else Stable Diffusion's. That configuration is kept beside
+    them, so that the folder of a small run opens here again.
     """
-    told = tensors.meta.get("config", {})
-    folder, index = Path(folder), {"_class_name": "Zero123Pipeline"}
-    for part, prefix, convert, file, library, kind in (
-            ("unet", UNET, unet_to, WEIGHTS[0], "diffusers", "UNet2DConditionModel"),
-            ("vae", VAE, vae_to, WEIGHTS[0], "diffusers", "AutoencoderKL"),
-            ("image_encoder", CLIP + "visual.", clip_to, WEIGHTS[1], "transformers",
-             "CLIPVisionModelWithProjection"),
-            ("clip_camera_projection", POSE, pose_to, WEIGHTS[0], "zero123",
-             "CLIPCameraProjection")):
+    run = tensors.meta.get("config", {})
+    folder, index = Path(folder), {"_class_name": "Zero1to3StableDiffusionPipeline",
+                                   "requires_safety_checker": False,
+                                   "safety_checker": [None, None]}
+    size = run.get("image_size", IMAGE_SIZE)
+    of_unet = {     # attention_head_dim is diffusers' name for the number of heads
+        "attention_head_dim": run.get("num_heads", HEADS),
+        "norm_num_groups": run.get("norm_groups", NORM_GROUPS),
+        "sample_size": size // 8 if run.get("latent", "vae") == "vae" else size}
+    for part, prefix, convert, library, kind, more in (
+            ("unet", UNET, unet_to, "diffusers", "UNet2DConditionModel", of_unet),
+            ("vae", VAE, vae_to, "diffusers", "AutoencoderKL", {"sample_size": size}),
+            ("image_encoder", CLIP + "visual.", clip_to, "transformers",
+             "CLIPVisionModelWithProjection", {}),
+            (POSE_FOLDERS[0], POSE, threestudio_to, "zero123", "CLIPCameraProjection", {}),
+            (POSE_FOLDERS[1], POSE, zero123_hf_to, "pipeline_zero1to3", "CCProjection", {})):
         found = {name[len(prefix):]: entry for name, entry in tensors.entries.items()
                  if name.startswith(prefix)}
         if found:
             entries, config = convert(found)
-            if part == "unet":
-                # attention_head_dim is diffusers' name for the number of heads
-                config.update(attention_head_dim=told.get("num_heads", HEADS),
-                              norm_num_groups=told.get("norm_groups", NORM_GROUPS))
             (folder / part).mkdir()
-            write_safetensors(folder / part / file, StateDict(folder, entries))
-            write_json(folder / part / "config.json", {"_class_name": kind, **config})
+            write_safetensors(folder / part / WEIGHTS[library == "transformers"],
+                              StateDict(folder, entries))
+            write_json(folder / part / "config.json", {"_class_name": kind, **config, **more})
             index[part] = [library, kind]
     for part, file, config, library in (
             ("scheduler", "scheduler_config.json", {**SCHEDULER, "prediction_type":
-             PREDICTIONS[told.get("prediction", "eps")]}, "diffusers"),
+             PREDICTIONS[run.get("prediction", "eps")]}, "diffusers"),
             ("feature_extractor", "preprocessor_config.json", PREPROCESSOR, "transformers")):
         (folder / part).mkdir()
         write_json(folder / part / file, config)
         index[part] = [library, config.get("_class_name", "CLIPImageProcessor")]
     write_json(folder / "model_index.json", index)
+    if run or tensors.step:
+        write_json(folder / CONFIG_FILE,
+                   {"global_step": tensors.step} | ({"config": run} if run else {}))
     return [name for name in tensors if not name.startswith((UNET, VAE, CLIP + "visual.", POSE))]
 
 
@@ -275,7 +317,7 @@ def unet_to(found):
                              for yes in attends[::-1]],
         "up_block_types": ["CrossAttnUpBlock2D" if yes else "UpBlock2D" for yes in attends],
         "act_fn": "silu", "center_input_sample": False, "flip_sin_to_cos": True, "freq_shift": 0,
-        "downsample_padding": 1, "mid_block_scale_factor": 1, "norm_eps": 1e-5, "sample_size": 32}
+        "downsample_padding": 1, "mid_block_scale_factor": 1, "norm_eps": 1e-5}
     return renamed_to(found, unet_names(levels, blocks, attends)), config
 
 
@@ -288,7 +330,7 @@ def vae_to(found):
         "latent_channels": found["decoder.conv_in.weight"].shape[1], "layers_per_block": blocks,
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "act_fn": "silu", "norm_num_groups": 32, "sample_size": 256, "scaling_factor": 0.18215}
+        "act_fn": "silu", "norm_num_groups": 32, "scaling_factor": 0.18215}
     for name, entry in found.items():
         if ".mid.attn_1." in name and len(entry.shape) == 4:
             found[name] = made(entry, entry.shape[:2], lambda w: w[:, :, 0, 0])
@@ -316,7 +358,13 @@ def clip_to(found):
     return {**renamed_to(found, clip_names(layers)), **split}, config
 
 
-def pose_to(found):
+def threestudio_to(found):
     width, inputs = found["weight"].shape
     config = {"embedding_dim": width, "additional_embeddings": inputs - width}
     return {"proj." + name: entry for name, entry in found.items()}, config
+
+
+def zero123_hf_to(found):
+    width, inputs = found["weight"].shape
+    config = {"in_channel": inputs, "out_channel": width}
+    return {"projection." + name: entry for name, entry in found.items()}, config

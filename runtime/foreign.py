@@ -1,8 +1,13 @@
 """Files of tensors, read lazily and never executed: `.ckpt`/`.pt` (zip and legacy), safetensors.
 
-A pickle's opcodes are interpreted here: tensors and plain containers are built, any other class
-becomes an `Inert` object. Nothing that a file names is ever imported or called. Files are mapped:
-the bytes of a tensor are read only when it is used.
+Python's own unpickler reads pickles, with everything that could act taken out: tensors and plain
+containers are built, each class or function that a file names is an `Inert` stand-in, nothing is
+imported or called. torch.load(weights_only=True) is safe too, but it refuses what people have
+(protocol 4, TorchScript, any class it does not know), and it hashes every key and calls
+`bytearray(n)` and `codecs.encode` for a file, so that a few bytes can take hours or all memory.
+What a file says of itself is bounded before it is believed: LARGEST_INDEX and the limits beside it.
+The safetensors package checks the headers of its files. Files are mapped: the bytes of a tensor are
+read only when it is used.
 """
 
 import io
@@ -10,17 +15,18 @@ import json
 import math
 import mmap
 import os
-import pickletools
-import shutil
+import pickle
 import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors
 import torch
+
+from runtime.files import unfinished
 
 SAFETENSORS = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -38,9 +44,15 @@ STORAGES = {
 }
 DTYPES = {str(dtype): dtype for dtype in SAFETENSORS.values()}
 LARGEST = 2**62                 # numbers in a file that are larger are no sizes
+LARGEST_INDEX = 5 << 19         # bytes of a pickle, a header or a directory; zero123-xl has 0.4 MB
+MOST_TENSORS = 100_000          # in a file; zero123-xl has 3,800
+MOST_DIMENSIONS = 16            # of a tensor
+LONGEST_NAME = 1000             # characters
+DEEPEST = 32                    # containers within containers, of which tensors are looked for
+SPARE = 1 << 30                 # bytes that a tensor may take beyond those of its whole file
 
 
-@dataclass
+@dataclass(slots=True)
 class Storage:
     """A run of bytes in a file. `dtype` is None where its elements have no type of their own."""
     dtype: torch.dtype | None
@@ -48,14 +60,14 @@ class Storage:
     offset: int | None = None
 
 
-@dataclass
+@dataclass(slots=True)
 class Stored:
     """A tensor that lies in a file: `read()` reads its bytes and nothing else."""
     storage: Storage
     dtype: torch.dtype
     shape: tuple[int, ...]
     stride: tuple[int, ...]
-    first: int                          # index of its first element in the storage
+    first: int = 0                      # index of its first element in the storage
     path: Path | None = None
     stamp: tuple[int, int] = (0, 0)     # size and time of change of the file when it was opened
 
@@ -88,7 +100,7 @@ class Stored:
         return flat.as_strided(self.shape, self.stride)
 
 
-@dataclass
+@dataclass(slots=True)
 class LazyTensor:
     """A tensor that is computed from others when it is read."""
     dtype: torch.dtype
@@ -97,7 +109,7 @@ class LazyTensor:
 
 
 class StateDict(Mapping):
-    """StateDict by name, each read when it is asked for; `entries[name]` has its shape and dtype.
+    """Tensors by name, each read when it is asked for; `entries[name]` has its shape and dtype.
 
     `meta` holds the plain numbers and strings of a file (epoch, global_step, ...), `others` the
     entries that are not weights (the optimizer's).
@@ -123,7 +135,7 @@ class StateDict(Mapping):
     def step(self):
         """Optimizer steps behind the weights, where the file says so; else 0."""
         step = str(self.meta.get("global_step", self.meta.get("step", 0)))
-        return int(step) if step.isdecimal() else 0
+        return int(step) if step.isdecimal() and int(step[:20]) < LARGEST else 0
 
 
 def stamp(file):
@@ -132,7 +144,7 @@ def stamp(file):
 
 
 def nbytes(entry):
-    """Bytes that a tensor, or an entry of StateDict, has when it is packed densely."""
+    """Bytes that a tensor, or an entry of a StateDict, has when it is packed densely."""
     return math.prod(entry.shape) * entry.dtype.itemsize
 
 
@@ -142,24 +154,33 @@ class Malformed(Exception):
     """What a file holds that no writer of checkpoints puts there."""
 
 
-class Global(str):
-    """The name of a class or function, "module.name"."""
-
-
+@dataclass(slots=True)
 class Inert:
-    """Stands for an object of any other class: keeps its state and does nothing."""
-    state = None
+    """Stands for a class, a function or an object of a file: it has its name or state, and does
+    nothing, whatever a pickle makes of it."""
+    name: str = ""
+    state: object = None
+
+    def ignore(self, *_):
+        return Inert()
+
+    __call__ = __setitem__ = append = extend = ignore
 
 
-def named(module, *names):
-    return {f"{module}.{name}" for name in names}
+class Names(dict):
+    """A dict of strings and whole numbers: hashing nested tuples, or numbers of one hash, can be
+    made to take for ever."""
+
+    def __setitem__(self, key, value):
+        if isinstance(key, str) or isinstance(key, int) and abs(key) < LARGEST:
+            super().__setitem__(key, value)
 
 
 BUILTINS = ("__builtin__", "builtins")
-DICTS = named("collections", "OrderedDict", "defaultdict") | {f"{m}.dict" for m in BUILTINS}
-LISTS = {f"{m}.{kind}" for m in BUILTINS for kind in ("list", "set", "tuple")} | {"torch.Size"}
-VIEWS = named("torch._utils", "_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3")
-PARAMETERS = named("torch._utils", "_rebuild_parameter", "_rebuild_parameter_with_state")
+DICTS = {"collections.OrderedDict", "collections.defaultdict", *(f"{m}.dict" for m in BUILTINS)}
+LISTS = {"torch.Size", *(f"{m}.{kind}" for m in BUILTINS for kind in ("list", "set", "tuple"))}
+VIEWS = {"torch._utils._rebuild_tensor" + version for version in ("", "_v2", "_v3")}
+PARAMETERS = {"torch._utils._rebuild_parameter" + end for end in ("", "_with_state")}
 SUBCLASS = "torch._tensor._rebuild_from_type_v2"
 
 
@@ -170,159 +191,110 @@ def sizes(*values):
     return values
 
 
-def view(storage, first, shape, stride, *rest):
-    """torch._utils._rebuild_tensor(storage, first, shape, stride[, grad, hooks[, dtype]])."""
-    typed = len(rest) > 2 and isinstance(rest[2], str)
-    dtype = DTYPES[rest[2]] if typed else storage.dtype
-    return Stored(storage, dtype, sizes(*shape), sizes(*stride), *sizes(first))
+PYTHONS = pickle._Unpickler.dispatch
+UNUSED_CODES = b"".join((pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.DICT, pickle.NEXT_BUFFER,
+                         pickle.READONLY_BUFFER))
 
 
-def construct(function, arguments):
-    """What calling `function` would give if that is a tensor or a plain container, else Inert."""
-    name = str(function) if isinstance(function, Global) else ""
-    if name in VIEWS:
-        return view(*arguments)
-    if name in PARAMETERS:
-        return arguments[0]
-    if name == SUBCLASS:
-        return construct(arguments[0], arguments[2])
-    items = arguments[0] if arguments and isinstance(arguments[0], (list, tuple)) else ()
-    if name in DICTS:
-        filled = {}
-        put(filled, [part for pair in items for part in pair])
-        return filled
-    if name in LISTS:
-        return tuple(items) if name.endswith(("tuple", "Size")) else list(items)
-    return Inert()
+class Unpickler(pickle._Unpickler):
+    """Builds what a pickle describes of tensors and plain containers; `outside(id)` gives what it
+    only refers to. Raises Malformed, or one of DAMAGED.
 
-
-def put(target, keys_and_values):
-    """Plain keys only: hashing nested tuples can be made to take forever."""
-    if isinstance(target, dict):
-        for key, value in zip(keys_and_values[::2], keys_and_values[1::2]):
-            if isinstance(key, (str, int, float, bytes)):
-                target[key] = value
-
-
-VALUES = frozenset((        # opcodes whose argument is the value: numbers, strings, bytes
-    "BININT1", "BINUNICODE", "BININT2", "BININT", "INT", "LONG", "LONG1", "LONG4", "FLOAT",
-    "BINFLOAT", "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE",
-    "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"))
-PLAIN = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-
-
-def unpickle(stream, outside):
-    """The object that a pickle describes; outside(id) gives what it only refers to.
-
-    The stream is left behind the pickle. Raises Malformed, or one of DAMAGED.
+    Every opcode that would call, create, or hash what a file chooses is replaced.
     """
-    stack, marks, memo = [], [], {}
+    dispatch = {code: read for code, read in PYTHONS.items() if code not in UNUSED_CODES}
+    # sets are read as lists. Python's own BYTEARRAY8 takes all of its memory before it reads
+    dispatch |= {code[0]: PYTHONS[like[0]] for code, like in (
+        (pickle.EMPTY_SET, pickle.EMPTY_LIST), (pickle.ADDITEMS, pickle.APPENDS),
+        (pickle.FROZENSET, pickle.LIST), (pickle.BYTEARRAY8, pickle.BINBYTES8))}
 
-    def since_mark():
-        start = marks.pop()
-        items = stack[start:]
-        del stack[start:]
-        return items
+    def __init__(self, stream, outside):
+        super().__init__(stream, encoding="latin-1")
+        self.persistent_load, self.tensors, self.copied = outside, 0, 0
 
-    for opcode, argument, _ in pickletools.genops(stream):
-        match opcode.name:              # the most frequent ones first
-            case "PUT" | "BINPUT" | "LONG_BINPUT":
-                memo[argument] = stack[-1]
-            case name if name in VALUES:
-                stack.append(argument)
-            case "GET" | "BINGET" | "LONG_BINGET":
-                stack.append(memo[argument])
-            case "MARK":
-                marks.append(len(stack))
-            case "TUPLE":
-                stack.append(tuple(since_mark()))
-            case "REDUCE" | "NEWOBJ":
-                function, arguments = stack.pop(-2), stack.pop()
-                stack.append(construct(function, arguments))
-            case "BINPERSID":
-                stack.append(outside(stack.pop()))
-            case "STOP":
-                return stack.pop()
-            case "PROTO" | "FRAME":
-                pass
-            case "NONE" | "NEWTRUE" | "NEWFALSE" | "EMPTY_TUPLE" as constant:
-                stack.append(PLAIN[constant])
-            case "EMPTY_DICT":
-                stack.append({})
-            case "EMPTY_LIST" | "EMPTY_SET":
-                stack.append([])
-            case "TUPLE1" | "TUPLE2" | "TUPLE3" as op:
-                count = int(op[-1])
-                stack[-count:] = [tuple(stack[-count:])]
-            case "LIST" | "FROZENSET":
-                stack.append(since_mark())
-            case "DICT":
-                items = since_mark()
-                stack.append({})
-                put(stack[-1], items)
-            case "POP":
-                (marks if marks and marks[-1] == len(stack) else stack).pop()
-            case "POP_MARK":
-                since_mark()
-            case "DUP":
-                stack.append(stack[-1])
-            case "MEMOIZE":
-                memo[len(memo)] = stack[-1]
-            case "APPEND" | "APPENDS" | "ADDITEMS" as op:
-                items = [stack.pop()] if op == "APPEND" else since_mark()
-                if isinstance(stack[-1], list):
-                    stack[-1].extend(items)
-            case "SETITEM":
-                key, value = stack.pop(-2), stack.pop()
-                put(stack[-1], [key, value])
-            case "SETITEMS":
-                items = since_mark()
-                put(stack[-1], items)
-            case "GLOBAL":
-                stack.append(Global(argument.replace(" ", ".", 1)))
-            case "STACK_GLOBAL":
-                module, name = stack.pop(-2), stack.pop()
-                stack.append(Global(module + "." + name))
-            case "NEWOBJ_EX":
-                function, arguments, _ = stack.pop(-3), stack.pop(-2), stack.pop()
-                stack.append(construct(function, arguments))
-            case "INST":
-                stack.append(construct(Global(argument.replace(" ", ".", 1)), since_mark()))
-            case "OBJ":
-                function, *arguments = since_mark()
-                stack.append(construct(function, arguments))
-            case "BUILD":
-                state = stack.pop()
-                if isinstance(stack[-1], Inert):
-                    stack[-1].state = state
-            case "PERSID":
-                stack.append(outside(argument))
-            case name:
-                raise Malformed(f"the pickle opcode {name}")
-    raise Malformed("a pickle without an end")
+    def find_class(self, module, name):
+        return Inert(f"{module}.{name}")
+
+    def construct(self, function, arguments):
+        """What calling `function` would give if that is a tensor or a plain container, else an
+        Inert."""
+        name = function.name if isinstance(function, Inert) else ""
+        if name in VIEWS:
+            return self.view(*arguments)
+        if name in PARAMETERS:
+            return arguments[0]
+        if name == SUBCLASS:
+            return self.construct(arguments[0], arguments[2])
+        items = arguments[0] if arguments and isinstance(arguments[0], (list, tuple)) else ()
+        if name in DICTS:
+            filled, self.copied = Names(), self.copied + len(items)
+            if self.copied > LARGEST_INDEX // 8:        # a pair takes more bytes than that
+                raise Malformed("a list that it repeats without end")
+            for key, value in items:
+                filled[key] = value
+            return filled
+        return items if name in LISTS else Inert()
+
+    def view(self, storage, first, shape, stride, *rest):
+        """torch._utils._rebuild_tensor(storage, first, shape, stride[, grad, hooks[, dtype]])."""
+        self.tensors += 1
+        if self.tensors > MOST_TENSORS or max(len(shape), len(stride)) > MOST_DIMENSIONS:
+            raise Malformed(f"more than {MOST_TENSORS:,} tensors, or {MOST_DIMENSIONS} dimensions")
+        typed = len(rest) > 2 and isinstance(rest[2], Inert)
+        dtype = DTYPES[rest[2].name] if typed else storage.dtype
+        if dtype is None:
+            raise Malformed("a tensor without a type")
+        return Stored(storage, dtype, sizes(*shape), sizes(*stride), *sizes(first))
+
+    def load_empty_dict(self):
+        self.append(Names())
+
+    def load_reduce(self):
+        arguments, function = self.stack.pop(), self.stack.pop()
+        self.append(self.construct(function, arguments))
+
+    def load_newobj_ex(self):
+        self.stack.pop()        # arguments by name
+        self.load_reduce()
+
+    def load_build(self):
+        state = self.stack.pop()
+        if isinstance(self.stack[-1], Inert):
+            self.stack[-1].state = state
+
+    dispatch |= {pickle.EMPTY_DICT[0]: load_empty_dict, pickle.REDUCE[0]: load_reduce,
+                 pickle.NEWOBJ[0]: load_reduce, pickle.NEWOBJ_EX[0]: load_newobj_ex,
+                 pickle.BUILD[0]: load_build}
+
+
+def elements(dtype, count):
+    """The bytes of `count` elements of a storage. Raises Malformed where that is no size."""
+    return sizes(*sizes(count), count * (dtype.itemsize if dtype else 1))[1]
 
 
 def storage_of(identity):
     """(Storage, key, rest) of the persistent id ("storage", class, key, device, count, *rest)."""
-    kind, name, key, _, count, *rest = identity
-    module, _, name = name.rpartition(".") if isinstance(name, Global) else ("", "", "")
+    kind, kept, key, _, count, *rest = identity
+    module, _, name = kept.name.rpartition(".")
     if kind != "storage" or module not in ("torch", "torch.storage") or name not in STORAGES:
         raise Malformed("a storage of unknown type")
     dtype = STORAGES[name]
-    return Storage(dtype, *sizes(count * (dtype.itemsize if dtype else 1))), str(key), rest
+    return Storage(dtype, elements(dtype, count)), str(key), rest
 
 
 def flatten(value, prefix="", seen=None, depth=0):
     """(name, Stored) of all tensors in nested containers, each container once."""
     seen = set() if seen is None else seen
     value = value.state if isinstance(value, Inert) else value
-    deepest = 32
     if isinstance(value, Stored):
         yield prefix, value
-    elif isinstance(value, (dict, list, tuple)) and id(value) not in seen and depth < deepest:
+    elif isinstance(value, (dict, list, tuple)) and id(value) not in seen and depth < DEEPEST:
         seen.add(id(value))
+        if len(prefix) > LONGEST_NAME:
+            raise Malformed(f"a name of more than {LONGEST_NAME:,} characters")
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from flatten(item, f"{prefix}.{key}" if prefix else str(key), seen, depth + 1)
+            if isinstance(item, (Stored, Inert)) or item and isinstance(item, (dict, list, tuple)):
+                yield from flatten(item, f"{prefix}.{key}" if prefix else str(key), seen, depth + 1)
 
 
 def unwrap(root):
@@ -332,7 +304,8 @@ def unwrap(root):
     nested = [key for key in ("state_dict", "model") if isinstance(outer.get(key), dict)][:1]
     weights = dict(flatten(outer[nested[0]] if nested else root))
     others = {key: value for key, value in outer.items() if key not in nested} if nested else {}
-    meta = {str(k): v for k, v in outer.items() if isinstance(v, (int, float, str))}
+    meta = {str(key): value for key, value in outer.items() if isinstance(value, (float, str))
+            or isinstance(value, int) and abs(value) < LARGEST}
     return weights, meta, dict(flatten(others))
 
 
@@ -340,25 +313,43 @@ def unwrap(root):
 
 ZIP_HEADER = struct.Struct("<4s5H3I2H")     # of a member; at the end, lengths of name and extra
 LEGACY_MAGIC = 0x1950a86a20f9469cfc6c
+BIG_ENDIAN = "a file of a big-endian machine"
 
 
-def read_zip(file):
+class Bounded(io.FileIO):
+    """A file of which no more than an index is read at once."""
+
+    def read(self, size=-1):
+        if size > LARGEST_INDEX:
+            raise Malformed(f"an index of more than {LARGEST_INDEX:,} bytes")
+        return super().read(size if size >= 0 else LARGEST_INDEX)
+
+
+def read_zip(path):
     """The object in a zip file of torch.save or torch.jit.save."""
-    with zipfile.ZipFile(file) as archive:
+    with Bounded(path) as file, zipfile.ZipFile(file) as archive:
         members = {member.filename: member for member in archive.infolist()}
         pickles = [name for name in members if name.rpartition("/")[2] == "data.pkl"]
         if len(pickles) != 1:
             raise Malformed("a zip archive without data.pkl, so not one of torch.save")
         root = pickles[0].removesuffix("data.pkl")
-        if any(member.compress_type != zipfile.ZIP_STORED for name, member in members.items()
-               if name == pickles[0] or name.startswith(root + "data/")):
-            raise Malformed("a compressed zip archive; torch.save does not compress")
-        if root + "byteorder" in members and archive.read(root + "byteorder") != b"little":
-            raise Malformed("a file of a big-endian machine")
+
+        def plain(name):
+            if members[name].compress_type != zipfile.ZIP_STORED:
+                raise Malformed("a compressed zip archive; torch.save does not compress")
+            return members[name]
+
+        def content(name):
+            if plain(name).file_size > LARGEST_INDEX:
+                raise Malformed(f"its {name} has more than {LARGEST_INDEX:,} bytes")
+            return archive.read(name)
+
+        if root + "byteorder" in members and content(root + "byteorder") != b"little":
+            raise Malformed(BIG_ENDIAN)
 
         def outside(identity):
             storage, key, _ = storage_of(identity)
-            member = members[f"{root}data/{key}"]
+            member = plain(f"{root}data/{key}")
             if storage.nbytes > member.file_size:
                 raise Malformed(f"storage {key} is shorter than it says")
             file.seek(member.header_offset)
@@ -366,12 +357,12 @@ def read_zip(file):
             storage.offset = file.tell() + name_length + extra_length
             return storage
 
-        return unpickle(io.BytesIO(archive.read(pickles[0])), outside)
+        return Unpickler(io.BytesIO(content(pickles[0])), outside).load()
 
 
 def read_legacy(file):
     """The object in a file of torch.save before torch 1.6: five pickles, then the storages."""
-    storages, parts = {}, []
+    storages, parts, stream = {}, [], io.BytesIO(file.read(LARGEST_INDEX))
 
     def outside(identity):
         if identity[0] == "module":
@@ -381,20 +372,24 @@ def read_legacy(file):
         if not rest or rest[0] is None:
             return whole
         _, first, count = rest[0]
-        size = storage.dtype.itemsize
-        parts.append((Storage(storage.dtype, *sizes(count * size)), key, *sizes(first * size)))
-        return parts[-1][0]
+        part = Storage(storage.dtype, elements(storage.dtype, count))
+        parts.append((part, key, elements(storage.dtype, first)))
+        return part
 
-    if unpickle(file, outside) != LEGACY_MAGIC:
+    def load():
+        return Unpickler(stream, outside).load()
+
+    if load() != LEGACY_MAGIC:
         raise Malformed("a pickle, but not one of torch.save")
-    _version, system = unpickle(file, outside), unpickle(file, outside)
+    _version, system = load(), load()
     if isinstance(system, dict) and system.get("little_endian") is False:
-        raise Malformed("a file of a big-endian machine")
-    root = unpickle(file, outside)
-    for key in unpickle(file, outside):
+        raise Malformed(BIG_ENDIAN)
+    root, keys = load(), load()
+    file.seek(stream.tell())
+    for key in keys:
         count, = struct.unpack("<q", file.read(8))
         storage = storages[key]
-        if count * (storage.dtype.itemsize if storage.dtype else 1) != storage.nbytes:
+        if elements(storage.dtype, count) != storage.nbytes:
             raise Malformed(f"storage {key} is of another size than it says")
         storage.offset = file.tell()
         file.seek(storage.nbytes, os.SEEK_CUR)
@@ -405,36 +400,39 @@ def read_legacy(file):
     return root
 
 
-def read_safetensors(file, size):
-    """(entries, metadata) of a safetensors file."""
+def read_safetensors(path, file, size):
+    """(entries, metadata) of a safetensors file, whose header the safetensors package checks."""
     length, = struct.unpack("<Q", file.read(8))
     if length > size - 8:
         raise Malformed("it ends within its header")
-    header = json.loads(file.read(length))
+    if length > LARGEST_INDEX:
+        raise Malformed(f"its header has more than {LARGEST_INDEX:,} bytes")
+    with safetensors.safe_open(path, "np"):
+        header = json.loads(file.read(length))
     metadata, entries = header.pop("__metadata__", {}), {}
     for name, item in header.items():
-        dtype, shape = SAFETENSORS[item["dtype"]], sizes(*item["shape"])
-        start, end = sizes(*item["data_offsets"])
+        dtype, shape, (start, end) = SAFETENSORS[item["dtype"]], item["shape"], item["data_offsets"]
+        if len(shape) > MOST_DIMENSIONS or len(name) > LONGEST_NAME:
+            raise Malformed(f"a tensor of {len(shape)} dimensions, {name[:50]}")
         stride = tuple(math.prod(shape[i + 1:]) for i in range(len(shape)))
         storage = Storage(dtype, end - start, 8 + length + start)
-        entries[name] = Stored(storage, dtype, shape, stride, 0)
-        if storage.nbytes != nbytes(entries[name]):
-            raise Malformed(f"{name} is of another size than its shape")
-    return entries, metadata if isinstance(metadata, dict) else {}
+        entries[name] = Stored(storage, dtype, sizes(*shape), stride)
+    return entries, metadata
 
 
-DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, ValueError, IndexError,
-           KeyError, TypeError, AttributeError, NotImplementedError, OverflowError, RecursionError,
-           MemoryError, RuntimeError)
+DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, pickle.UnpicklingError, EOFError, OSError,
+           ValueError, IndexError, KeyError, TypeError, AttributeError, AssertionError,
+           NotImplementedError, OverflowError, MemoryError, RuntimeError,
+           safetensors.SafetensorError)
 
 
 def read_file(path):
     """The StateDict of a file. Raises FileNotFoundError, or ValueError with one line about it."""
+    path = Path(path)
     with open(path, "rb") as file:
         size, _ = mark = stamp(file)
         try:
-            entries, meta, others = parse(file, size)
-            path = Path(path)
+            entries, meta, others = parse(path, file, size)
             for name, entry in (*entries.items(), *others.items()):
                 check_bounds(name, entry, size)
                 entry.path, entry.stamp = path, mark
@@ -446,7 +444,7 @@ def read_file(path):
     return StateDict(path, entries, meta, others)
 
 
-def parse(file, size):
+def parse(path, file, size):
     """(weights, plain values, other tensors) of an open file, whatever its format."""
     start = file.read(512)
     file.seek(0)
@@ -457,9 +455,9 @@ def parse(file, size):
     if start.startswith(b"version https://git-lfs"):
         raise Malformed("a pointer of Git LFS; `git lfs pull` fetches the file itself")
     if start[8:9] == b"{":      # first: the eight bytes before are a length, and may be any
-        return *read_safetensors(file, size), {}
+        return *read_safetensors(path, file, size), {}
     if start.startswith(b"PK"):
-        found = unwrap(read_zip(file))
+        found = unwrap(read_zip(path))
     elif start.startswith(b"\x80"):
         found = unwrap(read_legacy(file))
     else:
@@ -476,28 +474,16 @@ def check_bounds(name, entry, size):
         raise Malformed(f"it ends early, {name} is cut off")
     if entry.span and (entry.first + entry.span) * entry.dtype.itemsize > storage.nbytes:
         raise Malformed(f"{name} leaves its storage")
+    if nbytes(entry) > size + SPARE:
+        raise Malformed(f"{name} repeats its numbers to {nbytes(entry):,} bytes")
 
 
-@contextmanager
-def unfinished(path):
-    """A name to write a file or folder under, which becomes `path` when all went well.
-
-    When not, nothing is left of it. A file that `path` was before lives on until then.
-    """
-    path = Path(path)
-    partial = path.with_name(f".unfinished_{path.name}")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        if partial.is_dir():
-            shutil.rmtree(partial)
-        partial.unlink(missing_ok=True)
-
+# ------------------------------------------------------------------------------ writing
 
 def pack(tensors, metadata=None):
-    """Yields the bytes of a safetensors file: its header, then tensors (a dict or StateDict), one at
-    a time. The same for the same input, which the safetensors package does not promise."""
+    """Yields the bytes of a safetensors file: its header, then tensors (a dict or StateDict), one
+    at a time, so that no more than one is in memory twice and its checksum is taken as it is
+    written. The same for the same input: the safetensors package orders metadata at random."""
     entries = dict(getattr(tensors, "entries", tensors))
     kinds = {dtype: name for name, dtype in SAFETENSORS.items()}
     order = sorted(entries, key=lambda name: -entries[name].dtype.itemsize)     # keeps all aligned

@@ -7,21 +7,20 @@ y up, z back) camera-to-world matrices `c2w`, float64. n cameras.
 
 import json
 import math
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from camera import look_at, opengl_from_opencv, relative_pose, spherical
+from camera import look_at, relative_pose, spherical
 from runtime.files import write_text
 from views import MOTIONS, STEEPEST
+from views.cameras import RIGID, read as read_cameras
 
 SPIRAL_TURNS = 2
 GRID_AZIMUTHS = (-40.0, -20.0, 0.0, 20.0, 40.0)
 GRID_ELEVATIONS = (20.0, 0.0, -20.0)
-RIGID = 1e-3                        # largest error of a rotation matrix, as files round it
 SHARE_DIGITS = 5                    # of a share of the photo's side, less than a pixel
 
 
@@ -207,161 +206,13 @@ def smooth(c2w, fov, views, closed):
 # ---- files of poses
 
 def read(path, fov):
-    """The Cameras of a file; the first is taken as the photo's, the unit of length is the file's.
+    """The Cameras of a file that views/cameras.py reads; the first is taken as the photo's.
 
-    Reads a JSON list of camera-to-world matrices (OpenGL, 3x4 or 4x4), nerfstudio's
-    transforms.json, RealEstate10K's camera text, and COLMAP's images.txt (in the order of its
-    names). A camera whose file does not tell the field of view gets `fov` (radians).
-    Raises ValueError that names file and camera, for other files and for poses that are not rigid.
+    The unit of length is the file's. A camera whose file does not tell the field of view gets `fov`
+    (radians). Raises ValueError that names file and camera, OSError.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no path file {path}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as err:
-        raise ValueError(f"{path}: is not a text file of camera poses") from err
-    try:
-        is_json = path.suffix.lower() == ".json" or text.lstrip()[:1] in ("[", "{")
-        c2w, fovs = (from_json if is_json else from_text)(text, fov)
-    except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError,
-            torch.linalg.LinAlgError) as err:
-        reason = f"{err} is missing" if isinstance(err, KeyError) else str(err).splitlines()[0]
-        raise ValueError(
-            f"{path}: is no path (a JSON list of c2w matrices, transforms.json, RealEstate10K text "
-            f"or COLMAP images.txt): {reason}") from err
-    if not len(c2w):
-        raise ValueError(f"{path}: holds no camera")
-    check_rigid(c2w, path)
-    for number, found in enumerate(fovs.tolist()):
-        if not 0 < found < math.pi:
-            raise ValueError(f"{path}: camera {number} has a field of view of "
-                             f"{math.degrees(found):g} degrees, it must lie between 0 and 180")
+    c2w, fovs = read_cameras(path, fov)
     return Cameras(c2w[0], c2w, fovs, fovs[0].item())
-
-
-def check_rigid(c2w, path):
-    """Raises ValueError for the first of the matrices (n, 4, 4) that is no rotation and shift."""
-    for number, pose in enumerate(c2w):
-        problem = pose_problem(pose)
-        if problem:
-            raise ValueError(f"{path}: camera {number} {problem}")
-
-
-def pose_problem(pose):
-    """What keeps a matrix (4, 4) from being a rotation and shift, or ""."""
-    turn = pose[:3, :3]
-    error = (turn @ turn.T - torch.eye(3, dtype=turn.dtype)).abs().max().item()
-    if not pose.isfinite().all():
-        return "holds numbers that are not finite"
-    if (pose[3] - pose.new_tensor([0.0, 0.0, 0.0, 1.0])).abs().max() > RIGID:
-        return "has a last row other than 0 0 0 1"
-    if not error <= RIGID:
-        return f"is not rigid (its rotation times its transpose is off by {error:.2g})"
-    if torch.linalg.det(turn) < 0:
-        return "mirrors (the determinant of its rotation is negative)"
-    return ""
-
-
-def matrices(rows):
-    """Nested lists of 3x4 or 4x4 matrices -> (n, 4, 4) float64."""
-    found = torch.eye(4, dtype=torch.float64).repeat(len(rows), 1, 1)
-    for i, row in enumerate(rows):
-        try:
-            matrix = torch.tensor(row, dtype=torch.float64)
-        except (TypeError, ValueError) as err:
-            raise ValueError(f"camera {i} is no matrix of numbers") from err
-        if matrix.shape not in ((3, 4), (4, 4)):
-            raise ValueError(f"camera {i} is of shape {list(matrix.shape)}, it must be 3x4 or 4x4")
-        found[i, :len(matrix)] = matrix
-    return found
-
-
-def short_side_fov(known, fov):
-    """Field of view of the shorter side, from a frame's values in transforms.json; else `fov`."""
-    half = math.tan(known.get("camera_angle_x", fov) / 2)       # half the width, in focal lengths
-    if "fl_x" in known and "w" not in known:
-        raise ValueError("fl_x, in pixels, says nothing without w, the image's width in pixels")
-    if not ("w" in known and ("fl_x" in known or "camera_angle_x" in known)):
-        return 2 * math.atan(half)
-    w, h = known["w"], known.get("h", known["w"])
-    focal = known.get("fl_x", w / 2 / half)
-    return 2 * math.atan(min(w, h) / 2 / (known.get("fl_y", focal) if h < w else focal))
-
-
-def from_json(text, fov):
-    """(c2w (n, 4, 4), fov (n,)) of a list of matrices, or of nerfstudio's transforms.json."""
-    stored = json.loads(text)
-    if isinstance(stored, list):
-        return matrices(stored), torch.full((len(stored),), fov, dtype=torch.float64)
-    frames = stored.get("frames") if isinstance(stored, dict) else None
-    if not isinstance(frames, list) or not all(isinstance(frame, dict) for frame in frames):
-        raise ValueError("it has no list of frames")
-    fovs = []
-    for i, frame in enumerate(frames):
-        try:
-            fovs.append(short_side_fov({**stored, **frame}, fov))
-        except (TypeError, ArithmeticError) as err:
-            raise ValueError(f"camera {i} has focal lengths or sides that are no numbers above 0"
-                             ) from err
-    return (matrices([frame["transform_matrix"] for frame in frames]),
-            torch.tensor(fovs, dtype=torch.float64))
-
-
-def from_text(text, fov):
-    """(c2w (n, 4, 4), fov (n,)) of RealEstate10K's camera text, or of COLMAP's images.txt."""
-    rows = re10k_rows(text)
-    if rows:
-        w2c = matrices([[row[7:11], row[11:15], row[15:19]] for row in rows])
-        fovs = [2 * math.atan(0.5 / max(row[1], row[2])) for row in rows]
-        return opengl_from_opencv(torch.linalg.inv(w2c)), torch.tensor(fovs, dtype=torch.float64)
-    lines = [line.split() for line in text.splitlines() if not line.startswith("#")]
-    while lines and not lines[0]:
-        del lines[0]
-    # COLMAP: two lines an image, the second has its points (three numbers each, perhaps none)
-    images = [line for line in lines[::2] if line]
-    if any(len(line) < 10 for line in images) or any(len(line) % 3 for line in lines[1::2]):
-        raise ValueError("COLMAP's text has two lines an image, of 10 words and of three a point")
-    if any(abs(math.hypot(*map(float, line[1:5])) - 1) > RIGID for line in images):
-        raise ValueError("a quaternion is not of length 1")
-    images.sort(key=lambda line: in_order(line[9]))
-    w2c = torch.eye(4, dtype=torch.float64).repeat(len(images), 1, 1)
-    for row, line in zip(w2c, images):
-        row[:3, :3] = from_quaternion(*map(float, line[1:5]))
-        row[:3, 3] = torch.tensor([float(x) for x in line[5:8]])
-    return opengl_from_opencv(torch.linalg.inv(w2c)), torch.full((len(images),), fov).double()
-
-
-def in_order(name):
-    """What sorts names whose numbers are not padded: frame9 before frame10."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
-
-
-def re10k_rows(text):
-    """The cameras of RealEstate10K's text: a list of 19 numbers each, empty for another text.
-
-    They are the time in microseconds; fx and cx as shares of the width, fy and cy of the height, in
-    the order fx, fy, cx, cy; 0, 0; the 3x4 world-to-camera matrix, OpenCV, row by row. The first
-    line is a link. Raises ValueError.
-    """
-    numbers = 19
-    lines = [line.split() for line in text.splitlines() if not line.startswith("#")]
-    if not any(len(line) == numbers for line in lines):
-        return []
-    rows = [list(map(float, line)) for line in lines if len(line) > 1]
-    short = [len(line) for line in rows if len(line) != numbers]
-    if short:
-        raise ValueError(f"a line has {short[0]} numbers, {numbers} are needed")
-    return rows
-
-
-def from_quaternion(w, x, y, z):
-    """Rotation matrix (3, 3) of a quaternion, which need not have length 1."""
-    n = 2 / (w * w + x * x + y * y + z * z)
-    return torch.tensor([
-        [1 - n * (y * y + z * z), n * (x * y - w * z), n * (x * z + w * y)],
-        [n * (x * y + w * z), 1 - n * (x * x + z * z), n * (y * z - w * x)],
-        [n * (x * z - w * y), n * (y * z + w * x), 1 - n * (x * x + y * y)]], dtype=torch.float64)
 
 
 def write(path, cameras, size, files, cond_file):

@@ -30,32 +30,35 @@ MEGABYTE = 2**20
 
 # ---- the model
 
-def read(path, init=""):
-    """checkpoint.read; the networks that a run keeps in the file it started from are read from
-    `init`, which the user names."""
-    tensors = checkpoint.read(path)
-    if not init:
-        return tensors
-    frozen = {name: entry for name, entry in checkpoint.read(init).entries.items()
-              if name.startswith(checkpoint.FROZEN)}
-    return checkpoint.StateDict(tensors.path, frozen | tensors.entries, tensors.meta)
+def open_run(path, data="", config_file="", init="", needs_data=True):
+    """(tensors, Config) of a checkpoint: its own network, and data that the user names.
+
+    data, config_file, init: the command line's --data FOLDER, --config FILE and --init FILE; what a
+    checkpoint's file says of other files is never opened, see configs.stored. Raises
+    FileNotFoundError, or ValueError with one line, also where data are needed and nobody named any.
+    """
+    tensors = checkpoint.read(path, init)
+    config = config_of(tensors, data, configs.load([config_file]) if config_file else None)
+    if needs_data and config.sources == configs.NOWHERE:
+        raise ValueError(configs.no_data(tensors.meta.get("config", {})))
+    return tensors, config
 
 
 def load(path, device, precision, init=""):
     """(ZeroNVS, Config) of a run's folder, or of a published zero123 or ZeroNVS checkpoint; `path`
-    may be what `read` gave for it.
+    may be what `checkpoint.read` gave for it.
 
     The UNet has its averaged weights where the file has them; `place` says what `precision` does.
     Every weight that is used is read once, straight to the device in the precision it is used in.
     Raises FileNotFoundError or ValueError, one line, for what is no such checkpoint.
     """
-    tensors = path if isinstance(path, checkpoint.StateDict) else read(path, init)
+    tensors = checkpoint.read(path, init)
     config = config_of(tensors)
     if (config.latent == "vae" and "config" in tensors.meta
             and not any(name.startswith(checkpoint.FROZEN) for name in tensors)):
         raise ValueError(f"{tensors.path} holds what a run trained, without autoencoder and the "
                          "image encoder: --init FILE names the file that it started from"
-                         + f" ({config.init}, it says)" * bool(config.init))
+                         + f" ({tensors.meta['config'].get('init')}, it says)")
     with torch.device("meta"):
         net = model.build(config)
     for name in net.state_dict().keys() & set(checkpoint.LEFTOVERS):    # nothing here uses them
@@ -96,21 +99,24 @@ def to_precision(net, precision):
     return [part.to(checkpoint.PRECISIONS[precision]) for part in (net.model, *decoding)]
 
 
-def config_of(tensors):
-    """The Config of a checkpoint: the run's own, or that of a published file, by its pose width."""
+def config_of(tensors, data="", named=None):
+    """The Config of a checkpoint: the run's own, or that of a published file, by its pose width;
+    with the files of the user's own Config `named`, or those in his folder `data`."""
     if "config" in tensors.meta:
-        return configs.from_dict(tensors.meta["config"])
+        return configs.stored(tensors.meta["config"], data, named)
     if checkpoint.POSE not in tensors:
         raise ValueError(f"{tensors.path} is no zero123 or ZeroNVS checkpoint: it has no "
                          f"{checkpoint.POSE}")
-    given = tensors.entries[checkpoint.POSE].shape[-1] - CLIP_WIDTH
-    if given not in MODE_OF_WIDTH:
-        theirs = " or ".join(str(CLIP_WIDTH + width) for width in MODE_OF_WIDTH)
+    width = tensors.entries[checkpoint.POSE].shape[-1] - CLIP_WIDTH
+    if width not in MODE_OF_WIDTH:
+        theirs = " or ".join(str(CLIP_WIDTH + published) for published in MODE_OF_WIDTH)
         raise ValueError(f"{tensors.path} does not tell its configuration, and is not as zero123 "
-                         f"or ZeroNVS: {checkpoint.POSE} takes {CLIP_WIDTH + given} numbers, "
+                         f"or ZeroNVS: {checkpoint.POSE} takes {CLIP_WIDTH + width} numbers, "
                          f"theirs {theirs}")
-    nowhere = configs.Source("none", "co3d", "none", 1.0)
-    return configs.Config(sources=(nowhere,), mode=MODE_OF_WIDTH[given])
+    if data and named is None:
+        raise ValueError(f"{tensors.path} does not say which shards were held out: --config FILE "
+                         "names them")
+    return configs.stored({"mode": MODE_OF_WIDTH[width]}, data, named)
 
 
 def pose_vectors(mode, cond_c2w, c2w, fov, scale):

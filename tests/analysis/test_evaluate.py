@@ -13,19 +13,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_metrics import weight_files
 from torch.testing import assert_close
 
 from runtime import checkpoint
-from analysis import captions
+import clip
 import configs
 import data
 import evaluate
-from analysis import metrics
-import depth
+from analysis import metrics, score
 import model
 import prepare
-from analysis import tables
+from runtime import command
 from shards import scenes, files as shards_file
 from captures import synth
 
@@ -73,6 +71,15 @@ def a_run(shards, tmp_path_factory):
     return saved(tmp_path_factory.mktemp("run") / "small", small(shards))
 
 
+def run(checkpoint, *arguments, data=""):
+    """The command in this process, on the run's own patterns in the folder `data`."""
+    more = ["--data", str(data)] if data else []
+    with pytest.raises(SystemExit) as end:
+        command.run("evaluate.py", evaluate.main, *evaluate.parser().parse_known_args(
+            [str(checkpoint), *more, *map(str, arguments)]))
+    return end.value.code or 0
+
+
 def metrics_of(folder):
     return json.loads((folder / "metrics.json").read_text())
 
@@ -84,9 +91,9 @@ def rows_of(folder):
 # ---- the command
 
 @pytest.fixture(scope="module")
-def evaluated(a_run, tmp_path_factory):
+def evaluated(a_run, shards, tmp_path_factory):
     out = tmp_path_factory.mktemp("evaluated")
-    evaluate.main([str(a_run), "--pairs", "24", "--out", str(out)])
+    assert run(a_run, "--pairs", 24, "--out", out, data=shards) == 0
     return out
 
 
@@ -104,8 +111,10 @@ def test_an_evaluation_leaves_figures_pairs_and_cases(evaluated, shards, a_run, 
     assert sheet.height > 12 * 128 and sheet.width > 4 * 128
     # the figures of the loop inside training are the same
     net = net_of(config)
-    for method, psnr in evaluate.evaluate(net, evaluate.held_out_pairs(config, 24), config).items():
-        assert found["methods"][method]["psnr"]["mean"] == pytest.approx(psnr.mean().item(), 1e-5)
+    rows = score.score(net, score.held_out_pairs(config, 24), config, score.FAST)
+    for method, means in score.means_of(rows).items():
+        for figure in ("psnr", "ssim"):
+            assert found["methods"][method][figure]["mean"] == pytest.approx(means[figure], 1e-5)
 
 
 def test_the_warp_is_better_than_what_knows_no_camera(evaluated):
@@ -114,13 +123,13 @@ def test_the_warp_is_better_than_what_knows_no_camera(evaluated):
     assert metrics_of(evaluated)["methods"]["warp by depth"]["camera_found"]["mean"] == 1
 
 
-def test_two_processes_find_exactly_what_one_does(evaluated, a_run, tmp_path):
+def test_two_processes_find_exactly_what_one_does(evaluated, shards, a_run, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
                "--master_port", str(port), "evaluate.py", str(a_run), "--pairs", "24", "--out",
-               str(tmp_path)]
+               str(tmp_path), "--data", str(shards)]
     # as many threads as here: how sums are split among them changes their last bits
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300,
@@ -131,23 +140,24 @@ def test_two_processes_find_exactly_what_one_does(evaluated, a_run, tmp_path):
     assert (tmp_path / "metrics.json").read_bytes() == (evaluated / "metrics.json").read_bytes()
 
 
-def test_a_seed_gives_its_pairs_and_another_seed_others(a_run, evaluated, tmp_path):
-    evaluate.main([str(a_run), "--pairs", "12", "--seed", "42", "--out", str(tmp_path / "same")])
-    evaluate.main([str(a_run), "--pairs", "12", "--seed", "43", "--out", str(tmp_path / "other")])
+def test_a_seed_gives_its_pairs_and_another_seed_others(a_run, shards, evaluated, tmp_path):
+    for seed, name in ((42, "same"), (43, "other")):
+        assert run(a_run, "--pairs", 12, "--seed", seed, "--out", tmp_path / name, data=shards) == 0
     uids = [[row["uid"] for row in rows_of(folder)]
             for folder in (evaluated, tmp_path / "same", tmp_path / "other")]
     assert uids[0][:12] == uids[1] and not set(uids[1]) >= set(uids[2])
 
 
-def test_lpips_and_clip_are_there_when_their_weights_are_given(a_run, tmp_path):
+def test_clip_is_there_when_its_weights_are_given_and_lpips_by_its_judge(a_run, shards, tmp_path,
+                                                                         monkeypatch):
     torch.manual_seed(0)
-    tower = captions.CLIP(embed_dim=16, image_resolution=32, vision_layers=1, vision_width=64,
-                      vision_patch_size=16, context_length=8, vocab_size=32, transformer_width=64,
-                      transformer_heads=1, transformer_layers=1)
+    tower = clip.CLIP(embed_dim=16, image_resolution=32, vision_layers=1, vision_width=64,
+                      vision_patch_size=16, context_length=8, vocab_size=32, transformer_width=64)
     torch.save(tower.state_dict(), tmp_path / "clip.pt")
-    files = [str(path) for path in weight_files("alex", tmp_path)]
-    evaluate.main([str(a_run), "--pairs", "4", "--out", str(tmp_path), "--lpips", *files, "--clip",
-                   str(tmp_path / "clip.pt")])
+    monkeypatch.setattr(metrics, "load_lpips", lambda net, path, device:
+                        lambda view, truth: (view - truth).abs().mean((1, 2, 3)))
+    assert run(a_run, "--pairs", 4, "--out", tmp_path, "--lpips", "alex", "file", "--clip",
+               tmp_path / "clip.pt", data=shards) == 0
     found = metrics_of(tmp_path)
     assert found["notes"] == []
     assert 0 < found["methods"]["warp by depth"]["lpips_alex"]["mean"] \
@@ -155,48 +165,64 @@ def test_lpips_and_clip_are_there_when_their_weights_are_given(a_run, tmp_path):
     assert -1 <= found["methods"]["this model"]["clip"]["mean"] <= 1
 
 
-def test_encoded_shards_have_no_pictures_to_score(a_run, monkeypatch, capsys):
-    monkeypatch.setattr(scenes.RawScenes, "kind", "encoded views")
-    with pytest.raises(SystemExit):
-        evaluate.main([str(a_run), "--pairs", "4"])
-    assert "held-out shards with images" in capsys.readouterr().err.strip().splitlines()[-1]
+def test_nothing_that_a_checkpoint_names_is_opened(shards, tmp_path, capsys):
+    touched = tmp_path / "touched"
+    for pattern in (f"pipe:touch {touched}", "http://127.0.0.1:9/a.tar", str(shards / "co3d/*.tar"),
+                    "../x/held-out-*.tar"):
+        sources = (configs.Source("co3d", "co3d", "train-*.tar", 1.0, pattern),)
+        folder = saved(tmp_path / "run", small(shards, sources=sources))
+        assert run(folder, "--pairs", 4) == 2
+        assert "--config FILE or --data FOLDER" in capsys.readouterr().err
+        assert run(folder, "--pairs", 4, data=shards) == 2
+        said = capsys.readouterr().err
+        assert "is no place inside --data" in said and said.count("\n") == 1
+    assert not touched.exists()
 
 
-def test_data_of_another_configuration_serve_a_checkpoint_without_its_own(shards, tmp_path):
+def test_data_of_another_configuration_serve_a_checkpoint_without_its_own(shards, tmp_path, capsys):
     nowhere = (configs.Source("none", "co3d", "none", 1.0),)
     folder = saved(tmp_path / "run", small("/nowhere", sources=nowhere))
-    with pytest.raises(ValueError, match="no source has held_out shards"):
-        evaluate.run([str(folder), "--pairs", "4"])
+    assert run(folder, "--pairs", 4, data=shards) == 2
+    assert "no source has held_out shards" in capsys.readouterr().err
     path = tmp_path / "there.py"
     path.write_text("from configs import Config, Source\n"
                     f"config = Config(sources={SOURCES!r}, data={str(shards)!r})\n")
-    evaluate.run([str(folder), "--pairs", "4", "--config", str(path), "--out", str(tmp_path)])
+    assert run(folder, "--pairs", 4, "--config", path, "--out", tmp_path) == 0
     assert metrics_of(tmp_path)["pairs"] == 4
+
+
+def test_a_full_disk_is_named_and_leaves_no_half_of_a_file(a_run, shards, tmp_path, capsys,
+                                                           monkeypatch):
+    import runtime.files
+
+    def full(fd):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(runtime.files.os, "fsync", full)
+    assert run(a_run, "--pairs", 4, "--out", tmp_path, data=shards) == 2
+    said = capsys.readouterr().err
+    assert "pairs.jsonl" in said and "No space left" in said and said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("arguments, message", [
     (["--pairs", "5000"], "5000 held-out pairs are asked for, but there are 384"),
-    (["--lpips", "/nowhere.pth", "/none.pth"], "/nowhere.pth"),
     (["--clip", "/nowhere.pt"], "/nowhere.pt"),
     (["--mode=3dof"], "--mode belongs to the training of the run"),
     (["--sampel_steps=3"], "Did you mean 'sample_steps'?"),
     (["--data=/nowhere"], "no shards at /nowhere"),
     (["--pairs", "1"], "1 is not possible"),
 ])
-def test_bad_input_is_one_clear_line_and_exit_code_2(a_run, capsys, arguments, message):
-    with pytest.raises(SystemExit) as end:
-        evaluate.main([str(a_run), *arguments])
+def test_bad_input_is_one_clear_line_and_exit_code_2(a_run, shards, capsys, arguments, message):
+    assert run(a_run, *arguments, data=shards) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert end.value.code == 2 and said.startswith("evaluate.py: ") and message in said
+    assert said.startswith("evaluate.py: ") and message in said
 
 
 def test_a_missing_checkpoint_and_shards_of_another_size_are_one_line(shards, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        evaluate.main([str(tmp_path / "nowhere")])
+    assert run(tmp_path / "nowhere") == 2
     assert "no checkpoint" in capsys.readouterr().err
     folder = saved(tmp_path / "large", small(shards, image_size=64))
-    with pytest.raises(SystemExit):
-        evaluate.main([str(folder), "--pairs", "4"])
+    assert run(folder, "--pairs", 4, data=shards) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert "32x32, the short side must be 64" in said
 
@@ -205,19 +231,19 @@ def test_a_missing_checkpoint_and_shards_of_another_size_are_one_line(shards, tm
 
 def test_what_is_known_of_a_pair_that_replaces_a_damaged_one_is_its_own(shards, monkeypatch):
     config = small(shards, mode="7dof_quantile_scale")      # its pairs bring their depth
-    pairs = evaluate.held_out_pairs(config, 8)
-    right, fails = scenes.RawScenes.pair, set()
+    pairs = score.held_out_pairs(config, 8)
+    right, fails = scenes.RawScenes.fill, set()
 
-    def pair(reader, mode, *place):
+    def fill(reader, batch, i, mode, *place):
         if len(fails) < 8 and place not in fails:
             fails.add(place)
             raise shards_file.Damaged("here", "damaged")
-        return right(reader, mode, *place)
+        return right(reader, batch, i, mode, *place)
 
-    monkeypatch.setattr(scenes.RawScenes, "pair", pair)
+    monkeypatch.setattr(scenes.RawScenes, "fill", fill)
     replaced = 0
     for place in range(8):
-        item, known = evaluate.case(pairs, place)
+        item, known = score.case(pairs, place)
         replaced += bool(item["damage"])
         assert torch.equal(item["depth_cond"], known["depth_cond"])
         assert known["scene"] == f"{known['source']}: {item['uid'].rpartition(':')[0]}"
@@ -226,42 +252,48 @@ def test_what_is_known_of_a_pair_that_replaces_a_damaged_one_is_its_own(shards, 
 
 def test_the_standard_error_is_the_usual_one_for_one_pair_a_scene_and_not_fooled_by_copies():
     values = np.random.default_rng(0).normal(size=40)
-    mean, error, count = tables.mean_and_error(values.tolist(), range(40))
+    mean, error, count = score.mean_and_error(values.tolist(), range(40))
     assert mean == pytest.approx(values.mean()) and count == 40
     assert error == pytest.approx(values.std(ddof=1) / 40**0.5)
-    copied = tables.mean_and_error(values.tolist() * 5, [*range(40)] * 5)
+    copied = score.mean_and_error(values.tolist() * 5, [*range(40)] * 5)
     assert copied[:2] == pytest.approx((mean, error))
 
 
 def test_cases_are_the_best_the_median_and_the_worst():
     rows = [{"scores": {"this model": {"psnr": float(p)}}} for p in (3, 9, 1, 7, 5, 2, 8, 4, 6)]
     shown = [(label, rows[place]["scores"]["this model"]["psnr"])
-             for label, place in evaluate.chosen(rows, 2)]
+             for label, place in score.chosen(rows, 2)]
     assert shown == [("best", 9), ("best", 8), ("median", 6), ("median", 5), ("worst", 2),
                      ("worst", 1)]
 
 
+def rows_with(**psnr):
+    """Rows of one pair a scene, by {method: list of PSNR}."""
+    return [{"uid": str(i), "scene": str(i), "source": "s", "distance": 1.0,
+             "scores": {method.replace("_", " "): {"psnr": p} for method, p in zip(psnr, each)}}
+            for i, each in enumerate(zip(*psnr.values()))]
+
+
 @pytest.mark.parametrize("lead, verb", [(1.0, "beats"), (-1.0, "loses to"), (0.0, "equals")])
 def test_the_verdict_of_the_report_takes_three_standard_errors(lead, verb):
-    noise = torch.tensor([0.1, -0.1] * 10)
-    scores = {"this model": 20 + lead + noise, "repeat the view": torch.full((20,), 20.0),
-              "its mean colour": torch.full((20,), 10.0)}
-    assert f"the model {verb}" in tables.report(scores)[-1]
-    assert "(repeat the view)" in tables.report(scores)[-1]
+    rows = rows_with(this_model=[20 + lead + 0.1 * (-1)**i for i in range(20)],
+                     repeat_the_view=[20.0] * 20, its_mean_colour=[10.0] * 20)
+    assert f"the model {verb}" in score.report(rows)[-1]
+    assert "(repeat the view)" in score.report(rows)[-1]
 
 
 def test_one_scene_has_no_error_and_no_verdict():
     rows = [{"uid": str(i), "scene": "a", "source": "s", "distance": 1.0,
              "scores": {method: {"psnr": base + i} for method, base in
                         (("this model", 10.0), ("repeat the view", 12.0))}} for i in range(2)]
-    found = tables.summarize(rows)
+    found = score.summarize(rows)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert found["methods"]["this model"]["psnr"] == {"mean": 10.5, "se": None, "n": 2}
-    lines = "\n".join(tables.screen(found, rows))
+    lines = "\n".join(score.screen(found, rows))
     assert "is -2.00 dB from the best baseline (repeat the view) on one scene" in lines
     assert "nan" not in lines
-    alone = {"this model": torch.tensor([10.0]), "repeat the view": torch.tensor([12.0])}
-    assert "on one scene" in tables.report(alone)[-1] and "nan" not in "".join(tables.report(alone))
+    alone = rows_with(this_model=[10.0], repeat_the_view=[12.0])
+    assert "on one scene" in score.report(alone)[-1] and "nan" not in "".join(score.report(alone))
 
 
 # ---- a model that is broken on purpose
@@ -269,7 +301,7 @@ def test_one_scene_has_no_error_and_no_verdict():
 def oracle(broken):
     """Views of a perfect model that believes what `broken` makes of its pose vectors, mode 7dof."""
     def views_of(net, batch, config, depth_net=None):
-        T = broken(depth.pose_vector(batch, config.mode), batch["radius"])
+        T = broken(model.pose_vector(batch, config.mode), batch["radius"])
         pose = T[:, :16].view(-1, 4, 4).double()
         views = []
         for i, uid in enumerate(batch["uid"]):
@@ -296,20 +328,20 @@ def negated(T, unit):
 
 def test_broken_runs_are_told_apart_by_the_epipolar_figure(shards, monkeypatch):
     config = small(shards)
-    pairs = evaluate.held_out_pairs(config, 64)
+    pairs = score.held_out_pairs(config, 64)
 
     def rows(broken):
-        monkeypatch.setattr(evaluate, "views_of", oracle(broken))
-        return evaluate.measure(net_of(config), pairs, config, {"psnr": metrics.psnr})
+        monkeypatch.setattr(score, "views_of", oracle(broken))
+        return score.score(net_of(config), pairs, config, {"psnr": metrics.psnr}, follows=True)
 
     right = rows(in_unit)
-    assert tables.figure(right, "this model", "camera_found")[0] > 0.9
+    assert score.figure(right, "this model", "camera_found")[0] > 0.9
     ways = {"camera negated": negated, "scale ignored": lambda T, unit: T,
             "conditions shuffled": lambda T, unit: in_unit(T, unit).roll(1, 0)}
     for name, broken in ways.items():
         wrong = rows(broken)
         for figure in ("reprojection", "camera_margin", "camera_found"):
-            mean, error, count = tables.difference(right, "this model", "this model", figure,
+            mean, error, count = score.difference(right, "this model", "this model", figure,
                                                      wrong)
             assert count > 50 and mean > max(5 * error, 0), (name, figure, mean, error)
 
@@ -319,9 +351,9 @@ def test_broken_runs_are_told_apart_by_the_epipolar_figure(shards, monkeypatch):
 def test_the_validation_loss_is_the_mean_square_of_the_latents_for_a_model_that_says_zero(shards):
     config = small(shards)
     net = model.build(config).eval()            # its last convolution starts at zero
-    pairs = evaluate.held_out_pairs(config, 12)
+    pairs = score.held_out_pairs(config, 12)
     targets = torch.stack([data.images(pairs[k]["image_target"]) for k in range(12)])
-    losses = evaluate.validation_loss(net, pairs, config)
+    losses = score.validation_loss(net, pairs, config)
     assert list(losses) == ["0-249", "250-499", "500-749", "750-999"]
     for loss in losses.values():
         assert loss == pytest.approx(targets.square().mean().item(), rel=1e-5)
@@ -329,7 +361,7 @@ def test_the_validation_loss_is_the_mean_square_of_the_latents_for_a_model_that_
 
 def test_validation_has_fixed_timesteps_and_noise_whatever_the_batches(shards, monkeypatch):
     config = small(shards)
-    net, pairs, seen = net_of(config), evaluate.held_out_pairs(config, 12), []
+    net, pairs, seen = net_of(config), score.held_out_pairs(config, 12), []
     forward = net.forward
 
     def spy(*arguments):
@@ -338,14 +370,14 @@ def test_validation_has_fixed_timesteps_and_noise_whatever_the_batches(shards, m
         return forward(*arguments)
 
     monkeypatch.setattr(net, "forward", spy)
-    first = evaluate.validation_loss(net, pairs, config)
+    first = score.validation_loss(net, pairs, config)
     bands = [torch.cat(seen[band::4]) for band in range(4)]
     for band, t in enumerate(bands):
         assert len(t) == 12 and (t >= 250 * band).all() and (t < 250 * (band + 1)).all()
         assert len(set(t.tolist())) > 6
-    again = evaluate.validation_loss(net, pairs, replace(config, micro_batch=5))
+    again = score.validation_loss(net, pairs, replace(config, micro_batch=5))
     assert_close(list(again.values()), list(first.values()), rtol=1e-5, atol=0)
-    other = evaluate.validation_loss(net, pairs, replace(config, seed=1))
+    other = score.validation_loss(net, pairs, replace(config, seed=1))
     assert other["750-999"] != first["750-999"]
 
 
@@ -354,12 +386,12 @@ def test_a_validation_takes_few_steps_and_says_what_the_log_needs(shards, monkey
     net, calls = net_of(config), []
     eps = net.eps
     monkeypatch.setattr(net, "eps", lambda *a: calls.append(1) or eps(*a))
-    found = evaluate.validate(net, evaluate.held_out_pairs(config, 24), config)
+    found = score.validate(net, score.held_out_pairs(config, 24), config)
     assert len(calls) == 3
     assert list(found) == ["val_psnr", "val_ssim", "val_baseline_psnr", "val_loss",
                            "val_loss_0-249", "val_loss_250-499", "val_loss_500-749",
                            "val_loss_750-999"]
     assert all(isinstance(value, float) and np.isfinite(value) for value in found.values())
-    repeated = evaluate.evaluate(net, evaluate.held_out_pairs(config, 12), config)
-    assert found["val_baseline_psnr"] == pytest.approx(
-        repeated["repeat the view"].mean().item(), rel=1e-5)
+    repeated = score.means_of(score.score(net, score.held_out_pairs(config, 12), config,
+                                          score.FAST))
+    assert found["val_baseline_psnr"] == pytest.approx(repeated["repeat the view"]["psnr"], rel=1e-5)

@@ -13,9 +13,19 @@ from views import photos
 from views import render
 from captures import synth
 from analysis.metrics import psnr
+from runtime import command
 from test_sample import save, small_run
 
 __all__ = ["small_run"]      # the fixture `run`
+
+
+def main(run, *arguments, data=""):
+    """The command's exit status."""
+    data = data or render.load(run, "cpu", "fp32")[1].data
+    with pytest.raises(SystemExit) as end:
+        command.run("follow.py", follow.main, follow.parser().parse_args(
+            [str(run), "--data", str(data), "--device", "cpu", *arguments]))
+    return end.value.code or 0
 
 
 @pytest.fixture
@@ -56,12 +66,12 @@ def test_every_path_is_measured_and_drawn(run, tmp_path, capsys, monkeypatch):
         cameras = paths.motion(name, follow.VIEWS, follow.HOW_FAR[name], photo.fov, photo.elevation)
         truth = follow.truth_of(photo, cameras, seed)
         return truth, truth + 0.02      # 40 dB, of a range of 2
-    follow.main([str(run), "--scenes", "3", "--device", "cpu"])
+    assert main(run, "--scenes", "3") == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[2:-1]] == list(paths.MOTIONS) == list(follow.HOW_FAR)
     assert (run / "paths.png").is_file()
     monkeypatch.setattr(follow, "follow", perfect)
-    follow.main([str(run), "--scenes", "2", "--device", "cpu"])
+    assert main(run, "--scenes", "2") == 0
     for line in capsys.readouterr().out.splitlines()[2:-1]:
         _, _, ours, still, difference, *_ = line.split()
         assert float(ours) == 40 and float(difference) == pytest.approx(40 - float(still), abs=0.02)
@@ -69,15 +79,14 @@ def test_every_path_is_measured_and_drawn(run, tmp_path, capsys, monkeypatch):
 
 def test_too_many_scenes_are_refused_before_the_first(run, capsys, monkeypatch):
     monkeypatch.setattr(follow, "follow", None)
-    with pytest.raises(SystemExit) as stop:
-        follow.main([str(run), "--scenes", "9", "--device", "cpu"])
-    assert stop.value.code == 2 and "there are scenes 0 to 3" in capsys.readouterr().err
+    assert main(run, "--scenes", "9") == 2
+    assert "there are scenes 0 to 3" in capsys.readouterr().err
 
 
 def test_a_3dof_model_is_measured_along_what_it_knows(run, tmp_path, capsys):
     config = replace(render.load(run, "cpu", "fp32")[1], mode="3dof", out=str(tmp_path / "run"))
     save(config, golden.fill(model.build(config)))
-    follow.main([config.out, "--scenes", "2", "--device", "cpu"])
+    assert main(config.out, "--scenes", "2") == 0
     lines = capsys.readouterr().out.splitlines()[2:-1]
     assert [line.split()[0] for line in lines] == ["orbit", "swing", "spiral", "dolly"]
 
@@ -90,9 +99,5 @@ def test_a_spoilt_note_of_the_scenes_is_named(tmp_path, content):
 
 
 def test_other_data_are_refused_in_a_line(run, tmp_path, capsys):
-    config = render.load(run, "cpu", "fp32")[1]
-    config = replace(config, data=str(tmp_path), out=str(tmp_path / "o"))
-    save(config, golden.fill(model.build(config)))
-    with pytest.raises(SystemExit) as stop:
-        follow.main([config.out])
-    assert stop.value.code == 2 and "synth.json is missing" in capsys.readouterr().err
+    assert main(run, data=tmp_path) == 2
+    assert "synth.json is missing" in capsys.readouterr().err

@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 
 import prepare
-from captures import writer
-from captures import synth
+from captures import make, solids, synth, writer
+from runtime import command, files
 
 SIZE = 48
 VIEWS = 4
@@ -164,7 +164,7 @@ def test_every_pixel_has_a_depth_and_the_sky_is_a_far_wall(rendered):
     for scene, _, _, depths in rendered:
         assert (depths > 0).all()
         # seen from within, a wall of the box lies at HORIZON or a little nearer, or further aslant
-        assert (depths.max() > 0.8 * synth.HORIZON * scene.unit) == scene.sky
+        assert (depths.max() > 0.8 * solids.HORIZON * scene.unit) == scene.sky
 
 
 def test_every_view_shares_enough_with_every_other(rendered):
@@ -180,7 +180,7 @@ def test_cameras_keep_clear_of_solids_ground_and_walls():
         scene = synth.scene(5, number)
         eye = synth.cameras(scene, 40)[:, :3, 3].numpy() / scene.unit
         # between the places where a path is looked at it may come a little nearer than CLEARANCE
-        assert distance(scene, eye).min() > 0.75 * synth.CLEARANCE
+        assert distance(scene, eye).min() > 0.75 * solids.CLEARANCE
 
 
 def test_cameras_are_upright_rotations_that_look_at_the_solids():
@@ -244,6 +244,13 @@ ARGUMENTS = ["--scenes", "6", "--held-out", "2", "--views", "3", "--size", "16",
 def run(out, *more):
     """`prepare.py synth` in this process."""
     prepare.main(["synth", "--out", str(out), *ARGUMENTS, *more])
+
+
+def stopped(out, *more):
+    """The same, as from a shell, which ends with an error."""
+    with pytest.raises(SystemExit) as stop:
+        command.run("prepare.py", prepare.main, ["synth", "--out", str(out), *ARGUMENTS, *more])
+    assert stop.value.code == 2
 
 
 @pytest.fixture(scope="module")
@@ -380,7 +387,7 @@ def test_training_and_held_out_scenes_differ_and_do_not_depend_on_their_count(ma
     with tarfile.open(made / "co3d/train-000000.tar") as tar:
         assert tar.getnames()[0] == "arc/0000000000/frame000001.png"
     held_out = read_shard(made / "co3d/held-out-000000.tar")
-    assert list(held_out) == [f"arc/{prepare.HELD_OUT:010d}"]
+    assert list(held_out) == [f"arc/{synth.HELD_OUT:010d}"]
 
 
 def test_the_same_arguments_give_the_same_bytes(made, tmp_path):
@@ -397,7 +404,7 @@ def test_a_run_that_was_cut_short_goes_on_and_ends_the_same(made, tmp_path, caps
     run(out)
     assert contents(out) == contents(made)
     assert all(path.stat().st_mtime_ns == when for path, when in finished.items())
-    rates = r"^3 views of 16x16 in [\d.]+ s: \d+ views/s, \d+ since the first were there \("
+    rates = r"^3 views in [\d.]+ s: \d+ views/s \(1 processes\)"
     assert re.search(rates, capsys.readouterr().out, re.M)
     run(out)
     assert "all of them were there already" in capsys.readouterr().out
@@ -435,23 +442,21 @@ def test_work_ahead_comes_in_order_no_further_than_asked_and_stops_with_its_read
         time.sleep(0.05 if i == 0 else 0.001)
         return i * i
 
-    assert list(writer.ahead(slow_at_first, range(20), 4, 6)) == [i * i for i in range(20)]
+    assert list(make.ahead(slow_at_first, range(20), 4, 6)) == [i * i for i in range(20)]
     begun.clear()
-    results = writer.ahead(slow_at_first, range(20), 1, 3)
+    results = make.ahead(slow_at_first, range(20), 1, 3)
     assert [next(results), next(results)] == [0, 1]
     results.close()
     assert len(begun) <= 2 + 3
     with pytest.raises(ZeroDivisionError):
-        list(writer.ahead(lambda i: 1 // (2 - i), range(20), 2, 3))
+        list(make.ahead(lambda i: 1 // (2 - i), range(20), 2, 3))
 
 
 def test_other_arguments_are_refused_by_name_unless_overwritten(made, tmp_path, capsys):
     out = tmp_path / "out"
     run(out)
-    with pytest.raises(SystemExit) as stop:
-        run(out, "--seed", "1", "--views", "2")
+    stopped(out, "--seed", "1", "--views", "2")
     message = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 2
     assert "views 3 there, 2 now; seed 0 there, 1 now" in message and "--overwrite" in message
     assert contents(out) == contents(made)
     run(out, "--seed", "1", "--scenes", "2", "--overwrite")
@@ -461,9 +466,9 @@ def test_other_arguments_are_refused_by_name_unless_overwritten(made, tmp_path, 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_a_note_that_does_not_fit_on_the_disk_is_named_and_leaves_nothing(tmp_path):
-    (tmp_path / "note.json.partial").symlink_to("/dev/full")
+    (tmp_path / ".unfinished_note.json").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left on device: '.*/note.json'"):
-        writer.write_text(tmp_path / "note.json", "{}")
+        files.write_text(tmp_path / "note.json", "{}")
     assert not list(tmp_path.iterdir())
 
 
@@ -476,11 +481,11 @@ def test_names_that_no_tar_can_hold_are_told(tmp_path):
 def test_other_arguments_are_fine_where_no_shard_was_made(tmp_path):
     """Those of a run that failed, say, and are now corrected."""
     note, shard = tmp_path / "note.json", tmp_path / "train-000000.tar"
-    writer.check_out(note, {"seed": 0}, [], False)
-    writer.check_out(note, {"seed": 1}, [], False)
+    make.check_out(note, {"seed": 0}, [], False)
+    make.check_out(note, {"seed": 1}, [], False)
     assert json.loads(note.read_text()) == {"seed": 1}
     with pytest.raises(ValueError, match="seed 1 there, 2 now"):
-        writer.check_out(note, {"seed": 2}, [shard], False)
+        make.check_out(note, {"seed": 2}, [shard], False)
 
 
 @pytest.mark.parametrize("image_format, kind", [("jpg", "JPEG"), ("webp", "WEBP")])
@@ -523,22 +528,22 @@ def test_tars_carry_no_time_and_no_owner(made):
 
 
 @pytest.mark.parametrize("option, value, says", [
-    ("--scenes", "0", "--scenes 0: it must be at least 2"),
-    ("--held-out", "-1", "--held-out -1: it must be at least 2"),
-    ("--views", "1", "--views 1: it must be at least 2"),
-    ("--size", "0", "--size 0: it must be at least 8"),
-    ("--motion", "1.5", "--motion is 1.5, it must be more than 0 and at most 1"),
-    ("--turn", "60", "--turn is 60, it must be 0 to 45 degrees"),
-    ("--seed", "-3", "--seed -3: it must be at least 0"),
-    ("--workers", "-1", "--workers -1: it must be at least 0"),
+    ("--scenes", "0", "--scenes: 0 is not possible, only numbers from 2 on"),
+    ("--held-out", "-1", "--held-out: -1 is not possible, only numbers from 2 on"),
+    ("--views", "1", "--views: 1 is not possible, only numbers from 2 on"),
+    ("--size", "0", "--size: 0 is not possible, only numbers from 8 on"),
+    ("--motion", "1.5", "--motion: 1.5 is not possible, only numbers between 1e-06 and 1"),
+    ("--turn", "60", "--turn: 60 is not possible, only numbers between 0 and 45"),
+    ("--seed", "-3", "--seed: -3 is not possible, only numbers from 0 on"),
+    ("--workers", "-1", "--workers: -1 is not possible, only numbers from 0 on"),
+    ("--sise", "3", "option --sise is not known, did you mean --size?"),
     ("--device", "cuda", "--device cuda: this machine has cpu"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(option, value, says, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit) as stop:
-        run(tmp_path / "out", option, value)
+    stopped(tmp_path / "out", option, value)
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and says in error and error.count("\n") == 1
+    assert says in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -548,14 +553,14 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     command = [sys.executable, prepare.__file__, "synth", "--out", out, *ARGUMENTS]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.startswith("prepare.py synth: ") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("prepare.py: ") and done.stderr.count("\n") == 1
     assert str(tmp_path / "file") in done.stderr
 
 
 def slow_scenes(path, content, report):
     """One scene, then none for a minute; or a failure, once the other shard has been begun."""
     if content == "fails":
-        while not list(path.parent.glob("slow.tar*")):
+        while not list(path.parent.glob("*slow.tar*")):
             time.sleep(0.01)
         raise OSError(28, "No space left on device", str(path))
     yield [("a/b/frame000001.png", b"1")]
@@ -568,7 +573,7 @@ def test_where_one_process_fails_the_others_are_ended_and_leave_nothing(tmp_path
     todo = [(tmp_path / "slow.tar", "slow"), (tmp_path / "fails.tar", "fails")]
     began, others = time.monotonic(), multiprocessing.active_children()
     with pytest.raises(OSError, match="No space left on device.*fails.tar"):
-        writer.make_shards_together(todo, slow_scenes, 2, lambda views: None)
+        make.make_shards_together(todo, slow_scenes, 2, lambda views: None)
     assert time.monotonic() - began < 30        # not the minute
     assert set(multiprocessing.active_children()) <= set(others)
     assert not list(tmp_path.iterdir())
@@ -576,16 +581,14 @@ def test_where_one_process_fails_the_others_are_ended_and_leave_nothing(tmp_path
 
 def test_a_failure_in_one_of_several_processes_is_one_line(tmp_path, capsys):
     (tmp_path / "co3d").write_text("in the way")
-    with pytest.raises(SystemExit) as stop:
-        run(tmp_path, "--workers", "2")
+    stopped(tmp_path, "--workers", "2")
     message = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 2 and str(tmp_path / "co3d") in message
+    assert str(tmp_path / "co3d") in message
 
 
 def test_shards_of_another_origin_are_left_alone(tmp_path, capsys):
     (tmp_path / "co3d").mkdir()
     (tmp_path / "co3d/train-000000.tar").write_bytes(b"somebody's")
-    with pytest.raises(SystemExit):
-        run(tmp_path, "--overwrite")
+    stopped(tmp_path, "--overwrite")
     assert "holds shards that this command did not make" in capsys.readouterr().err
     assert (tmp_path / "co3d/train-000000.tar").read_bytes() == b"somebody's"

@@ -15,9 +15,9 @@ from golden import FOLDER, SALT, case, weight
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from runtime import checkpoint
 import configs
 import model
+from runtime import checkpoint, convert, runs
 from runtime import foreign as tensorfile
 from runtime.checkpoint import EMA, INPUT_CONV, POSE, UNET, ema_name
 
@@ -339,23 +339,24 @@ def test_a_saved_step_reads_back(tmp_path):
     assert set(load_file(folder / "model.safetensors")) == set(states(0)[0])
 
 
-def test_a_run_has_the_frozen_networks_of_its_start(tmp_path):
+def test_a_runs_frozen_networks_come_from_the_file_that_the_user_names(tmp_path):
     state = checkpoint_of(small())
     start = saved(tmp_path / "start.ckpt", state)
     trained = {name: value + 1 for name, value in state.items()
                if name.startswith((UNET, "cc_projection."))}
     meta = {"config": {"init": str(start)}}
     folder = checkpoint.save(tmp_path / "out", 3, trained, {}, {}, meta)
+    # what a checkpoint names is shown and never opened
+    assert_same(checkpoint.read(tmp_path / "out"), trained)
+    assert f"--init={start}" in refusal(small(), folder)
     expected = trained | {name: value for name, value in state.items() if "_stage_model." in name}
-    assert_same(checkpoint.read(tmp_path / "out"), expected)
     module = small()
-    checkpoint.load_model(module, folder)
+    checkpoint.load_model(module, checkpoint.read(folder, init=start))
     assert_same(module.state_dict(), expected)
-    checkpoint.convert(folder, tmp_path / "whole.safetensors")
+    convert.convert(folder, tmp_path / "whole.safetensors", init=start)
     assert_same(load_file(tmp_path / "whole.safetensors"), expected)
-    start.unlink()
-    assert_same(checkpoint.read(folder), trained)
-    assert "frozen networks from the file that its init names" in refusal(small(), folder)
+    with pytest.raises(ValueError, match="no autoencoder and no CLIP"):
+        checkpoint.read(folder, init=folder)
 
 
 def test_newest_steps_and_every_nth_are_kept(tmp_path):
@@ -464,8 +465,8 @@ def test_a_run_killed_at_any_moment_resumes_from_a_whole_step(tmp_path):
 
 
 def test_a_writer_saves_what_was_at_the_time_and_lets_the_caller_go_on(tmp_path, monkeypatch):
-    release, genuine = threading.Event(), checkpoint.save
-    monkeypatch.setattr(checkpoint, "save",
+    release, genuine = threading.Event(), runs.save
+    monkeypatch.setattr(runs, "save",
                         lambda *rest: (release.wait(30), genuine(*rest)))
     writer, parts = checkpoint.Writer(), states(10)
     writer.save(tmp_path, 10, *(part.items() for part in parts), {"ema_updates": 10})
@@ -480,7 +481,7 @@ def test_a_writer_saves_what_was_at_the_time_and_lets_the_caller_go_on(tmp_path,
 
 
 def test_a_writer_writes_one_step_at_a_time_into_memory_that_it_keeps(tmp_path, monkeypatch):
-    running, most, genuine = [], [], checkpoint.save
+    running, most, genuine = [], [], runs.save
 
     def save(*rest):
         running.append(0)
@@ -488,7 +489,7 @@ def test_a_writer_writes_one_step_at_a_time_into_memory_that_it_keeps(tmp_path, 
         time.sleep(0.02)
         genuine(*rest)
         running.pop()
-    monkeypatch.setattr(checkpoint, "save", save)
+    monkeypatch.setattr(runs, "save", save)
     writer, places = checkpoint.Writer(), set()
     for step in (10, 20, 30):
         writer.save(tmp_path, step, *(part.items() for part in states(step)), {"ema_updates": step})
@@ -529,6 +530,97 @@ def test_remains_of_a_killed_save_are_cleared_away(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000020"]
 
 
+def test_nothing_but_ones_own_leftovers_is_removed(tmp_path):
+    elsewhere = save_step(tmp_path / "elsewhere", 10)
+    out = tmp_path / "out"
+    for name in (".unfinished_step_00000011", ".removed_step_00000012"):      # of killed saves
+        (out / name).mkdir(parents=True)
+    for name in ("step_5", "step_00000020", ".unfinished_other", "step_00000004x"):
+        (out / name).mkdir()
+        (out / name / "notes.txt").write_text("mine")
+    (out / "step_5/meta.json").write_text("{}")
+    (out / ".unfinished_model.ckpt").write_text("another command is at it")
+    (out / "step_00000001").symlink_to(elsewhere)
+    mine = {path.name for path in out.iterdir()} - {
+        ".unfinished_step_00000011", ".removed_step_00000012"}
+    for step in (30, 40, 50):
+        save_step(out, step, keep=1)
+    assert {path.name for path in out.iterdir()} == mine | {"step_00000050"}
+    assert (elsewhere / "meta.json").exists()
+    with pytest.raises(OSError, match="in the way"):
+        save_step(out, 20)
+    assert (out / "step_00000020/notes.txt").exists()
+
+
+def test_an_old_step_that_cannot_be_removed_does_not_unmake_the_new_one(tmp_path, monkeypatch):
+    said = []
+    save_step(tmp_path, 10)
+
+    def refused(self, target):
+        raise PermissionError(1, "Operation not permitted")
+    with monkeypatch.context() as broken:
+        broken.setattr(type(tmp_path), "rename", refused)
+        save_step(tmp_path, 20, keep=1, say=said.append)
+    assert said == [f"{tmp_path / 'step_00000010'} cannot be removed: Operation not permitted"]
+    with monkeypatch.context() as broken:       # killed, or refused, in the middle
+        broken.setattr(runs.shutil, "rmtree", lambda path: refused(path, path))
+        save_step(tmp_path, 30, keep=1, say=said.append)
+    assert checkpoint.steps(tmp_path) == [tmp_path / "step_00000030"]
+    save_step(tmp_path, 40, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000040"]
+
+
+def test_a_full_disk_makes_room_of_what_would_go_but_never_of_the_only_good_step(
+        tmp_path, monkeypatch):
+    said, genuine = [], runs.write_safetensors
+
+    def write(path, *rest):
+        if len(checkpoint.steps(tmp_path)) > 1 or full:
+            raise OSError(28, "No space left on device", str(path))
+        return genuine(path, *rest)
+    full = False
+    monkeypatch.setattr(runs, "write_safetensors", write)
+    save_step(tmp_path, 10)
+    save_step(tmp_path, 20)
+    save_step(tmp_path, 30, say=said.append)
+    assert [checkpoint.step_of(path) for path in checkpoint.steps(tmp_path)] == [30, 20]
+    assert len(said) == 1 and "no room for step 30: step_00000010 would be removed" in said[0]
+    (tmp_path / "step_00000030/model.safetensors").write_bytes(b"")        # now 20 alone is good
+    with pytest.raises(OSError, match="No space"):
+        save_step(tmp_path, 40, say=said.append)
+    assert len(said) == 1 and len(checkpoint.steps(tmp_path)) == 2
+    full = True
+    monkeypatch.setattr(runs, "damage", lambda folder: "")
+    with pytest.raises(OSError, match="No space"):
+        save_step(tmp_path, 40, keep=1, say=said.append)       # both would go: none may
+    assert len(checkpoint.steps(tmp_path)) == 2
+
+
+def test_meta_json_has_a_checksum_of_its_own(tmp_path):
+    path = save_step(tmp_path, 20) / "meta.json"
+    path.write_text(json.dumps(json.loads(path.read_text())))       # other spaces say the same
+    assert not checkpoint.damage(path.parent)
+    path.write_text(path.read_text().replace('"ema_updates": 20', '"ema_updates": 21'))
+    assert "its own checksum" in checkpoint.damage(path.parent)
+
+
+def test_a_configuration_that_is_none_is_refused_in_one_line(tmp_path):
+    for value in ("3", "null", "[" * 100_000, '"text"', "{", "[1]"):
+        save_file({"w": torch.ones(1)}, tmp_path / "x.safetensors", {checkpoint.CONFIG: value})
+        with pytest.raises(ValueError, match="x.safetensors: its zeronvs_config"):
+            checkpoint.read(tmp_path / "x.safetensors")
+    saved(tmp_path / "x.ckpt", {"w": torch.ones(1)}, **{checkpoint.CONFIG: 5})
+    with pytest.raises(ValueError, match="its zeronvs_config"):
+        checkpoint.read(tmp_path / "x.ckpt")
+
+
+@pytest.mark.parametrize("updates", [torch.tensor(float("inf")), torch.tensor(float("nan")),
+                                     torch.ones(3), torch.tensor(-5), torch.tensor([])])
+def test_info_of_odd_tensors_is_no_traceback(tmp_path, updates):
+    state = {EMA + "num_updates": updates, INPUT_CONV: torch.ones(3), POSE: torch.tensor(1.0)}
+    assert "average of 0 updates" in convert.info(saved(tmp_path / "x.ckpt", state))
+
+
 # ---- other forms
 
 def assert_same(found, expected):
@@ -543,7 +635,7 @@ def test_forms_follow_each_other_without_loss(tmp_path):
     saved(tmp_path / "a.ckpt", state)
     forms = ["a.ckpt", "b.safetensors", "out/step_00000012", "c.pt", "d.ckpt"]
     for source_form, target_form in zip(forms, forms[1:]):
-        assert checkpoint.convert(tmp_path / source_form, tmp_path / target_form) == []
+        assert convert.convert(tmp_path / source_form, tmp_path / target_form) == []
     found = checkpoint.read(tmp_path / "d.ckpt")
     assert_same(found, state)
     assert found.step == 12
@@ -554,7 +646,7 @@ def test_written_ckpt_has_the_references_structure(tmp_path):
     # ZeroNVS and threestudio call torch.load and take ["state_dict"]
     state = checkpoint_of(small())
     save_file(state, tmp_path / "a.safetensors", {"global_step": "12"})
-    checkpoint.convert(tmp_path / "a.safetensors", tmp_path / "b.ckpt")
+    convert.convert(tmp_path / "a.safetensors", tmp_path / "b.ckpt")
     found = torch.load(tmp_path / "b.ckpt", weights_only=True)
     assert found["global_step"] == 12
     assert_same(found["state_dict"], state)
@@ -563,7 +655,7 @@ def test_written_ckpt_has_the_references_structure(tmp_path):
 def test_ema_is_folded_in_and_precision_lowered_but_not_of_the_schedule(tmp_path):
     state = checkpoint_of(small()) | {"betas": torch.rand(1000)}
     saved(tmp_path / "a.ckpt", state)
-    checkpoint.convert(tmp_path / "a.ckpt", tmp_path / "b.safetensors", True, torch.bfloat16)
+    convert.convert(tmp_path / "a.ckpt", tmp_path / "b.safetensors", True, torch.bfloat16)
     found = load_file(tmp_path / "b.safetensors")
     assert torch.equal(found["betas"], state["betas"])
     assert torch.equal(found[INPUT_CONV], state[ema_name(INPUT_CONV)].bfloat16())
@@ -575,8 +667,52 @@ def test_a_file_that_was_made_of_a_run_tells_its_configuration(tmp_path):
     config = {"mode": "7dof", "num_heads": 4, "sources": [{"name": "here"}]}
     folder = checkpoint.save(tmp_path / "out", 3, *states(3), {"ema_updates": 3, "config": config})
     for name in ("a.safetensors", "a.ckpt"):
-        checkpoint.convert(folder, tmp_path / name)
+        convert.convert(folder, tmp_path / name)
         assert checkpoint.read(tmp_path / name).meta["config"] == config
+
+
+def test_averages_alone_are_no_unet_but_load_as_the_average(tmp_path):
+    state = {name: value for name, value in checkpoint_of(small()).items()
+             if not name.startswith(UNET)}
+    path = saved(tmp_path / "a.ckpt", state)
+    with pytest.raises(ValueError, match="averaged weights .EMA. alone"):
+        convert.convert(path, tmp_path / "b.safetensors", ema=True)
+    assert not (tmp_path / "b.safetensors").exists()
+    assert "ema=True" in refusal(small(), path)
+    module = small()
+    checkpoint.load_model(module, path, ema=True)
+    assert torch.equal(module.state_dict()[INPUT_CONV], state[ema_name(INPUT_CONV)])
+
+
+def test_what_convert_wrote_is_whole_before_it_gets_its_name(tmp_path, monkeypatch):
+    saved(tmp_path / "a.ckpt", checkpoint_of(small()))
+    genuine = tensorfile.write_safetensors
+
+    def forgetful(path, tensors, metadata):
+        entries = dict(tensors.entries)
+        entries.pop(INPUT_CONV)
+        return genuine(path, tensorfile.StateDict(path, entries), metadata)
+    monkeypatch.setattr(convert, "write_safetensors", forgetful)
+    with pytest.raises(ValueError, match="1 tensors were not written whole"):
+        convert.convert(tmp_path / "a.ckpt", tmp_path / "b.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
+
+
+def test_converting_to_a_full_disk_is_one_line(tmp_path):
+    resource = pytest.importorskip("resource", reason="no file size limit on this system")
+    saved(tmp_path / "a.ckpt", checkpoint_of(small()))
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+        for target in ("b.ckpt", "b.safetensors", "step_00000005"):
+            with pytest.raises(OSError) as error:
+                convert.convert(tmp_path / "a.ckpt", tmp_path / target)
+            assert target in str(error.value) and "\n" not in str(error.value)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
 
 
 def test_converting_refuses_what_it_cannot_do(tmp_path):
@@ -585,7 +721,7 @@ def test_converting_refuses_what_it_cannot_do(tmp_path):
             ("a.ckpt", {}, "exists already"), ("b.onnx", {}, "no form of checkpoint"),
             ("b.safetensors", {"ema": True}, "no averaged weights")):
         with pytest.raises(ValueError, match=message):
-            checkpoint.convert(tmp_path / "a.ckpt", tmp_path / target, **options)
+            convert.convert(tmp_path / "a.ckpt", tmp_path / target, **options)
     assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
 
 
@@ -597,7 +733,7 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(tensorfile.Stored, "read", fails)
     for target in ("b.ckpt", "b.safetensors", "step_00000005"):
         with pytest.raises(ValueError):
-            checkpoint.convert(tmp_path / "a.ckpt", tmp_path / target)
+            convert.convert(tmp_path / "a.ckpt", tmp_path / target)
     monkeypatch.undo()
 
     def stops(value, path):
@@ -605,19 +741,19 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(torch, "save", stops)
     with pytest.raises(OSError):
-        checkpoint.convert(tmp_path / "a.ckpt", tmp_path / "b.ckpt")
+        convert.convert(tmp_path / "a.ckpt", tmp_path / "b.ckpt")
     assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
 
 
 def test_command_line_tells_what_is_in_a_file_and_converts_it(tmp_path, capsys):
     saved(tmp_path / "a.ckpt", checkpoint_of(small()), optimizer={"m": torch.zeros(5)})
-    checkpoint.main(["info", str(tmp_path / "a.ckpt")])
+    convert.main(["info", str(tmp_path / "a.ckpt")])
     told = capsys.readouterr().out
     assert "step 12, average of 7 updates, 8 input channels, pose projection 6 -> 4" in told
     rows = {line[:20].strip(): line[20:].split() for line in told.splitlines()[2:]}
     assert rows["UNet"][:4] == ["2", "292", "1,168", "float32;"]
     assert rows["optimizer, trainer"] == ["1", "5", "20", "float32;", "unused"]
-    checkpoint.main(["convert", str(tmp_path / "a.ckpt"), str(tmp_path / "b.safetensors"), "--ema",
+    convert.main(["convert", str(tmp_path / "a.ckpt"), str(tmp_path / "b.safetensors"), "--ema",
                      "--dtype", "fp16"])
     assert load_file(tmp_path / "b.safetensors")[POSE].dtype == torch.float16
     assert "1 tensors have no place in it: optimizer.m" in capsys.readouterr().out
@@ -625,8 +761,8 @@ def test_command_line_tells_what_is_in_a_file_and_converts_it(tmp_path, capsys):
 
 def test_command_line_refuses_bad_input_in_one_line(tmp_path):
     (tmp_path / "x.ckpt").write_text("<html></html>")
-    told = subprocess.run([sys.executable, "-m", "runtime.checkpoint", "info", tmp_path / "x.ckpt"], cwd=ROOT,
-                          capture_output=True, text=True)
+    told = subprocess.run([sys.executable, "-m", "runtime.checkpoint", "info", tmp_path / "x.ckpt"],
+                          cwd=ROOT, capture_output=True, text=True)
     assert told.returncode == 2 and not told.stdout
     assert told.stderr.startswith("checkpoint.py: ") and told.stderr.count("\n") == 1
 

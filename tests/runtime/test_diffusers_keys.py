@@ -1,13 +1,17 @@
 """diffusers_keys.py: diffusers computes the same from our folders, and we from theirs."""
 
 import json
+import shutil
+import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
 from golden import fill
 from torch import nn
 
-from runtime import checkpoint
+from runtime import checkpoint, convert
 from runtime import export as diffusers_keys
 import model
 from runtime import foreign as tensorfile
@@ -78,9 +82,9 @@ def test_a_folder_fills_a_module_on_meta(tmp_path):
 def test_convert_goes_to_a_diffusers_folder_and_back(tmp_path):
     module = network()
     torch.save({"state_dict": module.state_dict(), "global_step": 3}, tmp_path / "a.ckpt")
-    assert set(checkpoint.convert(tmp_path / "a.ckpt", tmp_path / "b")) == set(checkpoint.LEFTOVERS)
+    assert set(convert.convert(tmp_path / "a.ckpt", tmp_path / "b")) == set(checkpoint.LEFTOVERS)
     assert (tmp_path / "b/model_index.json").exists()
-    assert checkpoint.convert(tmp_path / "b", tmp_path / "c.safetensors") == []
+    assert convert.convert(tmp_path / "b", tmp_path / "c.safetensors") == []
     found = checkpoint.read(tmp_path / "c.safetensors")
     for name, value in module.state_dict().items():
         assert name in checkpoint.LEFTOVERS or torch.equal(found[name], value)
@@ -90,7 +94,7 @@ def test_half_precision_files_of_the_older_kind_read(tmp_path):
     # kxic/zero123-xl: .bin files, a folder cc_projection with `projection.*`, old attention names
     module = network()
     path = folder_of(tmp_path, module)
-    (path / "clip_camera_projection").rename(path / "cc_projection")
+    shutil.rmtree(path / "clip_camera_projection")
     for part in ("unet", "vae", "image_encoder", "cc_projection"):
         file = next((path / part).glob("*.safetensors"))
         state = dict(tensorfile.read_file(file))
@@ -99,8 +103,7 @@ def test_half_precision_files_of_the_older_kind_read(tmp_path):
                          ("to_out.0", "proj_attn")):
             if part == "vae":
                 state = {name.replace(new, old): value for name, value in state.items()}
-        state = {name.replace("proj.", "projection.") if part == "cc_projection" else name:
-                 value.half() for name, value in state.items()}
+        state = {name: value.half() for name, value in state.items()}
         if part == "image_encoder":
             state["vision_model.embeddings.position_ids"] = torch.arange(5)[None]
         stem = "pytorch_model" if part == "image_encoder" else "diffusion_pytorch_model"
@@ -112,6 +115,49 @@ def test_half_precision_files_of_the_older_kind_read(tmp_path):
     for name, value in module.state_dict().items():
         if name not in checkpoint.LEFTOVERS:
             assert torch.equal(found[name], value.half().float()), name
+
+
+@pytest.mark.parametrize("ending", ["safetensors.index.json", "safetensors.index.fp16.json"])
+def test_a_network_in_several_files_reads_by_its_index(tmp_path, ending):
+    module, blank = network(), network()
+    path = folder_of(tmp_path, module)
+    whole = path / "unet/diffusion_pytorch_model.safetensors"
+    state, places = dict(tensorfile.read_file(whole)), {}
+    for i, names in enumerate((list(state)[::2], list(state)[1::2])):
+        part = f"diffusion_pytorch_model-0000{i + 1}-of-00002.safetensors"
+        tensorfile.write_safetensors(path / "unet" / part, {name: state[name] for name in names})
+        places |= dict.fromkeys(names, part)
+    whole.unlink()
+    index = path / "unet" / f"diffusion_pytorch_model.{ending}"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    with torch.no_grad():
+        blank.model.diffusion_model.time_embed[0].weight.zero_()
+    checkpoint.load_model(blank, path)
+    for name, value in module.state_dict().items():
+        assert torch.equal(blank.state_dict()[name], value), name
+    for bad in ({"x": "../vae/diffusion_pytorch_model.safetensors"}, {"x": "/etc/passwd"},
+                {**places, "lost": part}, 3):
+        index.write_text(json.dumps({"weight_map": bad}))
+        with pytest.raises(ValueError, match="index"):
+            checkpoint.read(path)
+
+
+def test_a_folder_of_a_small_run_keeps_its_configuration(tmp_path):
+    config = {"mode": "7dof", "image_size": 64, "num_heads": 4, "init": "zero123-xl.ckpt"}
+    state = {name: value for name, value in network().state_dict().items()
+             if not name.startswith(checkpoint.FROZEN)}
+    average = {name: value + 1 for name, value in state.items() if name.startswith(checkpoint.UNET)}
+    run = checkpoint.save(tmp_path / "out", 7, state, average, {},
+                          {"config": config, "ema_updates": 7})
+    left = convert.convert(run, tmp_path / "a")
+    assert any(name.startswith(checkpoint.EMA) for name in left)
+    found = checkpoint.read(tmp_path / "a")
+    assert found.meta["config"] == config and found.step == 7
+    assert json.loads((tmp_path / "a/unet/config.json").read_text())["sample_size"] == 8
+    name = checkpoint.UNET + "out.2.bias"
+    assert torch.equal(found[name], state[name])
+    convert.convert(run, tmp_path / "b", ema=True)
+    assert torch.equal(checkpoint.read(tmp_path / "b")[name], average[name])
 
 
 def test_a_part_without_one_weight_file_is_refused(tmp_path):
@@ -134,7 +180,7 @@ def test_a_network_that_diffusers_lacks_is_refused_in_one_line(tmp_path):
     state = network().state_dict() | {"model.diffusion_model.surprise.weight": torch.zeros(1)}
     torch.save(state, tmp_path / "a.ckpt")
     with pytest.raises(ValueError, match="surprise.weight"):
-        checkpoint.convert(tmp_path / "a.ckpt", tmp_path / "b")
+        convert.convert(tmp_path / "a.ckpt", tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
 
@@ -144,7 +190,7 @@ def test_a_first_level_wider_than_the_input_convolution_is_refused(tmp_path):
     module.model.diffusion_model = model.UNet(8, 4, 32, (2,), 1, (1,), 2, 16)
     torch.save(module.state_dict(), tmp_path / "a.ckpt")
     with pytest.raises(ValueError, match="first level is 64 wide"):
-        checkpoint.convert(tmp_path / "a.ckpt", tmp_path / "b")
+        convert.convert(tmp_path / "a.ckpt", tmp_path / "b")
 
 
 # ---- oracles
@@ -200,6 +246,62 @@ def test_transformers_clip_computes_the_same_from_our_folder(tmp_path, transform
     assert_close(module.encode_image(image), oracle(module.preprocess(image)).image_embeds)
 
 
+def pipelines(diffusers):
+    """The parts of zero123-hf's and threestudio's pipelines, under their names."""
+    from diffusers.configuration_utils import register_to_config
+
+    class CCProjection(diffusers.ModelMixin, diffusers.ConfigMixin):
+        @register_to_config
+        def __init__(self, in_channel=772, out_channel=768):
+            super().__init__()
+            self.projection = nn.Linear(in_channel, out_channel)
+
+    class CLIPCameraProjection(diffusers.ModelMixin, diffusers.ConfigMixin):
+        @register_to_config
+        def __init__(self, embedding_dim=768, additional_embeddings=4):
+            super().__init__()
+            self.proj = nn.Linear(embedding_dim + additional_embeddings, embedding_dim)
+
+    class Zero1to3StableDiffusionPipeline(diffusers.DiffusionPipeline):
+        _optional_components = ["safety_checker", "feature_extractor"]
+
+        def __init__(self, vae, image_encoder, unet, scheduler, safety_checker, feature_extractor,
+                     cc_projection, requires_safety_checker: bool = True):
+            super().__init__()
+            self.register_modules(vae=vae, image_encoder=image_encoder, unet=unet,
+                                  cc_projection=cc_projection)
+            self.register_to_config(requires_safety_checker=requires_safety_checker)
+            self.pose = cc_projection.projection
+
+    class Zero123Pipeline(diffusers.DiffusionPipeline):
+        _optional_components = ["safety_checker", "feature_extractor"]
+
+        def __init__(self, vae, image_encoder, unet, scheduler, safety_checker, feature_extractor,
+                     clip_camera_projection, requires_safety_checker: bool = True):
+            super().__init__()
+            self.register_modules(vae=vae, image_encoder=image_encoder, unet=unet,
+                                  clip_camera_projection=clip_camera_projection)
+            self.register_to_config(requires_safety_checker=requires_safety_checker)
+            self.pose = clip_camera_projection.proj
+
+    return {"pipeline_zero1to3": (Zero1to3StableDiffusionPipeline, CCProjection),
+            "zero123": (Zero123Pipeline, CLIPCameraProjection)}
+
+
+@pytest.mark.parametrize("module", ["pipeline_zero1to3", "zero123"])
+def test_the_pipelines_of_zero123_hf_and_threestudio_open_our_folder(
+        tmp_path, monkeypatch, diffusers, transformers, module):
+    pipeline, projection = pipelines(diffusers)[module]
+    theirs = types.ModuleType(module)
+    theirs.ModelMixin = diffusers.ModelMixin
+    setattr(theirs, projection.__name__, projection)
+    monkeypatch.setitem(sys.modules, module, theirs)
+    ours = network()
+    found = pipeline.from_pretrained(folder_of(tmp_path, ours), low_cpu_mem_usage=False)
+    assert torch.equal(found.pose.weight, ours.cc_projection.weight)
+    assert found.config["requires_safety_checker"] is False
+
+
 @torch.no_grad()
 def test_folders_of_diffusers_give_the_same_results_here(tmp_path, diffusers, transformers):
     torch.manual_seed(0)
@@ -232,7 +334,7 @@ def test_folders_of_diffusers_give_the_same_results_here(tmp_path, diffusers, tr
 
 def test_written_names_and_shapes_are_those_of_zero123_xl_in_diffusers(tmp_path, diffusers):
     # at full size, on the meta device: names, shapes and configuration alone
-    keys = json.loads((checkpoint.Path(__file__).parents[1] / "golden/zero123_keys.json").read_text())
+    keys = json.loads((Path(__file__).parents[1] / "golden/zero123_keys.json").read_text())
     prefix = diffusers_keys.UNET
     found = {name[len(prefix):]: torch.empty(shape, device="meta")
              for name, (shape, _) in keys["keys"].items() if name.startswith(prefix)}

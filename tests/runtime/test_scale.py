@@ -1,8 +1,6 @@
-"""Compiled training on several ranks, weights laid out for GPUs, and bench.py scale."""
+"""Compiled training on several ranks, and weights laid out for GPUs."""
 
-import argparse
 import copy
-import json
 import os
 import socket
 import sys
@@ -14,30 +12,28 @@ import torch.nn as nn
 from test_train import logged, one_thread, run, shards, tiny      # noqa: F401, fixtures
 from torch._dynamo.utils import counters
 
-from benchmarks import __main__ as bench
 from runtime import checkpoint
 import clip
 import configs
+import diffusion
 from runtime import ranks as distributed
 from engine import kernels
 import model
 import train
 import vae
-from benchmarks import encode, scale
-from benchmarks import train as bench_train
+from benchmarks import networks, peers
 from runtime.ranks import ALONE
 from runtime.optimizer import Ema, Optimizer
 
 
 def made(batch, **changes):
     """(Config, network without layers of zeros, pairs) of the benchmarks' tiny size."""
-    torch.manual_seed(0)
-    config = bench_train.made_config(True, batch, **changes)
-    net = bench_train.network(config).train()
-    for parameter in net.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.05)
-    return config, net, bench_train.pairs(config, batch, torch.device("cpu"))
+    step = networks.Step(networks.config_of(True, batch, **changes), compiled=False)
+    recompute = changes.get("checkpoint_activations", False)
+    for stage in step.net.modules():
+        if isinstance(stage, model.Stage):
+            stage.recompute = recompute
+    return step.config, step.net, (*step.tensors[:5], diffusion.Draws(*step.tensors[5:]))
 
 
 def test_a_rank_that_leaves_lets_waiting_threads_have_the_interpreter(monkeypatch):
@@ -191,7 +187,7 @@ def test_the_layout_of_weights_is_not_seen_in_checkpoints_and_a_resume_keeps_it(
     folders = [folder / "step_00000001" for folder in folders]
     for name in checkpoint.FILES:
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
-    fresh = bench_train.network(config)
+    fresh = networks.network(config)
     train.channels_last(fresh)
     ema, optimizer = train.begin(config, fresh, checkpoint.load_run(folders[0]), ALONE)
     strided = 0
@@ -205,36 +201,9 @@ def test_the_layout_of_weights_is_not_seen_in_checkpoints_and_a_resume_keeps_it(
                                                  net.state_dict().values()))
 
 
-# ---- bench.py scale
-
-def test_numbers_of_gpus_are_measured_beside_one_and_compute_the_same(tmp_path, capsys):
-    command = ["scale", "--tiny", "--batch", "1", "--gpus", "1", "2", "--no-compile", "--json",
-               str(tmp_path / "rows.json")]
-    bench.main(command)
-    rows = {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
-    one, two = "scale: 1 GPU: a GPU", "scale: 2 GPUs: a GPU"
-    assert rows[two]["peer"] == one and rows[two]["ratio"] > 0
-    assert rows["scale: 2 GPUs: all"]["value"] == pytest.approx(2 * rows[two]["value"])
-    assert {"scale: 2 GPUs: averaging gradients, not hidden",
-            "scale: 2 GPUs: sending them alone, gradients"} <= set(rows)
-    bench.main([*command, "--check"])
-    *losses, apart = json.loads((tmp_path / "rows.json").read_text())
-    # 2e-5 by bf16 sums in another order; 1e-3 where gradients are not averaged
-    assert len(losses) == 2 and apart["value"] < 3e-4 and "failed" not in capsys.readouterr().out
-
-
-def test_every_number_of_gpus_shares_the_same_pairs_in_a_check():
-    given = argparse.Namespace(batch=8, check=True, compile=True, tiny=False, divide_optimizer=True)
-    found = [(job["name"], job["pairs"]) for job in scale.jobs(given, [1, 2, 3])]
-    assert found == [("1 GPU", 48), ("2 GPUs", 48), ("2 GPUs, divided", 48), ("3 GPUs", 48),
-                     ("3 GPUs, divided", 48)]
-    with pytest.raises(ValueError, match="must be positive"):
-        bench.main(["scale", "--gpus", "0"])
-
-
 @pytest.mark.parametrize("encoders, wanted", [
     ((model.Pixels, model.NoEmbedding), ["UNet"]),      # nothing is frozen
-    ((lambda: vae.AutoencoderKL(32, (1,)), lambda: clip.CLIP(**encode.TINY_CLIP)),
+    ((lambda: vae.AutoencoderKL(32, (1,)), lambda: clip.CLIP(**peers.TINY_CLIP)),
      ["UNet", "encode", "encode_image"])])
 def test_the_unet_and_the_frozen_encoders_are_compiled_not_the_decoder(encoders, wanted,
                                                                        monkeypatch):

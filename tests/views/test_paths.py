@@ -9,6 +9,7 @@ import torch
 
 from views import paths
 from views import pictures
+from views.cameras import check_rigid
 from camera import opengl_from_opencv, relative_pose
 
 FOV = math.radians(50)
@@ -41,7 +42,7 @@ def assert_level(c2w):
 def test_every_motion_begins_at_the_photo_with_rigid_cameras(name):
     cameras = path(name)
     assert_same(relative_pose(cameras.cond_c2w, cameras.c2w[0]), torch.eye(4))
-    paths.check_rigid(cameras.c2w, name)
+    check_rigid(cameras.c2w, name)
     assert len(cameras) == 9 and cameras.fov[0] == pytest.approx(FOV)
     assert_same(cameras.cond_c2w[:3, 3].norm(), 1.0)
     elevation = math.degrees(math.asin(cameras.cond_c2w[2, 3]))
@@ -241,8 +242,8 @@ def test_transforms_json_with_one_angle_for_all_is_read(tmp_path):
 @pytest.mark.parametrize("text, says", [
     ('{"frames": 3}', "no list of frames"), ('"text"', "no list of frames"),
     ('[[[1, 0], [0, 1]]]', "camera 0 is of shape [2, 2]"), ('["x"]', "camera 0 is no matrix"),
-    ('{"w": 3, "fl_x": 0, "frames": [{"transform_matrix": []}]}', "camera 0 has focal lengths"),
-    ('{"w": 3, "fl_x": "a", "frames": [{"transform_matrix": []}]}', "camera 0 has focal lengths"),
+    ('{"w": 3, "fl_x": 0, "frames": [{"transform_matrix": []}]}', "camera 0: fl_x is"),
+    ('{"w": 3, "fl_x": "a", "frames": [{"transform_matrix": []}]}', "camera 0: fl_x is"),
     ('{"fl_x": 300, "frames": [{"transform_matrix": []}]}', "says nothing without w"),
     ('{"frames": [{}]}', "'transform_matrix' is missing")])
 def test_what_is_wrong_with_a_file_of_cameras_is_said(tmp_path, text, says):

@@ -1,0 +1,381 @@
+"""Makes shards of captures, by the dozen, in several processes; a run goes on where it stopped.
+
+A shard is written when its note, a .json beside it, is: with how much is in it and what was left
+out of it, by cause. A shard of which nothing is left has a note alone. Letters: `v` views.
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from captures import datasets, own, photos, resample
+from captures.writer import raw_scene, write_shard
+from runtime.command import progress
+from runtime.files import write_text
+
+VERSION = 1                     # goes up when shards of old and new code do not go together
+FEWEST_VIEWS = 2                # of a scene: a pair
+# bytes of a photo's pixel, and of a dense depth map's, as measured: what shards are planned by
+BYTES_A_PIXEL, DEPTH_BYTES_A_PIXEL = {"png": 2.0, "jpg": 0.5, "webp": 0.33}, 0.8
+SPLITS = ("train", "held-out")
+WHERE = "folder", "folders", "cameras", "frames", "videos", "colmap"        # captures lie
+SHARE_HELD_OUT, MOST_HELD_OUT = 0.05, 100       # scenes of captures, unless told
+MOST_ON_GPU = 6                 # processes that share a GPU, unless told: each takes 2 GB of it
+POLL = 0.1                      # seconds between looks at the processes
+
+
+# ---- which scenes, in which shards
+
+def find(args):
+    """(Captures, Counter of those passed over) of the arguments. Raises ValueError, OSError."""
+    if args.command == "co3d":
+        return datasets.find_co3d(args.folder, args.categories, args.quality, args.depth)
+    if args.command == "colmap":
+        return own.find_colmap(args.folders, args.images, args.depth)
+    if args.command == "nerfstudio":
+        return own.find_nerfstudio(args.folders, args.depth)
+    if args.command == "photos":
+        return photos.find(args.folders, args.out, args.depth, args.video_frames,
+                           args.dry_run)
+    return datasets.find_re10k(args.command, args.cameras, args.frames, args.videos, args.colmap)
+
+
+def split_captures(found, args):
+    """{split: Captures by name}. Which are held out, and which a smaller number of scenes leaves,
+    follows from the seed and the names. Raises ValueError."""
+    names = Counter(capture.name for capture in found)
+    twice = [name for name, count in names.items() if count > 1]
+    if twice:
+        raise ValueError(f"two scenes are called {twice[0]}: rename the folder of one")
+    held_out = args.held_out
+    if held_out < 0:
+        held_out = min(MOST_HELD_OUT, math.ceil(SHARE_HELD_OUT * len(found))) * (len(found) > 1)
+    if len(found) <= held_out:
+        raise ValueError(f"{len(found)} scenes found, of which --held-out {held_out} leaves none "
+                         "for training")
+    order = sorted(found, key=lambda each: hashlib.sha256(f"{args.seed} {each.name}".encode())
+                   .digest())
+    train = order[held_out:][:args.scenes or None]
+    by_name = functools.partial(sorted, key=lambda capture: capture.name)
+    return dict(zip(SPLITS, (by_name(train), by_name(order[:held_out]))))
+
+
+def count_views(capture, args):
+    """The views of a scene that are asked for."""
+    return min(capture.count, args.views or capture.count)
+
+
+def plan_captures(splits, args):
+    """(shards of a run: a list of (path, Captures), bytes of a view). Shards are as few as
+    --shard-size allows, and about alike."""
+    a_view = args.size**2 * (BYTES_A_PIXEL[args.image_format]
+                             + (DEPTH_BYTES_A_PIXEL if args.depth else 0))
+    plan = []
+    for split, found in splits.items():
+        counts = [count_views(capture, args) for capture in found]
+        shards = max(1, math.ceil(sum(counts) * a_view / (args.shard_size * 1e9)))
+        share = max(1, sum(counts)) / shards
+        before = itertools.accumulate(counts, initial=0)        # views in front of each scene
+        grouped = itertools.groupby(zip(before, found), lambda each: int(each[0] // share))
+        for i, (_, shard) in enumerate(grouped):
+            path = Path(args.out) / f"{split}-{i:06d}.tar"
+            plan.append((path, [capture for _, capture in shard]))
+    return plan, a_view
+
+
+# ---- a scene
+
+def evenly(views, count):
+    """`count` of the views, evenly from the first to the last; 0: all."""
+    if not 0 < count < len(views):
+        return views
+    return [views[round(i)] for i in np.linspace(0, len(views) - 1, count)]
+
+
+def depth_unit(view, depths):
+    """What the stored depths of a scene are to be multiplied by: CO3D's own number, so that its
+    words come through as they were, or else what brings the median near 1."""
+    if isinstance(view.depth, resample.DepthMap) and view.depth.half_floats:
+        return view.depth.unit
+    depths = np.array(depths)
+    return 2.0 ** round(math.log2(np.median(depths[depths > 0])))
+
+
+def capture_scene(capture, args, out):
+    """The members of one scene. Appends the views left out to `out`; raises LeftOut."""
+    views, unread = capture.read()
+    views, half, unusable = resample.one_camera(views)
+    out += unread + unusable
+    kept, images, depths = [], [], []
+    for view, picture in resample.pictures(evenly(views, args.views)):
+        try:
+            if isinstance(picture, resample.LeftOut):
+                raise picture
+            image, depth = resample.square(view, picture, half, args.size)
+        except resample.LeftOut as err:
+            out.append(err)
+            continue
+        kept, images, depths = [*kept, view], [*images, image], [*depths, depth]
+    if len(kept) < FEWEST_VIEWS:
+        raise resample.LeftOut(capture.name, "fewer than two usable views", out[-1] if out else "")
+    layout, unit = "re10k", 1.0
+    if args.command not in ("re10k", "acid"):
+        layout, unit = "co3d", depth_unit(kept[0], depths) if kept[0].depth else 1.0
+    c2w = [view.c2w for view in kept]
+    return raw_scene(layout, capture.name, images, depths if kept[0].depth else None, c2w,
+                     2 * math.atan(half), args.image_format, unit)
+
+
+def capture_scenes(args, path, found, report):
+    """Yields the members of a shard's scenes in order; then notes beside it what was left out."""
+    out, scenes, views = [], 0, 0
+    for capture in found:
+        mine = []
+        try:
+            members = capture_scene(capture, args, mine)
+            scenes, views = scenes + 1, views + sum("_metadata" in name for name, _ in members)
+            yield members
+        except resample.LeftOut as err:
+            mine.append(err)
+        out += mine
+        report(count_views(capture, args))
+    write_text(path.with_suffix(".json"), json.dumps({
+        "scenes": scenes, "views": views,
+        "left_out": [[err.reason, err.where, err.detail] for err in out]}, indent=1) + "\n")
+
+
+# ---- a run
+
+def absolute(where):
+    """A folder, or several, as it is known from everywhere."""
+    if isinstance(where, list):
+        return [absolute(each) for each in where]
+    return os.path.abspath(where) if where else ""
+
+
+def run_captures(args):
+    """Makes shards of captures, skipping those that are there. Raises ValueError, OSError."""
+    if args.views == 1:
+        raise ValueError("--views 1: a pair needs two; 0 takes all")
+    found, passed_over = find(args)
+    for reason, count in sorted(passed_over.items()):
+        print(f"passed over: {count} {reason}")
+    splits = split_captures(found, args)
+    plan, a_view = plan_captures(splits, args)
+    views = {path: sum(count_views(capture, args) for capture in shard) for path, shard in plan}
+    if args.dry_run:
+        for split, each in splits.items():
+            shards = [path for path, _ in plan if path.name.startswith(split)]
+            count = sum(views[path] for path in shards)
+            print(f"{Path(args.out) / split}-*.tar: {len(shards)} shards, {len(each)} scenes, "
+                  f"{count} views, about {count * a_view / 1e9:.3g} GB")
+        return
+    listed = "\n".join(f"{path.name} {each.name} {each.count}" for path, shard in plan
+                       for each in shard)
+    names = ("command", "size", "views", "depth", "image_format", "seed", "scenes", "held_out",
+             "shard_size")
+    arguments = {"version": VERSION} | {name: getattr(args, name) for name in names}
+    arguments["found"] = (f"{len(found)} scenes (list "
+                          f"{hashlib.sha256(os.fsencode(listed)).hexdigest()[:12]})")
+    arguments |= {name: absolute(getattr(args, name)) for name in WHERE if hasattr(args, name)}
+    arguments |= {"images": args.images} if hasattr(args, "images") else {}
+    shards = list(Path(args.out).glob("*.tar*"))
+    check_out(Path(args.out) / "prepare.json", arguments, shards, args.overwrite)
+    todo = [(path, shard) for path, shard in plan if not is_made(path)]
+    workers = workers_for(args.workers, len(todo), torch.device("cpu"))
+    told = run(todo, functools.partial(capture_scenes, args), workers,
+               sum(views[path] for path, _ in todo), args.command)
+    summarize(plan)
+    print(told)
+    if args.image_format != "png" or not args.depth:
+        print("note: ZeroNVS's original loader reads only shards with png images and depth")
+
+
+def is_made(path):
+    """Whether a shard is there, or the note that nothing is left of it."""
+    note = path.with_suffix(".json")
+    return note.is_file() and (path.is_file() or not json.loads(note.read_text())["scenes"])
+
+
+def summarize(plan):
+    """Prints what there is, and what was left out. Raises ValueError where nothing is left."""
+    left_out, scenes = {}, 0
+    for split in SPLITS:
+        shards = [path for path, _ in plan if path.name.startswith(split)]
+        notes = [json.loads(path.with_suffix(".json").read_text()) for path in shards]
+        there = [path for path in shards if path.is_file()]
+        print(f"{shards[0].parent / split}-*.tar: {len(there)} shards, "
+              f"{sum(each['scenes'] for each in notes)} scenes, "
+              f"{sum(each['views'] for each in notes)} views, "
+              f"{sum(path.stat().st_size for path in there) / 1e6:.1f} MB" if shards else
+              f"{split}: no scenes")
+        scenes += sum(each["scenes"] for each in notes)
+        for each in notes:
+            for reason, where, detail in each["left_out"]:
+                left_out.setdefault(reason, []).append(f"{where} ({detail})" if detail else where)
+    for reason, places in sorted(left_out.items()):
+        print(f"left out: {len(places)} x {reason}, first {places[0]}")
+    if not scenes:
+        for path, _ in plan:            # so that a rerun looks again
+            path.with_suffix(".json").unlink()
+        count, last = sum(len(shard) for _, shard in plan), list(left_out.items())[-1:]
+        causes = "".join(f": {reason}, {places[-1]}" for reason, places in last)
+        raise ValueError(f"none of the {count} scenes can be used{causes}")
+
+
+def check_out(note, arguments, shards, overwrite):
+    """Writes the arguments to the file `note`, or compares them with those in it: ValueError if
+    shards were made with others.
+
+    shards: those in the output folder, the note's. With `overwrite` they are deleted.
+    """
+    out = note.parent
+    if note.is_file():
+        try:
+            found = json.loads(note.read_text())
+        except ValueError as err:
+            raise ValueError(f"{note} is no JSON; choose another --out") from err
+        differing = [f"{name.replace('_', '-')} {found.get(name)} there, {value} now"
+                     for name, value in arguments.items() if found.get(name) != value]
+        if differing and shards and not overwrite:
+            raise ValueError(f"{out} was made with other arguments ({'; '.join(differing)}): "
+                             "choose another --out, or --overwrite")
+        if overwrite or differing:
+            for path in shards:
+                path.unlink()
+            for path in itertools.chain.from_iterable(out.glob(f"{split}-*.json")
+                                                      for split in SPLITS):
+                path.unlink()
+    elif shards:
+        raise ValueError(f"{out} holds shards that this command did not make: choose another --out")
+    write_text(note, json.dumps(arguments, indent=1) + "\n")
+
+
+# ---- processes
+
+def workers_for(asked, shards, device):
+    """The number of processes: as asked, or what keeps the machine busy."""
+    cores = os.cpu_count() or 1
+    usual = cores if device.type == "cpu" else min(cores, MOST_ON_GPU)
+    return min(asked or usual, max(1, shards))
+
+
+def run(todo, scenes_of, workers, views, label):
+    """Makes shards, a list of (path, content), in as many processes as there are workers; returns
+    a line about how fast. Raises ValueError, OSError.
+
+    scenes_of(path, content, report) yields the members of each scene, and calls report(views) as
+    they get done; `views` is their number.
+    """
+    if not todo:
+        return "all of them were there already"
+    started, ticks = time.perf_counter(), progress(itertools.repeat(None), label, "views", views)
+
+    def report(more):
+        deque(itertools.islice(ticks, more), maxlen=0)
+
+    if workers == 1:
+        make_shards(todo, scenes_of, report)
+    else:
+        make_shards_together(todo, scenes_of, workers, report)
+    ticks.close()
+    seconds = time.perf_counter() - started
+    return (f"{views} views in {seconds:.1f} s: {views / seconds:.0f} views/s "
+            f"({workers} processes)")
+
+
+def ahead(function, items, threads, count):
+    """Yields function(item) of the items in order, worked out by threads up to `count` ahead."""
+    pool, results = ThreadPoolExecutor(threads), deque()
+    try:
+        for item in items:
+            results.append(pool.submit(function, item))
+            if len(results) > count:
+                yield results.popleft().result()
+        while results:
+            yield results.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def make_shards(todo, scenes_of, report):
+    """Makes shards one after the other, but for those without a scene; torch takes one core."""
+    torch.set_num_threads(1)
+    for path, content in todo:
+        scenes = scenes_of(path, content, report)
+        first = next(scenes, None)
+        if first:
+            write_shard(path, itertools.chain([first], scenes))
+
+
+def worker(todo, scenes_of, taken, views, errors):
+    """One of several processes: makes the shards that no other has taken; dies with its parent, or
+    when it is terminated, and leaves nothing of a shard that is not complete."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # the parent gets it too, and terminates all
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+
+    def shards():
+        while True:
+            with taken.get_lock():
+                k, taken.value = taken.value, taken.value + 1
+            if k >= len(todo):
+                return
+            yield todo[k]
+
+    def report(more):
+        with views.get_lock():
+            views.value += more
+        if not multiprocessing.parent_process().is_alive():
+            os._exit(1)
+
+    try:
+        make_shards(shards(), scenes_of, report)
+    except (ValueError, OSError) as err:
+        errors.put(str(err))
+
+
+def make_shards_together(todo, scenes_of, workers, report):
+    """Makes shards in several processes. OSError where one of them fails.
+
+    Processes, not threads: most calls into torch are so short that threads would queue up for them.
+    """
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    context.set_forkserver_preload(["captures.synth"])      # imported once for all processes
+    taken, views, errors = context.Value("q", 0), context.Value("q", 0), context.SimpleQueue()
+    shared = (todo, scenes_of, taken, views, errors)
+    processes = [context.Process(target=worker, args=shared, daemon=True) for _ in range(workers)]
+    for process in processes:
+        process.start()
+    reported, running = 0, True
+    try:
+        while running:
+            time.sleep(POLL)
+            running = any(process.is_alive() for process in processes)
+            now = views.value
+            report(now - reported)
+            reported = now
+            if not errors.empty():
+                raise OSError(errors.get())
+            codes = [process.exitcode for process in processes if process.exitcode]
+            if codes:
+                raise OSError(f"one of the processes ended with code {codes[0]}: the same command "
+                              "goes on from here, perhaps with fewer --workers")
+    finally:        # the next run may write what they were writing
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join()

@@ -1,0 +1,184 @@
+"""What is in a checkpoint, and other forms of it: `python -m runtime.checkpoint info|convert`."""
+
+import errno
+import json
+import re
+from pathlib import Path
+
+import torch
+
+from runtime import checkpoint, command, runs
+from runtime.checkpoint import (CONFIG, EMA, FROZEN, INPUT_CONV, LEFTOVERS, POSE, SCHEDULE, UNET,
+                                UNUSED)
+from runtime.export import write_diffusers
+from runtime.files import unfinished
+from runtime.foreign import SPARE, LazyTensor, StateDict, nbytes, write_safetensors
+
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+GROUPS = (      # part of a checkpoint, how its names begin, its use
+    ("UNet", (UNET,), "used"),
+    ("UNet's average (EMA)", (EMA,), "used instead, where asked for"),
+    ("autoencoder", FROZEN[:1], "used"),
+    ("CLIP's text side", LEFTOVERS, "unused, kept for other tools"),
+    ("noise schedule", SCHEDULE, "used"),
+    ("other", tuple(UNUSED), "unused"),
+    ("CLIP's image side", FROZEN[1:], "used"),
+    ("pose projection", (checkpoint.PROJECTION,), "used"),
+    ("unknown", ("",), "refused by load_model"))
+
+
+def info(path):
+    """What is in a checkpoint, as text: facts, then a line for each part."""
+    tensors, groups = checkpoint.read(path), {}
+    for name, entry in tensors.entries.items():
+        group = next(group for group, starts, _ in GROUPS if name.startswith(starts))
+        groups.setdefault(group, []).append(entry)
+    facts = [f"step {tensors.step:,}" if tensors.step else "no step recorded"]
+    if EMA + "num_updates" in tensors:
+        facts.append(f"average of {checkpoint.updates_of(tensors):,} updates")
+    for name, says in ((INPUT_CONV, "{1} input channels"), (POSE, "pose projection {1} -> {0}")):
+        if name in tensors and len(tensors.entries[name].shape) > 1:
+            facts.append(says.format(*tensors.entries[name].shape))
+    if "config" in tensors.meta:
+        facts.append(f"of a run that started from {checkpoint.started_from(tensors) or 'nothing'}")
+    rows = [(group, groups[group], use) for group, _, use in GROUPS if group in groups]
+    if tensors.others:
+        rows.append(("optimizer, trainer", tensors.others.values(), "unused"))
+    lines = [f"{tensors.path}: {', '.join(facts)}",
+             f"{'part':20} {'tensors':>8} {'elements':>14} {'bytes':>15}  dtypes, use"]
+    for group, entries, use in rows:
+        kinds = sorted({str(entry.dtype).removeprefix("torch.") for entry in entries})
+        elements = sum(nbytes(entry) // entry.dtype.itemsize for entry in entries)
+        lines.append(f"{group:20} {len(entries):8,} {elements:14,} {sum(map(nbytes, entries)):15,}"
+                     f"  {', '.join(kinds)}; {use}")
+    return "\n".join(lines)
+
+
+def convert(source, target, ema=False, dtype=None, init=""):
+    """Writes the weights of a checkpoint in the form that `target` names; returns names left out.
+
+    NAME.ckpt or .pt: the reference's structure; NAME.safetensors; step_00005000: a folder of a run;
+    another name without an ending: a diffusers folder. ema: the averaged weights take the place of
+    the UNet's. dtype: of the weights; the schedule stays. init: the file that has a run's frozen
+    networks. What was written is read back before it gets its name. Raises ValueError where target
+    exists, or the source lacks what is asked for.
+    """
+    tensors, target = checkpoint.read(source, init), Path(target)
+    write = write_run if STEP.fullmatch(target.name) else WRITERS.get(target.suffix)
+    if write is None:
+        raise ValueError(f"{target}: {target.suffix} is no form of checkpoint; .ckpt, .pt and "
+                         ".safetensors are, or no ending for a folder")
+    if target.exists() or target.is_symlink():
+        raise ValueError(f"{target} exists already: give a new name, or remove it")
+    entries = folded(tensors) if ema else dict(tensors.entries)
+    if dtype is not None:
+        entries = {name: cast(name, entry, dtype) for name, entry in entries.items()}
+    size = sum(map(nbytes, entries.values()))
+    if tensors.path.is_file() and size > 2 * tensors.path.stat().st_size + SPARE:
+        raise ValueError(f"{tensors.path} repeats its numbers: written out they are {size:,} bytes")
+    with unfinished(target, "converting") as partial:
+        left = write(partial, StateDict(tensors.path, entries, tensors.meta))
+        check(partial, entries, left)
+    return [*left, *tensors.others]
+
+
+def check(partial, entries, left):
+    """Raises ValueError unless what was written holds every tensor, in its shape and dtype."""
+    found = checkpoint.read(partial).entries
+    lost = [name for name, entry in entries.items()
+            if name not in left and not name.startswith((EMA + "decay", EMA + "num_updates"))
+            and (name not in found or tuple(found[name].shape) != tuple(entry.shape)
+                 or found[name].dtype != entry.dtype)]
+    if lost:
+        raise ValueError(f"{len(lost)} tensors were not written whole, the first is {lost[0]}")
+
+
+def folded(tensors):
+    """Entries with the averaged weights in the UNet's place, and no other averages."""
+    entries = {name: entry for name, entry in tensors.entries.items() if not name.startswith(EMA)}
+    averages = {name: checkpoint.ema_name(name) for name in entries if name.startswith(UNET)}
+    missing = [name for name in averages.values() if name not in tensors]
+    if not averages and any(name.startswith(EMA) for name in tensors):
+        raise ValueError(f"{tensors.path} has averaged weights (EMA) alone, and their names do not "
+                         "tell the UNet's: a file with both is needed")
+    if missing or not averages:
+        raise ValueError(f"{tensors.path} has no averaged weights (EMA): "
+                         f"{(missing or ['a UNet'])[0]} is missing")
+    return {**entries, **{name: tensors.entries[average] for name, average in averages.items()}}
+
+
+def cast(name, entry, dtype):
+    """The entry in another precision; what is no weight stays as it is."""
+    if not entry.dtype.is_floating_point or name in (*SCHEDULE, EMA + "decay"):
+        return entry
+    return LazyTensor(dtype, entry.shape, lambda: entry.read().to(dtype))
+
+
+def described(tensors):
+    """What a file says beside weights: a run's configuration, if these are of one."""
+    return {CONFIG: json.dumps(tensors.meta["config"])} if "config" in tensors.meta else {}
+
+
+def write_ckpt(path, tensors):
+    """What torch.load gives is {"state_dict": names to tensors, "global_step": steps}."""
+    try:
+        torch.save({"state_dict": dict(tensors), "global_step": tensors.step, **described(tensors)},
+                   path)
+    except RuntimeError as err:         # torch's own writer has no other word for a full disk
+        raise OSError(errno.EIO, f"cannot be written ({str(err).split(' at ')[0]}): is the disk "
+                      "full?", str(path)) from err
+    return []
+
+
+def write_file(path, tensors):
+    write_safetensors(path, tensors, {"global_step": str(tensors.step), **described(tensors)})
+    return []
+
+
+def write_folder(path, tensors):
+    path.mkdir()
+    return write_diffusers(path, tensors)
+
+
+def write_run(path, tensors):
+    """A step folder of a run, without the optimizer's moments."""
+    averages = {checkpoint.ema_name(name): name for name in tensors if name.startswith(UNET)}
+    weights = {name: entry for name, entry in tensors.entries.items() if not name.startswith(EMA)}
+    ema = {averages[name]: entry for name, entry in tensors.entries.items() if name in averages}
+    meta = {**tensors.meta, "ema_updates": checkpoint.updates_of(tensors)}
+    step = int(path.name.rpartition("_")[2])
+    runs.write_step(path, step, (StateDict(path, weights), StateDict(path, ema), {}), meta)
+    return []
+
+
+STEP = re.compile(r"step_\d{8,18}")
+WRITERS = {".ckpt": write_ckpt, ".pt": write_ckpt, ".safetensors": write_file, "": write_folder}
+
+
+def main(argv=None):
+    parser = command.Parser("checkpoint.py", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="info | convert")
+    told = commands.add_parser("info", help="parts, dtypes, sizes, steps, what is unused")
+    told.add_argument("file", help="a file, a run, a step_... folder of it, a diffusers folder")
+    made = commands.add_parser("convert", help="write the weights in another form")
+    made.add_argument("source", metavar="IN", help="a checkpoint, as for info")
+    made.add_argument("target", metavar="OUT", help="NAME.ckpt, structured as the reference's; "
+                      "NAME.safetensors; step_00005000, of a run; NAME, a diffusers folder")
+    made.add_argument("--ema", action="store_true", help="write the UNet's average as the UNet")
+    made.add_argument("--dtype", choices=PRECISIONS, help="of the weights; default: as they are")
+    made.add_argument("--init", default="", metavar="FILE",
+                      help="the file that a run started from: its frozen networks are written too")
+    args = parser.parse_args(argv)
+    if args.command == "info":
+        print(info(args.file))
+        return
+    left = convert(args.source, args.target, args.ema, PRECISIONS.get(args.dtype), args.init)
+    print(f"wrote {args.target}")
+    averages = [name for name in left if name.startswith(EMA)]
+    if averages:
+        print(f"its averaged weights (EMA), {len(averages)} tensors, are left out: --ema writes "
+              "them as the UNet")
+    rest = [name for name in left if name not in averages]
+    if rest:
+        print(f"{len(rest)} tensors have no place in it: {', '.join(rest[:5])}"
+              + (", ..." if len(rest) > 5 else ""))

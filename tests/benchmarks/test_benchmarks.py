@@ -1,0 +1,212 @@
+"""python -m benchmarks: every benchmark at toy size, its rows and table, variants that fail."""
+
+import json
+import sys
+import time
+
+import pytest
+import torch
+
+from benchmarks import __main__ as bench
+from benchmarks import files, measure, networks
+
+
+@pytest.fixture
+def rows_of(monkeypatch, tmp_path, capsys):
+    """The rows by name, and the text on the screen, of a command line; variants run in here."""
+    def here(label, limit, function, *arguments):
+        return list(function(*arguments))
+
+    def run(*argv):
+        file = tmp_path / "rows.json"
+        bench.main(bench.parser().parse_args([*argv, "--json", str(file)]))
+        return {row["name"]: row for row in json.loads(file.read_text())}, capsys.readouterr().out
+
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(measure, "in_process", here)
+    monkeypatch.setattr(networks, "STEPS", 4)
+    yield run
+    torch.set_num_threads(threads)
+    networks.engine.kernels.disabled.clear()
+
+
+# ---- rows and processes
+
+def test_a_row_is_set_beside_its_peer_and_the_ceiling():
+    rows = [measure.row(measure.CEILING, "", 2.0, "TFLOP/s"),
+            measure.row("ours", "batch 2", 6.0, "pairs/s", flops=1e12),
+            measure.row("theirs", "batch 2", 4.0, "pairs/s"),
+            measure.row("ours", "batch 4", 8.0, "pairs/s")]
+    ceiling, two, theirs, four = measure.finish(rows, {"ours": ["none", "theirs"]})
+    assert two["ratio"] == 1.5 and two["peer"] == "theirs" and two["ceiling_share"] == 0.5
+    assert "peer" not in four and "ceiling_share" not in four and "peer" not in theirs
+    assert ceiling["torch"] == torch.__version__ and ceiling["hardware"]
+    lines = measure.table(rows).splitlines()
+    unit = lines[0].index("unit")
+    assert all(line[unit - 1] == " " and line[unit] != " " for line in lines[1:])
+    assert "1.500" in lines[2] and "50%" in lines[2]
+
+
+def answers(what):
+    yield measure.row(what, "", 1.0, "s")
+    if what == "hangs":
+        time.sleep(60)
+    if what == "fails":
+        raise ValueError("why it failed")
+    if what == "ends":
+        sys.stdout.flush()
+        measure.os._exit(1)
+    if what == "lacks":
+        raise ImportError("no module", name="diffusers")
+
+
+def test_a_variant_that_fails_hangs_or_ends_costs_the_others_nothing(capsys):
+    jobs = [(what, limit, answers, what) for what, limit in
+            (("fails", 60), ("hangs", 20), ("ends", 60), ("lacks", 60), ("works", 60))]
+    rows = measure.collect(jobs, 300)
+    said = capsys.readouterr().out
+    assert [row["name"] for row in rows] == ["fails", "hangs", "ends", "lacks", "works"], said
+    assert "why it failed" in said and "hangs: stopped after 20 s" in said
+    assert "ends failed: its process ended by itself" in said
+    assert "pip install diffusers" in said
+    assert measure.collect(jobs, 1) == [] and "no time left" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv", [["sample", "--views", "0"], ["scale", "--gpus", "0"],
+                                  ["encode", "--seconds-limit", "0"], ["load", "--repeat", "0"],
+                                  ["train", "--variants", "none"]])
+def test_senseless_options_are_one_line(argv, capsys):
+    with pytest.raises(SystemExit) as end:
+        bench.parser().parse_args(argv)
+    assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+# ---- each benchmark
+
+def test_steps_are_measured_beside_a_ceiling(rows_of):
+    rows, _ = rows_of("train", "--tiny", "--batch", "1", "2", "--variants", "eager")
+    assert rows["eager, batch 1"]["value"] > 0 and rows["eager, batch 1"]["unit"] == "pairs/s"
+    assert rows["eager, batch 2"]["ceiling_share"] > 0
+
+
+def test_a_step_trains_every_part_as_the_product_does():
+    step = networks.Step(networks.config_of(True, 2), compiled=False)
+    before = {name: p.detach().clone() for name, p in step.optimizer.trained.items()}
+    step()
+    assert all(not torch.equal(p, before[name]) for name, p in step.optimizer.trained.items())
+    assert step.ema.updates == 1 and step.optimizer.count == 1
+
+
+def test_where_the_time_goes_adds_up_to_a_step(rows_of):
+    rows, said = rows_of("train", "--tiny", "--batch", "1", "--where", "eager")
+    found = {row["what"] for row in rows.values()}
+    assert {"convolutions and products", "norms", "attention", "gaps"} <= found
+    assert "aten::native_group_norm" in said
+
+
+def test_the_engine_is_measured_part_by_part(rows_of, monkeypatch):
+    seen = []
+
+    def training(variant, batch, tiny, where, without):
+        seen.append(tuple(without))
+        yield measure.row(variant, f"batch {batch}", 80.0 if without else 100.0, "pairs/s")
+    monkeypatch.setattr(networks, "measure_training", training)
+    rows, _ = rows_of("engine", "--batch", "48", "--without", "adamw", "unet", "--rates", "train")
+    assert seen == [(), ("adamw",)]             # the UNet for sampling is not in a step of training
+    assert rows["without adamw, batch 48"]["ratio"] == 0.8
+    gain = [row["value"] for name, row in rows.items() if name.startswith("gain by adamw")]
+    assert gain[0] == pytest.approx(25)
+    lines = len((networks.ROOT / "engine" / "adamw.py").read_text().splitlines())
+    assert gain[1] == pytest.approx(2500 / lines)
+
+
+def test_numbers_of_ranks_compute_the_same_losses(monkeypatch, tmp_path):
+    rows = tmp_path / "rows.json"
+    bench.main(bench.parser().parse_args(["scale", "--tiny", "--batch", "2", "--gpus", "1", "2",
+                                          "--no-compile", "--check", "--json", str(rows)]))
+    *losses, apart = json.loads(rows.read_text())
+    # 2e-5 by bf16 sums in another order; 1e-3 where gradients are not averaged
+    assert len(losses) == 2 and apart["value"] < 3e-4
+
+
+def test_one_rank_tells_its_rate(rows_of):
+    rows, _ = rows_of("scale", "--tiny", "--batch", "1", "--gpus", "1", "--no-compile")
+    assert rows["1 GPU, all"]["value"] == rows["1 GPU, a GPU"]["value"] > 0
+
+
+def test_views_are_timed(rows_of):
+    rows, _ = rows_of("sample", "--tiny", "--no-ceilings", "--views", "1", "2", "--variants",
+                      "product", "product, plain")
+    assert rows["product, 1 view"]["unit"] == "s/view" and rows["product, 1 view"]["value"] > 0
+    assert {"product, 2 views at once", "product, plain, 1 view",
+            "product, 1 view, DPM-Solver++ 20 steps"} <= set(rows)
+
+
+def test_encoders_are_timed_alone_and_together(rows_of):
+    rows, _ = rows_of("encode", "--tiny", "--no-ceilings", "--variants", "product, eager")
+    rates = [rows[f"product, eager, {part}"]["value"] for part in ("VAE", "CLIP")]
+    both = rows["product, eager, both"]["value"]
+    assert both == pytest.approx(1 / sum(1 / rate for rate in rates))
+
+
+def test_the_peers_have_as_many_parameters():
+    pytest.importorskip("diffusers", reason="a peer: pip install --no-deps diffusers")
+    pytest.importorskip("transformers", reason="a peer: pip install transformers")
+
+    def count(module):
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    for tiny in (True, False):
+        config = networks.config_of(tiny)
+        with torch.device("meta"):
+            theirs = count(networks.peers.unet(config, networks.model.latent_shape(config)[0]))
+            ours = networks.model.build(config)
+            assert count(ours.model.diffusion_model) == theirs and (tiny or theirs == 859_532_484)
+            for ours, theirs, _ in networks.ENCODERS.values():
+                ours, theirs = ours(tiny), theirs(tiny)
+                theirs = getattr(theirs, "tower", theirs)
+                assert count(getattr(ours, "visual", ours)) == count(theirs)
+
+
+def test_loading_is_measured_and_its_file_removed(rows_of, tmp_path, monkeypatch):
+    def tiny(channels):
+        source = networks.Source("s", "co3d", "*.tar", 1.0)
+        config = networks.Config((source,), mode="3dof", latent="pixels", image_size=16,
+                                 model_channels=32, channel_mult=(1,), num_res_blocks=1,
+                                 attention_resolutions=(1,), num_heads=2, context_dim=8)
+        with torch.device("meta"):
+            return networks.model.build(config)
+    monkeypatch.setattr(files, "zero123", tiny)
+    rows, _ = rows_of("load", "--folder", str(tmp_path), "--repeat", "2", "--variants", *bench.LOAD)
+    assert rows["product, time, from the cache"]["peer"] == "reading the bytes"
+    assert rows["product, peak memory"]["value"] > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.json"], "the file is left behind"
+    files.write_checkpoint(tmp_path / "x.ckpt", 32)
+    state = torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]
+    assert set(tiny(32).state_dict()) < set(state)
+    largest = max(state.values(), key=torch.numel)
+    assert largest.view(torch.uint8).unique().numel() > 200     # no holes, which are read sooner
+
+
+def test_pairs_are_measured_and_cost_no_more_than_their_two_members(rows_of, tmp_path):
+    rows, _ = rows_of("data", "--folder", str(tmp_path), "--scenes", "2", "--views", "4",
+                      "--pairs", "16", "--formats", "JPEG", "encoded", "--workers", "1")
+    assert {"JPEG, one process", "JPEG and depth, loader of 1", "encoded and depth, one process",
+            "decoding, JPEG: two images"} <= set(rows)
+    assert 0 < rows["JPEG, read a pair"]["value"] < rows["JPEG and depth, read a pair"]["value"]
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.json"], "shards are left behind"
+
+
+@pytest.mark.parametrize("kernel, kind", [
+    ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32", "convolutions and products"),
+    ("nvjet_hsh_256x128_64x4_1x2_h_bz_coopA_NNT", "convolutions and products"),
+    ("triton_poi_fused__to_copy_12", "copies and layouts"),
+    ("triton_poi_fused_add_mul_silu_3", "pointwise"),
+    ("triton_red_fused_native_layer_norm_backward_7", "norms"), ("moments_kernel", "norms"),
+    ("void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel", "attention"),
+    ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdam>",
+     "optimizer and average"),
+    ("triton_per_fused_sum_4", "reductions"), ("Memcpy DtoD (Device -> Device)",
+                                               "copies and layouts")])
+def test_kernels_are_counted_by_kind(kernel, kind):
+    assert measure.kind(kernel) == kind
