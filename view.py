@@ -62,7 +62,7 @@ import configs
 from captures import synth
 from runtime.ranks import device_of
 from views import paths, photos, pictures
-from views.render import Render, config_of, load, read
+from views.render import Render, load, open_run
 from views.server import Server, Studio, Subject
 
 
@@ -79,21 +79,11 @@ def models_of(args):
     return [first, *(path for path in found if path.resolve() != first.resolve())]
 
 
-def scenes_of(args, path):
-    """The Config whose held-out scenes the command line names, or None. Raises ValueError."""
-    tensors = read(path)
-    if args.config or not args.checkpoint:
-        own = configs.load([args.config or CONFIG])
-        return replace(config_of(tensors), sources=own.sources, data=args.data or own.data,
-                       depth_weights=own.depth_weights)
-    return configs.stored(tensors.meta.get("config"), args.data) if args.data else None
-
-
 def names_of(config):
     """The names of the first held-out scenes of a Config."""
     names = []
     for source in config.sources:
-        if source.held_out and len(names) < MOST_SCENES:
+        if config.sources != configs.NOWHERE and source.held_out and len(names) < MOST_SCENES:
             reader = photos.scenes.open_source(source, config.data, config.image_size, True)
             names += [f"{source.name} {reader.scene(i).name}" for i in range(len(reader))]
     return names[:MOST_SCENES]
@@ -163,8 +153,9 @@ def serve(args):
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
     try:
-        config = scenes_of(args, models[0])
-        names = names_of(config) if config else []
+        own = args.config or ("" if args.checkpoint else CONFIG)
+        _, config = open_run(models[0], args.data or "", own, args.init or "", needs_data=False)
+        names = names_of(config)
     except (ValueError, OSError) as err:
         if args.config or args.data:
             raise
