@@ -29,10 +29,11 @@ from runtime.workers import DEAD_WORKER, is_dead_worker, packed, start_worker, u
 from shards.files import Damaged
 from shards.scenes import distinct, examples, images, open_source, whole_matrices
 
-log = logging.getLogger(__name__)
-
 __all__ = ["DEAD_WORKER", "Batches", "Pairs", "check_damage", "images", "is_dead_worker", "loader",
            "open_source"]
+
+log = logging.getLogger(__name__)
+
 MAX_DRAWS = 100                     # draws for one pair before giving up
 MIN_DRAWS = 200                     # draws before the share of damaged ones counts
 
@@ -206,7 +207,7 @@ class Loader(DataLoader):
         self.max_damaged, self.say, self.draws, self.logged = max_damaged, say, 0, {}
 
     def __iter__(self):
-        batches = super().__iter__()
+        batches, say_once = super().__iter__(), functools.cache(self.say)
         while True:
             try:
                 batch = next(batches)
@@ -218,7 +219,7 @@ class Loader(DataLoader):
             except (EOFError, ConnectionError) as err:      # it died while it sent a batch
                 raise ChildProcessError(DEAD_WORKER) from err
             self.count(batch.pop("damage"))
-            yield unpacked(batch)
+            yield unpacked(batch, say_once)
 
     def count(self, damage):
         """Books the damage of one batch. Raises ValueError when the run has seen too much."""
@@ -249,7 +250,10 @@ def loader(pairs, batches, workers=0, device="cpu", max_damaged=0.05, say=log.wa
     the loop, once more than `max_damaged` of the draws were damaged. When a worker dies,
     ChildProcessError in the loop, or a RuntimeError wherever the main thread is: is_dead_worker.
     """
-    return Loader(pairs, batches, workers, device, max_damaged, say)
+    try:
+        return Loader(pairs, batches, workers, device, max_damaged, say)
+    except OSError as err:          # of a semaphore, which lies there
+        raise OSError(err.errno, err.strerror, "/dev/shm") from err
 
 
 if __name__ == "__main__":

@@ -323,13 +323,10 @@ def encoded_views(model, z_cond, embedding, T, numbers, seed=0, sampler="ddim", 
     z_cond = z_cond.to(dtype).expand(len(T), -1, -1, -1)
     context = model.context(embedding.expand(len(T), -1), T.to(z_cond.device)).to(dtype)
     shape, numbers = z_cond.shape[1:], torch.as_tensor(numbers, device=z_cond.device)
-    if fast is None:
-        follow, decode, draw_uniform = (guided(model.eps, z_cond, context, guidance, interval),
-                                        model.decode, uniform)
-    else:
-        t, _ = plan(model.alphas_cumprod, sampler, steps, spacing)
-        follow, decode, draw_uniform = (fast.guided(z_cond, context, guidance, interval, t),
-                                        fast.decode, fast.uniform)
+    t, _ = plan(model.alphas_cumprod, sampler, steps, spacing)
+    follow = (fast.guided(z_cond, context, guidance, interval, t) if fast
+              else guided(model.eps, z_cond, context, guidance, interval))
+    draw_uniform, decode = (fast.uniform, fast.decode) if fast else (uniform, model.decode)
     z_T = normal(seed, SAMPLE, numbers, shape, draw_uniform)
     z_0 = sample(follow, z_T, model.alphas_cumprod, sampler, steps, eta,
                  step_noise(seed, numbers, shape, draw_uniform), spacing, watch)

@@ -4,13 +4,14 @@
     ZeroNVS: posteriors, image embedding, pose T (b, d) and Draws -> the loss of each pair (b,)
 
 Read first: ZeroNVS.forward, the loss in twelve lines; then UNet.forward, ResBlock, Attention.
-UNet: Stable Diffusion 1's (arXiv:2112.10752). Conditioning: zero123's (arXiv:2303.11328), a latent
-concatenated to the input and one context token. Module names are the checkpoint's, in its order.
+UNet: Stable Diffusion 1's (arXiv:2112.10752). Conditioning: zero123's (arXiv:2303.11328). Module
+names are the checkpoint's, in its order.
 Letters: `b` batch, `c` channels, `h w` latent grid, `n` tokens, `d` head or pose width, `e`
 embedding width.
 """
 
 import math
+from collections import OrderedDict
 
 import torch
 import torch.nn as nn
@@ -21,12 +22,11 @@ import camera
 import vae
 from clip import CLIP
 from diffusion import schedule_buffers
-from vae import Upsample
+from vae import FOLD, Pixels, Upsample
 
 # quirk: GroupNorm's eps is 1e-5 in residual blocks and at the UNet's end, 1e-6 before transformers
 RES_EPS, TRANSFORMER_EPS = 1e-5, 1e-6
 LARGEST_PERIOD = 10_000                     # of the timestep embedding
-FOLD = 2                                    # pixels a side that latent="pixels" folds into channels
 FEED_FORWARD = 4                            # hidden width of a feed-forward, in channels
 
 
@@ -67,12 +67,11 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Softmax attention of x (b, n, c) over context (b, m, c_context). Returns (b, n, c), or
-    (b, 1, c), the same for every x, where the context is one token.
+    """Softmax attention of x (b, n, c) over context (b, m, c_context) -> (b, n, c).
 
-    Theorem: over one token, attention is to_out(to_v(token)), whatever x, to_q and to_k are.
-    Proof: each x mixes the values by softmax(q k^T / sqrt(d)), positive weights of sum 1. Of one
-    token there is one weight, so it is 1, and its derivatives by q and k are 0.
+    Theorem: over one token it is to_out(to_v(token)), whatever x, to_q and to_k are; (b, 1, c).
+    Proof: an x mixes the values by weights softmax(q k^T / sqrt(d)), whose sum is 1. Of one token
+    there is one weight, so it is 1, and its derivatives by q and k are 0.
     """
     def __init__(self, c, c_context, heads):
         super().__init__()
@@ -102,23 +101,13 @@ class GEGLU(nn.Module):
         return x * F.gelu(gate)
 
 
-class FeedForward(nn.Module):
-    """Position-wise GEGLU network."""
-    def __init__(self, c):
-        super().__init__()
-        hidden = FEED_FORWARD * c
-        self.net = nn.Sequential(GEGLU(c, hidden), nn.Identity(), nn.Linear(hidden, c))
-
-    def forward(self, x):
-        return self.net(x)
-
-
 class TransformerBlock(nn.Module):
     """Self-attention, attention to the context, feed-forward; each with a LayerNorm and a skip."""
     def __init__(self, c, c_context, heads):
         super().__init__()
         self.attn1 = Attention(c, c, heads)
-        self.ff = FeedForward(c)
+        layers = GEGLU(c, FEED_FORWARD * c), nn.Identity(), nn.Linear(FEED_FORWARD * c, c)
+        self.ff = nn.Sequential(OrderedDict(net=nn.Sequential(*layers)))
         self.attn2 = Attention(c, c_context, heads)
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(c), nn.LayerNorm(c), nn.LayerNorm(c)
 
@@ -130,10 +119,8 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """A transformer block over the grid's positions. x: (b, c, h, w), context: (b, m, e).
-
-    c_inner: width of the block, heads times their size; c, where the heads divide it.
-    """
+    """A transformer block, of width c_inner = heads times their size, over the grid's positions.
+    x: (b, c, h, w), context: (b, m, e)."""
     def __init__(self, c, c_inner, c_context, heads, groups):
         super().__init__()
         self.norm = nn.GroupNorm(groups, c, TRANSFORMER_EPS)
@@ -143,8 +130,7 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x, context):
         tokens = self.proj_in(self.norm(x)).flatten(2).mT                   # (b, hw, c_inner)
-        for block in self.transformer_blocks:
-            tokens = block(tokens, context)
+        tokens = self.transformer_blocks[0](tokens, context)
         return x + self.proj_out(tokens.mT.unflatten(2, x.shape[2:]))       # (b, c, h, w)
 
 
@@ -159,11 +145,8 @@ class Downsample(nn.Module):
 
 
 class Stage(nn.Sequential):
-    """Layers in a row: a ResBlock takes the time too, a SpatialTransformer the context.
-
-    recompute: do not keep activations for the backward pass, which computes them again.
-    """
-    recompute = False
+    """Layers in a row: a ResBlock takes the time too, a SpatialTransformer the context."""
+    recompute = False       # activations in the backward pass, instead of keeping them
 
     def forward(self, x, emb, context):
         for layer in self:
@@ -179,9 +162,9 @@ class Stage(nn.Sequential):
 class UNet(nn.Module):
     """Noise prediction. x (b, c_in, h, w), t (b,) timesteps, context (b, m, e) -> (b, c_out, h, w).
 
-    `num_heads` attention heads at every width; or heads of `num_head_channels` where that is not 0.
-    norm_groups: of every GroupNorm; groups of one channel, in a narrow model, wipe out the colours.
-    h and w must be multiples of 2 ** (levels - 1).
+    h and w: multiples of 2 ** (levels - 1). Heads: `num_heads` at every width, or of
+    `num_head_channels` each where that is not 0. norm_groups: of every GroupNorm; groups of one
+    channel, in a narrow model, wipe out the colours.
     """
     def __init__(self, in_channels=8, out_channels=4, model_channels=320, channel_mult=(1, 2, 4, 4),
                  num_res_blocks=2, attention_resolutions=(4, 2, 1), num_heads=8, context_dim=768,
@@ -189,37 +172,38 @@ class UNet(nn.Module):
         super().__init__()
         self.model_channels = model_channels
         c, c_emb = model_channels, FEED_FORWARD * model_channels
+        widths = [mult * model_channels for mult in channel_mult]
 
         def transformer(c):
             heads = c // num_head_channels if num_head_channels else num_heads
             size = num_head_channels or c // num_heads
             return SpatialTransformer(c, heads * size, context_dim, heads, norm_groups)
 
-        def attends(level):
-            return 2**level in attention_resolutions
+        def layers(c_in, level):
+            block = ResBlock(c_in, widths[level], c_emb, norm_groups)
+            attends = 2**level in attention_resolutions
+            return [block, transformer(widths[level])] if attends else [block]
 
         self.time_embed = nn.Sequential(nn.Linear(c, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
         self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(in_channels, c, 3, padding=1))])
-        skips, last = [c], len(channel_mult) - 1
-        for level, mult in enumerate(channel_mult):
+        skips = [c]
+        for level, width in enumerate(widths):
             for _ in range(num_res_blocks):
-                block = [ResBlock(c, mult * model_channels, c_emb, norm_groups)]
-                c = mult * model_channels
-                self.input_blocks.append(Stage(*block, *[transformer(c)] * attends(level)))
-                skips.append(c)
-            if level < last:
+                self.input_blocks.append(Stage(*layers(c, level)))
+                skips.append(c := width)
+            if level < len(widths) - 1:
                 self.input_blocks.append(Stage(Downsample(c)))
                 skips.append(c)
         self.middle_block = Stage(ResBlock(c, c, c_emb, norm_groups), transformer(c),
                                   ResBlock(c, c, c_emb, norm_groups))
         self.output_blocks = nn.ModuleList()
-        for level, mult in reversed(list(enumerate(channel_mult))):
+        for level, width in reversed(list(enumerate(widths))):
             for i in range(num_res_blocks + 1):
-                block = [ResBlock(c + skips.pop(), mult * model_channels, c_emb, norm_groups)]
-                c = mult * model_channels
-                block += [transformer(c)] * attends(level)
-                block += [Upsample(c)] * (level > 0 and i == num_res_blocks)
-                self.output_blocks.append(Stage(*block))
+                stage = Stage(*layers(c + skips.pop(), level))
+                c = width
+                if level > 0 and i == num_res_blocks:
+                    stage.append(Upsample(c))
+                self.output_blocks.append(stage)
         self.out = nn.Sequential(nn.GroupNorm(norm_groups, c, RES_EPS), nn.SiLU(),
                                  zero(nn.Conv2d(c, out_channels, 3, padding=1)))
 
@@ -241,17 +225,6 @@ class UNet(nn.Module):
 
 
 # ---- the whole model
-
-class Pixels(nn.Module):
-    """Stands where the autoencoder does when there are no weights for it: the image itself, its
-    pixels folded FOLD x FOLD into channels, as a posterior without variance."""
-    def encode(self, x):
-        z = F.pixel_unshuffle(x, FOLD)                      # (b, 3 FOLD^2, h / FOLD, w / FOLD)
-        return z, torch.full_like(z, vae.LOGVAR_MIN)
-
-    def decode(self, z):
-        return F.pixel_shuffle(z, FOLD)                     # (b, 3, h, w)
-
 
 class NoEmbedding(nn.Module):
     """Stands where CLIP does when there are no weights for it: an embedding of width 0."""
@@ -307,12 +280,6 @@ class ZeroNVS(nn.Module):
             both = torch.cat([embedding.to(weight.dtype), T.to(weight.dtype)], dim=-1)
             return self.cc_projection(both)[:, None]
 
-    @torch.no_grad()
-    def condition(self, image_cond, T):
-        """Conditioning view (b, 3, h, w) and pose vector (b, d) -> (z_cond, context) for `eps`."""
-        # quirk: the conditioning latent is the posterior's mode, not times the scale factor.
-        return self.encode(image_cond)[0], self.context(self.embed(image_cond), T)
-
     def levels(self, t):
         """(signal, sigma), each (b, 1, 1, 1), of z_t = signal * z + sigma * noise at t (b,)."""
         return (table[t.round().long()][:, None, None, None] for table in
@@ -338,13 +305,15 @@ class ZeroNVS(nn.Module):
     def forward(self, mean, logvar, z_cond, embedding, T, draws, drop=(0.05, 0.05, 0.05)):
         """Mean squared error of the prediction, per sample (b,), in float32.
 
-        mean, logvar: the target's posterior; z_cond: the conditioning view's mean; embedding
+        mean, logvar: the target's posterior; z_cond: the mean of the conditioning view's; embedding
         (b, e). drop: shares of samples that lose the embedding, both, the conditioning latent.
         """
+        # quirk: the target's latent is a sample of the posterior, times the scale factor; the
+        # conditioning latent is the posterior's mode, not times the scale factor
         z = self.scale_factor * vae.sample(mean, logvar, draws.posterior_noise)
         only_embedding, both, only_latent = drop
         lost = only_embedding + both
-        # A dropped embedding is zeros before the projection, so the pose stays.
+        # a dropped embedding is zeros before the projection, so that the pose stays
         embedding = embedding * (draws.u >= lost)[:, None]
         keeps_latent = (draws.u < only_embedding) | (draws.u >= lost + only_latent)
         z_cond = z_cond * keeps_latent[:, None, None, None]
@@ -367,7 +336,7 @@ def pose_projection(embedding_dim, pose_dim, context_dim):
 
 def build(config):
     """The ZeroNVS that a Config describes, with random weights."""
-    channels = latent_shape(config)[0]
+    channels, *_ = latent_shape(config)
     unet = UNet(2 * channels, channels, config.model_channels, config.channel_mult,
                 config.num_res_blocks, config.attention_resolutions, config.num_heads,
                 config.context_dim, norm_groups=config.norm_groups)

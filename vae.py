@@ -9,12 +9,16 @@ Downsample, where the published weights expect an odd padding. Module names are 
 Letters: `b` batch, `c` channels, `h w` image or feature grid, `z` latent channels.
 """
 
+from collections import OrderedDict
+
+import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 SCALE_FACTOR = 0.18215         # Stable Diffusion's: latents times this have a deviation near 1
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
 NORM_GROUPS, NORM_EPS = 32, 1e-6
+FOLD = 2                        # pixels a side that Pixels folds into channels
 
 
 class AutoencoderKL(nn.Module):
@@ -73,7 +77,7 @@ class Encoder(nn.Module):
             c = ch * mult
             down.downsample = Downsample(c) if level < len(ch_mult) - 1 else nn.Identity()
             self.down.append(down)
-        self.mid = Middle(c)
+        self.mid = middle(c)
         self.norm_out = nn.GroupNorm(NORM_GROUPS, c, NORM_EPS)
         self.conv_out = nn.Conv2d(c, c_out, 3, padding=1)
 
@@ -93,7 +97,7 @@ class Decoder(nn.Module):
         super().__init__()
         c = ch * ch_mult[-1]
         self.conv_in = nn.Conv2d(c_in, c, 3, padding=1)
-        self.mid = Middle(c)
+        self.mid = middle(c)
         levels = []
         for level, mult in reversed(list(enumerate(ch_mult))):
             attention = resolution >> level in attn_resolutions
@@ -130,16 +134,10 @@ class Level(nn.Module):
         return x
 
 
-class Middle(nn.Module):
+def middle(c):
     """Block, attention, block at the coarsest grid."""
-    def __init__(self, c):
-        super().__init__()
-        self.block_1 = ResBlock(c, c)
-        self.attn_1 = Attention(c)
-        self.block_2 = ResBlock(c, c)
-
-    def forward(self, x):
-        return self.block_2(self.attn_1(self.block_1(x)))
+    return nn.Sequential(OrderedDict(block_1=ResBlock(c, c), attn_1=Attention(c),
+                                     block_2=ResBlock(c, c)))
 
 
 class ResBlock(nn.Module):
@@ -195,3 +193,14 @@ class Upsample(nn.Module):
 
     def forward(self, x):
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Pixels(nn.Module):
+    """Stands where the autoencoder does when there are no weights for it: the image itself, its
+    pixels folded FOLD x FOLD into channels, as a posterior without variance."""
+    def encode(self, x):
+        z = F.pixel_unshuffle(x, FOLD)                      # (b, 3 FOLD^2, h / FOLD, w / FOLD)
+        return z, torch.full_like(z, LOGVAR_MIN)
+
+    def decode(self, z):
+        return F.pixel_shuffle(z, FOLD)                     # (b, 3, h, w)

@@ -128,7 +128,7 @@ class Config:
     checkpoint_activations: bool = False    # recompute in the backward pass: less memory, slower
     divide_optimizer: bool = False          # ranks share moments and average (ZeRO-1): less memory
     workers: int = 4                        # loader processes a rank
-    threads: int = 0                        # of a process on processors; 0: chosen, see threads.py
+    threads: int = 0                        # that a rank computes with; 0: its share of processors
     max_damaged: float = 0.05               # share of damaged pairs at which a run stops
     web_patience: float = 300.0             # seconds without an answer after which web shards stop it
 

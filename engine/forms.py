@@ -3,19 +3,21 @@
 `convert` gives every module of a network the class of its form, in place, so that names, order,
 checkpoints, averages and wrappers see nothing of it. What the forms do: GroupNorm and SiLU are one
 kernel; a conv's bias is one number a channel, which the norm or the sum behind it adds as it reads;
-1x1 convs are products; the autoencoder's sums are added up by the next norm (norm.Sum).
+1x1 convs are products; the autoencoder's sums are added up by the next norm (Sum).
 """
 
 from collections import Counter
 
+import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import model
 import vae
+from engine import norm
 from engine.conv import conv1x1, first_conv, product, upsample_conv, upsample_taps
 from engine.geglu import geglu
-from engine.norm import Sum, group_norm
+from engine.norm import group_norm
 
 
 def convert(net):
@@ -48,8 +50,8 @@ def form_of(module):
 class NormSequential(nn.Sequential):
     """GroupNorm, SiLU and what follows: the first two as one, on x (b, c, h, w) + shift (b, c)."""
     def forward(self, x, shift=None):
-        norm, _, *layers = self
-        x = group_norm(norm, x, silu=True, shift=shift)
+        first, _, *layers = self
+        x = group_norm(first, x, silu=True, shift=shift)
         for layer in layers:
             x = layer(x)
         return x
@@ -58,8 +60,8 @@ class NormSequential(nn.Sequential):
 class ResBlock(model.ResBlock):
     """The embedding and the first conv's bias are added by the second norm."""
     def forward(self, x, emb):
-        norm, _, conv = self.in_layers
-        h = F.conv2d(group_norm(norm, x, silu=True), conv.weight, padding=1)
+        first, _, conv = self.in_layers
+        h = F.conv2d(group_norm(first, x, silu=True), conv.weight, padding=1)
         h = self.out_layers(h, shift=self.emb_layers(emb) + conv.bias)
         if isinstance(self.skip_connection, nn.Conv2d):
             x = conv1x1(self.skip_connection, x)
@@ -97,6 +99,36 @@ class Upsample(vae.Upsample):
 
 
 # ---- vae.py: between encoder's and decoder's blocks goes a Sum where the text has a grid
+
+class Sum:
+    """The grid x + h + bias (b, c, h, w), added up when it is first read, by a norm on its way. h
+    (b, c, h, w) and bias (c,) may be None."""
+    def __init__(self, x, h=None, bias=None):
+        self.x, self.h, self.bias = x, h, bias
+
+    def total(self):
+        """The grid itself, where no norm reads it first."""
+        if self.h is not None:
+            self.x = self.x + self.h
+        if self.bias is not None:
+            self.x = self.x + self.bias.to(self.x.dtype)[:, None, None]
+        self.h = self.bias = None
+        return self.x
+
+    def normed(self, layer, silu=False, skip=None, shift=None):
+        """(s, y): s is the grid, and behind its channels those of skip (b, c, h, w) if there is
+        one; y is the nn.GroupNorm `layer` of s plus shift (b, c), then SiLU if `silu`."""
+        alone = self.h is None and self.bias is None and skip is None
+        if not alone and norm.usable(self.x) and not torch.is_grad_enabled():
+            s, y = norm.kernel_sum_norm(self.x, self.h, self.bias, skip, shift, layer.weight,
+                                        layer.bias, layer.num_groups, layer.eps, silu)
+        else:
+            s = self.total() if skip is None else torch.cat([self.total(), skip], dim=1)
+            y = norm.group_norm(layer, s, silu, shift)
+        if skip is None:
+            self.x, self.h, self.bias = s, None, None
+        return s, y
+
 
 class Encoder(vae.Encoder):
     def forward(self, x):

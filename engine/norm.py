@@ -1,11 +1,10 @@
-"""GroupNorm with what stands around it folded in: a sum or a shift before it, SiLU after it.
+"""GroupNorm (arXiv:1803.08494) with a sum or a shift before it and SiLU after it, in one.
 
-GroupNorm: arXiv:1803.08494. Everywhere it is PyTorch's own; on a GPU, where Triton is installed, a
-few kernels for channels-last grids. Small grids are read once, by one program a group, which holds
-it in registers. Others are read twice and written once forward; backward the grid and its gradient
-are read twice and one is written. First come the sums over blocks of positions, then the result,
-from the last sample to the first, as the cache still has the last ones. Sums are taken in float32
-and in a fixed order: the same input gives the same bits.
+Kernels for channels-last grids. Small grids are read once, by one program a group, which holds it
+in registers. Others are read twice and written once forward; backward the grid and its gradient are
+read twice and one is written: first sums over blocks of positions, then the result, from the last
+sample to the first, as the cache still has the last ones. Sums are taken in float32 and in a fixed
+order: the same input gives the same bits.
 Letters: `b` batch, `c` channels, `n` = h w positions, `k` blocks of positions.
 """
 
@@ -21,7 +20,7 @@ from engine.kernels import (channels_last, empty_grid, launch_early, power_of_2,
                             wait_for_previous, warps)
 
 COLUMNS = 64                # channels of a tile: lines of whole 128 bytes of bf16
-# Values of a tile that is read and written, forward and backward; and of 32 threads of it
+# Values of a tile that is read and written, and of 32 threads of it
 APPLY, GRADIENT = (2048, 1024), (2048, 512)
 # Positions of a tile that is summed over, such tiles one after the other (fewer, where there would
 # be less than so many programs), values of 32 threads, programs: for moments, for those of a sum
@@ -39,7 +38,7 @@ def group_norm(norm, x, silu=False, shift=None):
 
     Statistics are float32; the result has x's type, and channels-last strides from the kernels.
     """
-    if kernels.usable("norm", x) and x.shape[2:].numel() <= MOST:
+    if usable(x):
         return kernel_forward(x, norm.weight, norm.bias, shift, norm.num_groups, norm.eps, silu)[0]
     if shift is not None:
         x = x + shift.to(x.dtype)[:, :, None, None]
@@ -47,35 +46,9 @@ def group_norm(norm, x, silu=False, shift=None):
     return F.silu(y) if silu else y
 
 
-class Sum:
-    """The grid x + h + bias (b, c, h, w) that is added up when it is first read, which the norm's
-    kernel does on its way. h (b, c, h, w) and bias (c,) may be None."""
-    def __init__(self, x, h=None, bias=None):
-        self.x, self.h, self.bias = x, h, bias
-
-    def total(self):
-        """The grid itself, where no norm reads it first."""
-        if self.h is not None:
-            self.x = self.x + self.h
-        if self.bias is not None:
-            self.x = self.x + self.bias.to(self.x.dtype)[:, None, None]
-        self.h = self.bias = None
-        return self.x
-
-    def normed(self, norm, silu=False, skip=None, shift=None):
-        """(s, y): s is the grid, and behind its channels those of skip (b, c, h, w) if there is
-        one; y is the nn.GroupNorm `norm` of s plus shift (b, c), then SiLU if `silu`."""
-        alone = self.h is None and self.bias is None and skip is None
-        if (not alone and kernels.usable("norm", self.x) and self.x.shape[2:].numel() <= MOST
-                and not torch.is_grad_enabled()):
-            s, y = kernel_sum_norm(self.x, self.h, self.bias, skip, shift, norm.weight, norm.bias,
-                                   norm.num_groups, norm.eps, silu)
-        else:
-            s = self.total() if skip is None else torch.cat([self.total(), skip], dim=1)
-            y = group_norm(norm, s, silu, shift)
-        if skip is None:
-            self.x, self.h, self.bias = s, None, None
-        return s, y
+def usable(x):
+    """Whether the kernels take a grid like x (b, c, h, w)."""
+    return kernels.usable("norm", x) and x.shape[2:].numel() <= MOST
 
 
 # ---- kernels. Grids are (b, n, c) in memory. With z what SiLU is applied to, y its result:
@@ -97,6 +70,13 @@ if triton is not None:
         """float32 (1, COLUMNS) of a table (b, c), or of (c,) where `sample` is 0."""
         columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
         return tl.load(table + sample * c + columns, columns < c, 0.0).to(tl.float32)[None, :]
+
+    @triton.jit
+    def load_affine(weight, bias, moments, sample, c, COLUMNS: tl.constexpr):
+        """(center, scale, bias), each (1, COLUMNS), of z = (x - center) scale + bias."""
+        scale = load_channels(moments + tl.num_programs(2).to(tl.int64) * c, sample, c, COLUMNS)
+        scale *= load_channels(weight, 0, c, COLUMNS)
+        return load_channels(moments, sample, c, COLUMNS), scale, load_channels(bias, 0, c, COLUMNS)
 
     @triton.jit
     def load_sum(x, h, bias, skip, sample, rows, columns, exist, n, c, c_x):
@@ -228,12 +208,9 @@ if triton is not None:
                      COLUMNS: tl.constexpr):
         wait_for_previous()
         sample = tl.num_programs(2) - 1 - tl.program_id(2).to(tl.int64)
-        table = tl.num_programs(2).to(tl.int64) * c
         values, offsets, exist = load_tile(x, sample, tl.program_id(1) * ROWS, n, c, ROWS, COLUMNS)
-        scale = load_channels(moments + table, sample, c, COLUMNS)
-        scale *= load_channels(weight, 0, c, COLUMNS)
-        z = (values - load_channels(moments, sample, c, COLUMNS)) * scale
-        z += load_channels(bias, 0, c, COLUMNS)
+        center, scale, start = load_affine(weight, bias, moments, sample, c, COLUMNS)
+        z = (values - center) * scale + start
         if SILU:
             z *= tl.sigmoid(z)
         tl.store(y + sample * n * c + offsets, z.to(y.dtype.element_ty), exist)
@@ -253,11 +230,7 @@ if triton is not None:
         """Sums of dz and of dz (x - center) over every channel of a block."""
         wait_for_previous()
         sample, first = tl.program_id(2).to(tl.int64), tl.program_id(1) * SLICES * ROWS
-        table = tl.num_programs(2).to(tl.int64) * c
-        center = load_channels(moments, sample, c, COLUMNS)
-        scale = load_channels(moments + table, sample, c, COLUMNS)
-        scale *= load_channels(weight, 0, c, COLUMNS)
-        start = load_channels(bias, 0, c, COLUMNS)
+        center, scale, start = load_affine(weight, bias, moments, sample, c, COLUMNS)
         total = tl.zeros([ROWS, COLUMNS], tl.float32)
         product = tl.zeros([ROWS, COLUMNS], tl.float32)
         for i in tl.static_range(SLICES):
@@ -305,10 +278,9 @@ if triton is not None:
         table, first = tl.num_programs(2).to(tl.int64) * c, tl.program_id(1) * ROWS
         values, offsets, exist = load_tile(x, sample, first, n, c, ROWS, COLUMNS)
         dz, _, _ = load_tile(dy, sample, first, n, c, ROWS, COLUMNS)
-        scale = load_channels(moments + table, sample, c, COLUMNS)
-        scale *= load_channels(weight, 0, c, COLUMNS)
-        off = values - load_channels(moments, sample, c, COLUMNS)
-        dz = silu_backward(dz, off, scale, load_channels(bias, 0, c, COLUMNS), SILU)
+        center, scale, start = load_affine(weight, bias, moments, sample, c, COLUMNS)
+        off = values - center
+        dz = silu_backward(dz, off, scale, start, SILU)
         level = load_channels(parts + 3 * table, sample, c, COLUMNS)
         slope = load_channels(parts + 4 * table, sample, c, COLUMNS)
         value = dz * scale - level - slope * off

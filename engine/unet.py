@@ -1,7 +1,7 @@
 """model.UNet for sampling, in about two thirds of the kernels.
 
 A step of one view is a few hundred kernels of microseconds each, so what counts is how many there
-are. A residual sum is added up by the kernel that reads it next, a norm's (norm.Sum), and biases of
+are. A residual sum is added up by the kernel that reads it next, a norm's (forms.Sum), and biases of
 convs wait for that sum; the last two products of a transformer are one, which adds itself to the
 sum in place; what the step or the view decides alone comes from tables. Where there is no Triton,
 PyTorch computes the same in as many kernels as it needs.
@@ -19,9 +19,10 @@ from torch import Tensor
 import model
 from engine import kernels
 from engine.conv import conv1x1, conv3x3, few_positions, upsample_conv, upsample_taps
+from engine.forms import Sum
 from engine.geglu import geglu_into
 from engine.kernels import launch_early, tl, triton, wait_for_previous
-from engine.norm import Sum, group_norm
+from engine.norm import group_norm
 
 # Tokens of a tile of LayerNorm; its values that 32 threads hold, of few tokens and of many
 ROWS, PER_WARP, MANY = 2, (512, 1024), 4096

@@ -14,6 +14,7 @@ import difflib
 import math
 import os
 import re
+import signal
 import sys
 import time
 
@@ -60,14 +61,22 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(parser, argv=None):
-    """The parsed command line. From now on Ctrl-C is one line, during slow imports too."""
-    args = parser.parse_args(argv)
-    if argv is None:
-        others = sys.excepthook
-        sys.excepthook = lambda kind, *rest: (
-            say(f"{parser.prog}: stopped", sys.stderr) if issubclass(kind, KeyboardInterrupt)
-            else others(kind, *rest))
-    return args
+    """The parsed command line."""
+    if argv is not None:
+        return parser.parse_args(argv)
+    return begin(parser.prog, parser.parse_args)
+
+
+def begin(name, parse_argv):
+    """What `parse_argv` makes of the command line. From here on Ctrl-C is one line too, also while
+    torch is imported, until somebody takes the signal over."""
+    def stop(signum, frame):
+        say(f"{name}: stopped", sys.stderr)
+        os._exit(STOPPED)
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, stop)
+    return answer(name, parse_argv, sys.argv[1:])
 
 
 def unknown(kind, name, choices):
@@ -109,33 +118,43 @@ def is_number(text):
 
 
 def run(name, main, *arguments):
-    """Runs main; what is wrong with the user's input, files or disk is one line on standard error.
+    """Runs main, and ends this process unless its exit status is 0 or None, see `answer`."""
+    status = answer(name, main, *arguments)
+    if status:
+        finish(status)
 
-    Ends this process unless main's exit status is 0 or None.
-    """
+
+def answer(name, function, *arguments):
+    """What a function gives; what is wrong with the user's input, files or disk ends this process
+    with one line on standard error."""
     try:
-        status = main(*arguments)
+        return function(*arguments)
     except (ValueError, OSError) as err:
         # Python's own text of an OSError begins with a number that says nothing
         reason = f"{err.filename}: {err.strerror}" if getattr(err, "filename", None) else err
         say(f"{name}: {' '.join(str(reason).split())}", sys.stderr)
-        status = 2
+        finish(2)
     except KeyboardInterrupt:
         say(f"{name}: stopped", sys.stderr)
-        status = STOPPED
-    if status:
-        sys.exit(status)
+        finish(STOPPED)
 
 
-def say(line, stream=None):
-    """Prints a line; a screen, pipe or file that takes no more ends nothing."""
+def finish(status):
+    """Ends this process. What a closed pipe or a full disk did not take is no failure of it."""
+    for stream in (sys.stdout, sys.stderr):
+        say("", stream, end="")
+    sys.exit(status)
+
+
+def say(line, stream=None, end="\n"):
+    """Prints a line in one piece; a screen, pipe or file that takes no more ends nothing."""
     stream = stream or sys.stdout
     try:
-        print(line, file=stream, flush=True)
+        print(f"{line}{end}", end="", file=stream, flush=True)
     except (OSError, ValueError):
         try:        # what is left in the stream would fail again, with a traceback, at the end
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        except (OSError, ValueError):
+        except (OSError, ValueError, AttributeError):
             pass
 
 

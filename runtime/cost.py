@@ -8,7 +8,6 @@ convolutions come on top.
 
 import os
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,8 +61,64 @@ class Cost:
         return f"~ {self.total / GB:.3g} GB ({', '.join(parts)})"
 
 
+def split(config, world):
+    """(pairs a rank holds at once, micro-steps) of a step. ValueError where it does not divide."""
+    if config.batch_size % world:
+        low = config.batch_size // world * world
+        near = " or ".join(str(n) for n in (low, low + world) if n)
+        raise ValueError(f"batch_size {config.batch_size} is not divisible by {world} ranks of "
+                         f"micro_batch {config.micro_batch}; the nearest that is: "
+                         f"--batch_size={near}")
+    share = config.batch_size // world
+    micro_steps = -(-share // config.micro_batch)
+    if share % micro_steps:
+        fits = max(m for m in range(1, config.micro_batch + 1) if share % m == 0)
+        raise ValueError(f"batch_size {config.batch_size} on {world} ranks is {share} pairs each, "
+                         f"which do not come in equal micro-batches of {config.micro_batch} or "
+                         f"fewer; --micro_batch={fits} does")
+    return share // micro_steps, micro_steps
+
+
 def of(config, ranks, micro_batch):
     """The Cost of a Config, for the rank that keeps the largest share."""
+    with torch.device("meta"):
+        net = model.build(config).train()
+        engine.convert(net)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        net.to_empty(device="cpu")
+        activations, flops = of_forward(config, net)
+    unet, bf16 = net.model.diffusion_model, config.precision == "bf16"
+    trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    averaged = dict(unet.named_parameters())
+    share = {}
+    for what, parameters in (("moments", trained), ("average", averaged)):
+        division = Division(parameters, ranks, config.divide_optimizer)
+        share[what] = max(count({name: p for name, p in parameters.items()
+                                 if division.owner[name] == rank}) for rank in range(ranks.world))
+    taps = sum(TAPS * part.conv.weight[..., 0, 0].numel() for part in unet.modules()
+               if isinstance(part, model.Upsample))
+    depth = Path(config.depth_weights)
+    # with micro-steps also those that are summed up, beside what ranks send and what a graph writes
+    summed = (ranks.world > 1 or config.graph) and config.batch_size > ranks.world * micro_batch
+    everything = count(dict(net.named_parameters()))
+    return Cost(
+        trained=count(trained), frozen=everything - count(trained),
+        weights=FLOAT * everything + sum(b.numel() * b.itemsize for b in net.buffers()),
+        depth=depth.stat().st_size if depth.is_file() else 0,
+        gradients=FLOAT * count(trained) * (1 + summed), moments=2 * FLOAT * share["moments"],
+        average=FLOAT * share["average"],
+        copies=HALF * (count(trained) + taps) if bf16 else FLOAT * taps,
+        activations=activations // PAIRS * micro_batch,
+        host=FLOAT * (3 * count(trained) + count(averaged)), flops=flops // PAIRS)
+
+
+def count(parameters):
+    """The elements of {name: parameter}."""
+    return sum(p.numel() for p in parameters.values())
+
+
+def of_forward(config, net):
+    """(bytes that the UNet keeps for its backward pass, FLOPs) of PAIRS pairs, of fake tensors."""
     kept = {}           # storage -> (storage, its bytes): alive, so that no two have the same key
 
     def keep(tensor):
@@ -71,47 +126,16 @@ def of(config, ranks, micro_batch):
         kept[storage._cdata] = storage, storage.nbytes()
         return tensor
 
-    bf16 = config.precision == "bf16"
-    with torch.device("meta"):
-        net = model.build(config).train()
-        engine.convert(net)
-    shapes = FakeTensorMode(allow_non_fake_inputs=True)
-    with shapes:
-        net.to_empty(device="cpu")
-        unet = net.model.diffusion_model
-        channels, *grid = model.latent_shape(config)
-        # as if it came from cc_projection, and so needs a gradient
-        context = torch.zeros(PAIRS, 1, config.context_dim, requires_grad=True)
-        with (torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-              torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext()):
-            flops = flops_of(lambda: unet(torch.zeros(PAIRS, 2 * channels, *grid),
-                                          torch.zeros(PAIRS), context))
-        own = {p.untyped_storage()._cdata for p in net.parameters()}
-        saved = [size for key, (_, size) in kept.items() if key not in own]
-        activations = sum(size for size in saved if size % PAIRS == 0)
-        trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
-        sizes = {"trained": sum(p.numel() for p in trained.values()),
-                 "all": sum(p.numel() for p in net.parameters()),
-                 "buffers": sum(b.numel() * b.itemsize for b in net.buffers())}
-        divisions = [Division(some, ranks, config.divide_optimizer)
-                     for some in (trained, dict(unet.named_parameters()))]
-        kept_most = [max(sum(p.numel() for name, p in d.parameters.items() if d.owner[name] == r)
-                         for r in set(d.owner.values())) for d in divisions]
-        averaged = sum(p.numel() for p in unet.parameters())
-        taps = sum(TAPS * part.conv.weight[..., 0, 0].numel() for part in unet.modules()
-                   if isinstance(part, model.Upsample))
-    depth = Path(config.depth_weights) if config.depth_weights else None
-    # with micro-steps also those that are summed up, beside what ranks send and what a graph writes
-    summed = (ranks.world > 1 or config.graph) and config.batch_size > ranks.world * micro_batch
-    return Cost(
-        trained=sizes["trained"], frozen=sizes["all"] - sizes["trained"],
-        weights=FLOAT * sizes["all"] + sizes["buffers"],
-        depth=depth.stat().st_size if depth and depth.exists() else 0,
-        gradients=FLOAT * sizes["trained"] * (1 + summed), moments=2 * FLOAT * kept_most[0],
-        average=FLOAT * kept_most[1],
-        copies=HALF * (sizes["trained"] + taps) if bf16 else FLOAT * taps,
-        activations=activations // PAIRS * micro_batch,
-        host=FLOAT * (3 * sizes["trained"] + averaged), flops=flops // PAIRS)
+    channels, *grid = model.latent_shape(config)
+    # as if it came from cc_projection, and so needs a gradient
+    context = torch.zeros(PAIRS, 1, config.context_dim, requires_grad=True)
+    with (torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+          torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16")):
+        flops = flops_of(lambda: net.model.diffusion_model(
+            torch.zeros(PAIRS, 2 * channels, *grid), torch.zeros(PAIRS), context))
+    own = {p.untyped_storage()._cdata for p in net.parameters()}
+    sizes = [size for key, (_, size) in kept.items() if key not in own]
+    return sum(size for size in sizes if size % PAIRS == 0), flops
 
 
 def flops_of(function):

@@ -1,10 +1,11 @@
 """What follows a backward pass: the learning rate, AdamW, and the average of the weights.
 
-AdamW: arXiv:1711.05101. Both can be divided among ranks, see distributed.py; undivided, a GPU takes
-both steps in one pass over memory, see adamw.py.
+AdamW: arXiv:1711.05101. Moments and average can be divided among ranks, see ranks.Division;
+undivided, a GPU takes both steps in one pass over memory, see engine.OnePassAdamW.
 """
 
 import math
+from contextlib import contextmanager
 
 import torch
 
@@ -12,6 +13,7 @@ import engine
 from runtime import checkpoint
 from runtime.ranks import ALONE, Division
 
+MOMENTS = "exp_avg", "exp_avg_sq"       # torch.optim.AdamW's names of them
 WARMUP_START = 1e-6                     # share of the rate at step 0, the reference's
 
 
@@ -55,18 +57,32 @@ class Ema:
         """Exchanges the average and the live weights; a second call puts them back."""
         for name, p in self.live.items():
             p.data, self.average[name] = self.average[name], p.data
-        self.division.spread()
+        self.division.broadcast()
+
+    @contextmanager
+    def in_place(self, net):
+        """The model with the averaged weights in place, in evaluation mode and not compiled: every
+        other size of batch would take minutes. All ranks enter and leave it together."""
+        self.swap()
+        net.eval()
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                yield
+        finally:
+            net.train()
+        self.division.ranks.any_rank(False)     # whatever one of them did inside
+        self.swap()
 
     def tensors(self):
         """Yields (name, average) of all parameters; all ranks must go through it together."""
-        return self.division.whole(self.average)
+        return self.division.gather(self.average)
 
-    @torch.no_grad()
     def restore(self, tensors, updates):
-        """Takes this rank's part of averages by the checkpoint's names, which may be lazy."""
-        for name, average in self.average.items():
-            if checkpoint.UNET + name in tensors:
-                average.copy_(tensors[checkpoint.UNET + name])
+        """Takes this rank's part of rank 0's averages by the checkpoint's names."""
+        like = {checkpoint.UNET + name: p for name, p in self.division.parameters.items()}
+        for name, tensor in self.division.ranks.from_rank_0(tensors, like):
+            if name.removeprefix(checkpoint.UNET) in self.average:
+                self.average[name.removeprefix(checkpoint.UNET)].copy_(tensor)
         self.updates = updates
 
 
@@ -82,10 +98,10 @@ class Optimizer:
         self.trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
         self.division = Division(self.trained, ranks, config.divide_optimizer)
         self.mine = self.division.mine()
-        groups = [{"params": [p for name, p in self.mine.items()
-                              if name.startswith(part)], "full_lr": rate}
-                  for part, rate in (("model.", config.lr), ("cc_projection.",
-                                                             config.lr_projection))]
+        groups = [{"params": [p for name, p in self.mine.items() if name.startswith(part)],
+                   "full_lr": rate}
+                  for part, rate in (("model.", config.lr),
+                                     (checkpoint.PROJECTION, config.lr_projection))]
         self.adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps,
                                        weight_decay=config.weight_decay,
                                        fused=net.betas.device.type == "cuda")
@@ -103,7 +119,7 @@ class Optimizer:
         if self.config.grad_clip:
             norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.config.grad_clip)
         done = self.advance(ema)
-        self.division.spread()
+        self.division.broadcast()
         for p in self.trained.values():
             p.grad = None
         if self.config.weight_decay:
@@ -115,11 +131,10 @@ class Optimizer:
 
     def advance(self, ema):
         """AdamW alone; the names of the averages that took their step with it."""
-        if not self.division.divided:
-            done = self.one_pass.step(self.count + 1, ema)
-            if done is not None:
-                self.behind = True
-                return done
+        done = None if self.division.divided else self.one_pass.step(self.count + 1, ema)
+        if done is not None:
+            self.behind = True
+            return done
         if self.behind:         # PyTorch counts for each parameter
             for state in self.adamw.state.values():
                 state["step"].fill_(self.count)
@@ -130,21 +145,22 @@ class Optimizer:
     def tensors(self):
         """Yields (parameter.moment, tensor) of AdamW's state of all parameters; all ranks must go
         through it together."""
-        for key in ("exp_avg", "exp_avg_sq") if self.count else ():
+        for key in MOMENTS if self.count else ():
             kept = {name: self.adamw.state[p][key] for name, p in self.mine.items()}
-            for name, tensor in self.division.whole(kept):
+            for name, tensor in self.division.gather(kept):
                 yield f"{name}.{key}", tensor
-                if key == "exp_avg":
+                if key == MOMENTS[0]:
                     yield f"{name}.step", torch.tensor(float(self.count))
 
     def restore(self, tensors):
-        """Takes this rank's part of what `tensors` gave, which may be lazy."""
-        for name, p in self.mine.items():
-            state = {key: tensors[f"{name}.{key}"] for key in
-                     ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in tensors}
-            if state:
-                self.count = int(state["step"])
-                # fused AdamW counts on the device, and wants moments laid out as the parameter is
-                self.adamw.state[p] = {
-                    "step": state.pop("step").clone().to(p.device),
-                    **{key: torch.empty_like(p).copy_(value) for key, value in state.items()}}
+        """Takes this rank's part of what `tensors` gave; rank 0's alone are asked for."""
+        ranks, steps = self.division.ranks, [name for name in tensors if name.endswith(".step")]
+        self.count = ranks.broadcast_object(int(tensors[steps[0]]) if steps else 0)
+        for key in MOMENTS:
+            like = {f"{name}.{key}": p for name, p in self.trained.items()}
+            for name, tensor in ranks.from_rank_0(tensors, like):
+                p = self.mine.get(name.removesuffix(f".{key}"))
+                if p is not None:       # laid out as its parameter, which fused AdamW expects
+                    self.adamw.state[p][key] = torch.empty_like(p).copy_(tensor)
+                    # fused AdamW counts on the device
+                    self.adamw.state[p]["step"] = torch.tensor(float(self.count), device=p.device)

@@ -7,14 +7,14 @@ timeout of the other group can be short.
 
 ZeRO-1 (arXiv:1910.02054): what is kept once a parameter, AdamW's moments and the average, can be
 divided among the ranks; parameters and gradients stay whole. Of 20 bytes a parameter (weight,
-gradient, two moments, average, 4 each) that divides 12. The model, its compilation, sampling and
-checkpoints stay as they are, and the results are those of an undivided run bit for bit; FSDP would
-divide the weights too, at the price of all of that, and the gradients only by reducing them once a
-micro-step.
+gradient, two moments, average, 4 each) that divides 12, and results are those of an undivided run
+bit for bit.
 """
 
 import inspect
 import os
+import socket
+import sys
 import time
 from datetime import timedelta
 
@@ -22,15 +22,16 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from runtime import command, workers
+
 SOLO = timedelta(minutes=60)        # the longest that one rank may work alone, scoring included
 STUCK = timedelta(minutes=1)        # of a transfer between GPUs: all ranks enter it together
 COMPILING = timedelta(minutes=15)   # the same where ranks may still be compiling their first step
 ASKING = timedelta(seconds=5)       # of torchrun, which may be gone
 LEAVING = 0.1                       # seconds that threads get to end what they do, see leave
-# Gradients that are sent together, in MiB. A compiled network is cut into a graph for every bucket
+# MiB of gradients that are sent together. A compiled network is cut into a graph for every bucket
 # (torch._dynamo.backends.distributed), so that one is sent while the next graph's backward pass
-# runs. The full-size UNet's 3.4 GB are 13 graphs of about a stage of the widest level; the default
-# of 25 would make a hundred, within blocks. The last, which nothing hides, takes a millisecond.
+# runs: 13 graphs for the full-size UNet, of about a stage of the widest level each.
 BUCKET = 256
 
 
@@ -50,9 +51,24 @@ class Alone:
         """Rank 0's value, on every rank: anything that can be pickled."""
         return value
 
+    def gather(self, value):
+        """The values of all ranks, a list in their order, on every rank."""
+        return [value]
+
     def broadcast(self, values, owner):
         """The owner's tensor, in place, on every rank."""
         return values
+
+    @torch.no_grad()
+    def from_rank_0(self, tensors, like):
+        """Yields (name, tensor) of what rank 0's `tensors` has of the names in `like`, {name:
+        tensor}, on every rank, laid out as there. All ranks go through it together; a tensor is
+        good until the next one is asked for."""
+        for name in self.broadcast_object([name for name in like if name in tensors]):
+            values = torch.empty_like(like[name])
+            if self.rank == 0:
+                values.copy_(tensors[name])
+            yield name, self.broadcast(values, 0)
 
     def wrap(self, net):
         """The module whose backward pass averages gradients over the ranks."""
@@ -94,22 +110,27 @@ class Ranks(Alone):
         dist.broadcast_object_list(box, src=0, group=self.hosts)
         return box[0]
 
+    def gather(self, value):
+        box = [None] * self.world
+        dist.all_gather_object(box, value, group=self.hosts)
+        return box
+
     def broadcast(self, values, owner):
         # weights of convolutions are channels-last on all ranks or none, and sent as they lie
         channels_last = (values.ndim == 4
                          and values.is_contiguous(memory_format=torch.channels_last))
         lies = values.permute(0, 2, 3, 1) if channels_last else values
-        whole = lies.contiguous()           # itself where it is so already
-        dist.broadcast(whole, owner)
-        if whole is not lies:
-            lies.copy_(whole)
+        dense = lies.contiguous()           # itself where it is so already
+        dist.broadcast(dense, owner)
+        if dense is not lies:
+            lies.copy_(dense)
         return values
 
     def wrap(self, net):
         # the schedule's tables never change, so there are no buffers to broadcast every step;
         # torch 2.13 has another name for that
-        known = inspect.signature(DistributedDataParallel).parameters
-        name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        options = inspect.signature(DistributedDataParallel).parameters
+        name = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
         return DistributedDataParallel(net, gradient_as_bucket_view=True, bucket_cap_mb=BUCKET,
                                        **{name: False})
 
@@ -149,6 +170,29 @@ def is_loss_of_a_rank(err):
     return isinstance(err, dist.DistError) or "gloo/" in str(err)
 
 
+def status_of(name, function, *arguments):
+    """The exit status of what a rank does; why it ended is one line on standard error, of one rank.
+    Errors that are no user's, and nobody's loss, are raised."""
+    status = 2
+    try:
+        function(*arguments)
+        return 0
+    except (ValueError, OSError) as err:
+        reason, at_once = err, isinstance(err.__cause__, torch.OutOfMemoryError)
+    except RuntimeError as err:
+        if not is_loss_of_a_rank(err):
+            raise
+        status, at_once = 1, True
+        reason = ("a rank is gone, so the others stop; the same command goes on from the newest "
+                  "checkpoint")
+    reason = f"{name}: {' '.join(str(reason).split())}"
+    if first_to_say(reason):
+        command.say(reason, sys.stderr)
+    if at_once:     # the other end of a transfer may never answer, also not while leaving
+        os._exit(status)
+    return status
+
+
 def device_of(name, among=("cuda", "mps", "cpu")):
     """The torch.device of a name, or of "auto", the first of `among` that is there. ValueError
     where this machine has none of that name."""
@@ -176,9 +220,26 @@ def own_device(device):
 def join(device, compiles=False):
     """(the ranks of this run, this rank's own device), see own_device."""
     device = own_device(device)
+    if "TORCHELASTIC_RUN_ID" in os.environ:     # nobody would stop what torchrun has started
+        workers.end_with_parent()
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return ALONE, device
     return Ranks(device, compiles), device
+
+
+def check_same(ranks, seen):
+    """Raises ValueError, on every rank, that says which rank differs from rank 0 in what.
+
+    seen: {what: value, whose text is short} of this rank.
+    """
+    rows = ranks.gather((socket.gethostname(), seen))
+    host, first = rows[0]
+    for rank, (other, row) in enumerate(rows):
+        different = [f"{name} is {row.get(name)!r}, not {value!r}" for name, value in first.items()
+                     if row.get(name) != value]
+        if different:
+            raise ValueError(f"rank {rank} on {other} has not what rank 0 on {host} has: "
+                             f"{'; '.join(different)}")
 
 
 class Division:
@@ -203,7 +264,7 @@ class Division:
                 if self.owner[name] == self.ranks.rank}
 
     @torch.no_grad()
-    def whole(self, kept):
+    def gather(self, kept):
         """Yields (name, tensor) of every parameter, of what the ranks keep: {name: tensor}.
 
         All ranks must go through it together; a tensor is good until the next one is asked for.
@@ -216,7 +277,7 @@ class Division:
             yield name, self.ranks.broadcast(tensor, self.owner[name])
 
     @torch.no_grad()
-    def spread(self):
+    def broadcast(self):
         """Every parameter becomes its owner's, on all ranks."""
         if self.divided:
             for name, p in self.parameters.items():

@@ -9,21 +9,30 @@ import numpy as np
 import torch
 
 DEAD_WORKER = "a loader process was killed, for want of memory or by somebody"
-ORPHANED = 2.0                      # seconds after which a process looks for its parent
-SMALL = 1 << 17                     # bytes up to which a tensor is sent between processes as bytes
+FULL = ("shared memory (/dev/shm) is full, so batches come through pipes, slower: fewer --workers, "
+        "a smaller --micro_batch or a container's larger --shm-size make room")
+ORPHANED = 2.0          # seconds after which a process looks whether its parent is there
+SMALL = 1 << 17         # bytes up to which a tensor is sent between processes as bytes
 
 
 def start_worker(ending, worker):
     """In a new loader process: a signal to stop is for the parent, which saves first and then ends
     its workers. `ending` is set when the parent itself ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: ending.is_set() and os._exit(0))
+    end_with_parent()
+
+
+def end_with_parent():
+    """Ends this process, from a thread, when the one that started it is gone: a worker's batch that
+    nobody takes would keep it for ever, and a rank would train on beside the next run."""
     threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
 
 
 def end_with(parent):
-    """Ends this process when its parent is gone: batches that nobody takes would keep it for ever,
-    and with it the parent's memory on a GPU."""
+    """Ends this process when its parent is gone."""
     while os.getppid() == parent:
         time.sleep(ORPHANED)
     os._exit(1)
@@ -32,15 +41,36 @@ def end_with(parent):
 def packed(batch):
     """A batch for its way out of a worker: small tensors as arrays, which are sent as bytes. Every
     tensor would be a piece of shared memory of its own, which costs more than a copy."""
-    def small(value):       # arrays that are not contiguous would come out in another layout
-        return (isinstance(value, torch.Tensor) and value.nbytes < SMALL and value.is_contiguous())
+    def sent(value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        if value.nbytes < SMALL and value.is_contiguous():  # others would come out laid out anew
+            return value.numpy()
+        try:    # here: an error in the thread that sends would lose the batch, and hang the run
+            return value.share_memory_()
+        except RuntimeError:
+            return Piped(value.numpy().copy(order="K"))
 
-    return {name: value.numpy() if small(value) else value for name, value in batch.items()}
+    in_worker = torch.utils.data.get_worker_info() is not None
+    return {name: sent(value) for name, value in batch.items()} if in_worker else batch
 
 
-def unpacked(batch):
-    """The inverse of `packed`."""
-    return {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+class Piped:
+    """An array that found no room in shared memory, on its way as bytes; its layout stays."""
+    def __init__(self, values):
+        self.order = np.argsort([-stride for stride in values.strides], kind="stable")
+        self.values = np.ascontiguousarray(values.transpose(self.order))
+
+    def tensor(self):
+        return torch.from_numpy(self.values.transpose(np.argsort(self.order)))
+
+
+def unpacked(batch, say=lambda line: None):
+    """The inverse of `packed`; `say` hears of shared memory that is full."""
+    if any(isinstance(value, Piped) for value in batch.values()):
+        say(FULL)
+    return {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else
+            value.tensor() if isinstance(value, Piped) else value
             for name, value in batch.items()}
 
 

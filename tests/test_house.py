@@ -17,8 +17,8 @@ FLOORS = (METHOD, ("configs",), ("engine", "runtime"), ("shards",), ("data",), (
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 SCRIPTS = FLOORS[-1]
 LONGEST, LONGEST_METHOD, LONGEST_FUNCTION, LONGEST_LOOP = 430, 350, 60, 90
-FILES = [path.relative_to(ROOT) for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]
-         if path.relative_to(ROOT).parts[0] not in ("tests", "data", "out")]
+FILES = sorted(path.relative_to(ROOT) for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]
+               if path.relative_to(ROOT).parts[0] in (*FLOOR, *(f"{name}.py" for name in FLOOR)))
 
 
 def owner(path):

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from engine import kernels, norm
+from engine import forms, kernels, norm
 
 needs_triton = pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -135,7 +135,7 @@ def layer_of(weight, bias, groups):
 def test_a_plain_sum_is_added_up_once_and_leaves_its_parts(with_h, with_bias):
     x, h = torch.randn(2, 2, 8, 3, 4)
     before, bias = (x.clone(), h.clone()), torch.arange(8.0) if with_bias else None
-    grid = norm.Sum(x, h if with_h else None, bias)
+    grid = forms.Sum(x, h if with_h else None, bias)
     wanted = x + with_h * h + with_bias * torch.arange(8.0)[:, None, None]
     assert torch.equal(grid.total(), wanted) and torch.equal(grid.total(), wanted)
     assert torch.equal(x, before[0]) and torch.equal(h, before[1])
@@ -163,7 +163,7 @@ def test_a_sum_and_its_norm_are_those_of_float64(kind, path, monkeypatch):
     given, layer = parts_of(kind)
     found = norm.kernel_sum_norm(*given, layer.weight, layer.bias, 32, EPS, True)
     x, h, bias, skip, shift = (None if part is None else part.double() for part in given)
-    wanted = norm.Sum(x, h, bias).normed(layer.double(), True, skip, shift)
+    wanted = forms.Sum(x, h, bias).normed(layer.double(), True, skip, shift)
     for grid, exact_grid in zip(found, wanted, strict=True):
         assert grid.is_contiguous(memory_format=torch.channels_last)
         assert (grid - exact_grid).abs().max() < 3e-6 * exact_grid.abs().max()

@@ -8,6 +8,7 @@ import torch
 
 import clip
 import diffusion
+import engine
 import model
 import vae
 
@@ -256,6 +257,7 @@ def compiled_graphs(unet, *inputs):
 
 def test_a_compiled_step_moves_no_layouts_scatters_nothing_and_casts_each_weight_once():
     unet = model.UNet(8, 4, 32, (1, 2), 1, (1,), 2, 16).to(memory_format=torch.channels_last)
+    engine.convert(unet)
     for parameter in unet.idle_parameters().values():
         parameter.requires_grad_(False)
     x = torch.randn(2, 8, 16, 16).to(memory_format=torch.channels_last)

@@ -1,8 +1,10 @@
 """Runs that are killed, damaged, out of disk or short of a rank go on and end as if nothing was."""
 
 import contextlib
+import errno
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -11,13 +13,18 @@ import subprocess
 import sys
 import tarfile
 import time
+import types
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 from test_train import (ONE_THREAD, ROOT, assert_same_state, command, kill_one_rank, logged,
                         one_thread, run, shards, tiny)
 
-from runtime import checkpoint
+import configs
+from runtime import checkpoint, lock, log, resume, threads, workers
+from runtime import ranks as group
 
 __all__ = ["one_thread", "shards"]      # fixtures
 
@@ -253,3 +260,174 @@ def test_workers_of_a_killed_process_end(tmp_path):
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+
+
+# ---- one run in a folder
+
+HOLDER = """
+import sys, time
+from runtime import lock
+with lock.held(sys.argv[1], print):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_run_in_a_folder_is_refused_and_a_killed_one_starts_again_at_once(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], cwd=ROOT, text=True,
+                          stdout=subprocess.PIPE) as other:
+        try:
+            assert other.stdout.readline() == "held\n"
+            with pytest.raises(ValueError, match=rf"host \S+, process {other.pid}, since \d{{4}}-"):
+                with lock.held(tmp_path, print):
+                    pass
+            with pytest.raises(ValueError, match="another run trains in"):
+                resume.hold(types.SimpleNamespace(out=tmp_path), group.ALONE, print)
+        finally:
+            other.kill()
+    began = time.monotonic()
+    with lock.held(tmp_path, pytest.fail):
+        assert time.monotonic() - began < lock.BEAT
+
+
+def test_where_locks_do_not_work_a_sign_of_life_tells(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(lock.fcntl, "lockf", refuse)
+    monkeypatch.setattr(lock, "BEAT", 0.05)
+    monkeypatch.setattr(lock, "WATCHED", 1.0)
+    said = []
+    with lock.held(tmp_path, said.append):
+        with pytest.raises(ValueError, match="another run trains in"):
+            with lock.held(tmp_path, said.append):
+                pass
+    assert len(said) == 1 and "sign of life" in said[0]
+    (tmp_path / lock.NAME).write_text("host elsewhere, process 1, since today")     # as a kill leaves
+    with lock.held(tmp_path, said.append):
+        assert len(said) == 2
+
+
+# ---- the screen, and files that cannot be written
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux's")
+def test_a_screen_that_takes_nothing_ends_nothing(shards, tmp_path):
+    out = tmp_path / "unseen"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "train.py", *tiny(shards, out)], cwd=ROOT,
+                              stdout=full, stderr=full, timeout=300, check=False, env=ONE_THREAD)
+    assert done.returncode == 0 and checkpoint.latest(out) == out / "step_00000006"
+    code = "from runtime import command; [command.say('x' * 99999) for _ in range(9)]"
+    done = subprocess.run(f"{sys.executable} -c \"{code}; command.finish(0)\" | head -c 1; "
+                          "exit ${PIPESTATUS[0]}", cwd=ROOT, shell=True, executable="/bin/bash",
+                          capture_output=True, timeout=60, check=False)
+    assert done.returncode == 0 and done.stdout == b"x" and not done.stderr
+
+
+def a_log(folder, step=0):
+    """A started Log of nobody's run."""
+    folder.mkdir(exist_ok=True)
+    found = log.Log(types.SimpleNamespace(out=str(folder), steps=9), group.ALONE)
+    found.start(step)
+    return found
+
+
+def test_lines_of_a_log_are_not_glued_and_stray_bytes_do_not_block_a_resume(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"step": 1}\n\xff\x00\n[[\n{"step": "2"}\n{"step": 7}\n{"step": 2}')
+    first = a_log(tmp_path, 2)
+    assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
+    with open(path, "ab") as file:
+        file.write(b'{"step": 3, "lo')
+    first(4, loss=1.0)
+    assert path.read_bytes().splitlines()[2:] == [b'{"step": 3, "lo', b'{"step": 4, "loss": 1.0}']
+
+
+def test_a_grid_that_did_not_fit_does_not_stay(tmp_path, monkeypatch, capsys):
+    def save(image, path):
+        path.write_bytes(b"PNG")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(Image.Image, "save", save)
+    a_log(tmp_path).picture(3, "grids", Image.new("RGB", (2, 2)))
+    assert not list((tmp_path / "grids").iterdir())
+    assert "step_00000003.png: No space left on device; training goes on" in capsys.readouterr().out
+
+
+def test_a_broken_tensorboard_is_one_line_and_training_goes_on(tmp_path, monkeypatch, capsys):
+    class Broken(types.ModuleType):
+        def __getattr__(self, name):
+            raise TypeError("Descriptors cannot be created directly.\nIf this call came from a ...")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", Broken("tensorboard"))
+    a_log(tmp_path)(1, loss=2.0)
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and said[0].startswith("TensorBoard cannot be used") and "step 1/9" in said[1]
+
+
+def test_batches_that_find_no_shared_memory_come_through_pipes(monkeypatch):
+    def full(tensor):
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda: 1)
+    images = torch.arange(2 * 3 * 200 * 200.).view(2, 200, 200, 3).permute(0, 3, 1, 2)
+    said = []
+    sent = pickle.dumps(workers.packed({"image": images, "uid": ["a", "b"], "fov": torch.ones(2)}))
+    batch = workers.unpacked(pickle.loads(sent), said.append)
+    assert torch.equal(batch["image"], images) and batch["image"].stride() == images.stride()
+    assert batch["uid"] == ["a", "b"] and said == [workers.FULL] and "--shm-size" in said[0]
+
+
+# ---- ranks
+
+def test_a_rank_of_torchrun_ends_with_it_and_a_run_of_the_shell_does_not(monkeypatch):
+    ending = []
+    monkeypatch.setattr(workers, "end_with_parent", lambda: ending.append(1))
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    group.join(torch.device("cpu"))
+    assert not ending
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    group.join(torch.device("cpu"))
+    assert ending == [1]
+
+
+class Two(group.Alone):
+    """Rank 1 of two, beside a rank 0 that has seen `first`."""
+    rank, world = 1, 2
+
+    def __init__(self, first, newest=0):
+        self.first, self.newest = first, newest
+
+    def broadcast_object(self, value):
+        return self.newest
+
+    def gather(self, value):
+        return [("host-a", {**value[1], **self.first}), ("host-b", value[1])]
+
+
+@pytest.mark.parametrize("first, says", [
+    ({}, ""), ({"lr": 0.5}, "rank 1 on host-b has not what rank 0 on host-a has: lr is 0.0001, not"),
+    ({"what co3d holds": "9 scenes"}, "what co3d holds is '4 scenes', not '9 scenes'"),
+    ({"the code": "abc"}, "the code is 'def', not 'abc'"),
+    ({"the newest step in --out": 0}, "the newest step in --out is 7, not 0")])
+def test_ranks_that_do_not_see_the_same_are_refused_in_one_line(tmp_path, first, says):
+    config = configs.Config((configs.Source("co3d", "co3d", "co3d", 1.0),), out=str(tmp_path))
+    (tmp_path / "step_00000007").mkdir()
+    (tmp_path / "step_00000007" / "meta.json").touch()
+    ranks = Two(first, newest=7 if "newest" not in says else 0)
+    seen = ranks, "def", {"co3d": "4 scenes"}
+    if not says:
+        resume.compare_ranks(config, *seen)
+        return
+    with pytest.raises(ValueError, match=re.escape(says)) as refused:
+        resume.compare_ranks(config, *seen)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_user_chooses_threads_and_else_has_a_share_of_the_processors(monkeypatch):
+    config = types.SimpleNamespace(threads=0)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(threads, "processors", lambda: 8)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert threads.choose(config) == (2, "of 8 processors")
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert threads.choose(config) == (5, "OMP_NUM_THREADS")
+    assert threads.choose(types.SimpleNamespace(threads=3)) == (3, "--threads")

@@ -13,13 +13,13 @@ from test_train import logged, one_thread, run, shards, tiny      # noqa: F401, 
 from torch._dynamo.utils import counters
 
 from runtime import checkpoint
+from runtime import resume
 import clip
 import configs
 import diffusion
 from runtime import ranks as distributed
-from engine import kernels
+import engine
 import model
-import train
 import vae
 from benchmarks import networks, peers
 from runtime.ranks import ALONE
@@ -80,7 +80,7 @@ def compiled_rank(rank, port, recompute, box):
     distributed.BUCKET = 1
     ranks, _ = distributed.join(torch.device("cpu"))
     _, net, _ = made(1, checkpoint_activations=recompute)
-    train.channels_last(net)
+    engine.channels_last(net)
     twin, events = copy.deepcopy(net), []
     torch.manual_seed(rank)
     _, _, given = made(1)
@@ -138,8 +138,8 @@ def test_a_compiled_network_sends_gradients_while_the_rest_of_its_backward_pass_
 
 
 def test_a_compiled_run_compiles_its_step_and_nothing_else(shards, tmp_path, monkeypatch):
-    monkeypatch.setattr(kernels, "check_compiler", lambda device, without: None)
-    monkeypatch.setattr(train, "compile_networks", lambda net: net.model.diffusion_model.compile(
+    monkeypatch.setattr(engine, "check_compiler", lambda device, without: None)
+    monkeypatch.setattr(engine, "compiled", lambda net: net.model.diffusion_model.compile(
         backend="aot_eager"))
     torch._dynamo.reset()
     counters.clear()
@@ -171,7 +171,7 @@ def test_the_published_run_is_compiled():
 
 def test_the_layout_of_weights_is_not_seen_in_checkpoints_and_a_resume_keeps_it(tmp_path):
     config, net, given = made(1)
-    train.channels_last(net)
+    engine.channels_last(net)
     ema, optimizer = Ema(net.model.diffusion_model, 0.9), Optimizer(net, config)
     net(*given).mean().backward()
     optimizer.step(1000)
@@ -188,8 +188,9 @@ def test_the_layout_of_weights_is_not_seen_in_checkpoints_and_a_resume_keeps_it(
     for name in checkpoint.FILES:
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
     fresh = networks.network(config)
-    train.channels_last(fresh)
-    ema, optimizer = train.begin(config, fresh, checkpoint.load_run(folders[0]), ALONE)
+    engine.channels_last(fresh)
+    ema, optimizer = resume.restore_or_init(
+        config, fresh, checkpoint.load_run(folders[0]), ALONE, torch.device("cpu"))
     strided = 0
     for name, p in optimizer.trained.items():
         state = optimizer.adamw.state[p]
@@ -213,7 +214,7 @@ def test_the_unet_and_the_frozen_encoders_are_compiled_not_the_decoder(encoders,
     net.first_stage_model, net.cond_stage_model.model = (build() for build in encoders)
     monkeypatch.setattr(net.model.diffusion_model, "compile", lambda: compiled.append("UNet"))
     monkeypatch.setattr(torch, "compile", lambda f: compiled.append(f.__name__) or f.__name__)
-    train.compile_networks(net)
+    engine.compiled(net)
     assert compiled == wanted
     assert all(name in (net.first_stage_model.encode, net.cond_stage_model.model.encode_image)
                for name in wanted[1:])

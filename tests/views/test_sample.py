@@ -66,7 +66,7 @@ def test_the_whole_small_model_samples_the_golden_images(name):
     image = golden.network_input(f"{name}/input_im", shapes[f"{name}/input_im"]["shape"], tanh=True)
     T = golden.network_input(f"{name}/T", shapes[f"{name}/T"]["shape"]) * 0.5
     z_T = golden.network_input(f"{name}/x_T", shapes[f"{name}/x_T"])
-    z_cond, context = net.condition(image, T)
+    z_cond, context = net.encode(image)[0], net.context(net.embed(image), T)
     z_cond, context = z_cond.repeat(n, 1, 1, 1), context.repeat(n, 1, 1)
     golden.assert_close(z_cond, expected["c_concat"], observed["c_concat"])
     golden.assert_close(context, expected["c_crossattn"], observed["c_crossattn"])

@@ -1,0 +1,196 @@
+"""What a run starts from: the newest checkpoint in its folder, else `init`, else random weights.
+
+Rank 0 alone reads the run's folder and sends the others what they need: with several hosts only
+rank 0's disk needs it. What all must have alike is compared before anything is trained.
+"""
+
+import itertools
+import warnings
+import zlib
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch.utils.data import default_collate
+
+import camera
+import configs
+import depth
+import diffusion
+import engine
+import model
+from runtime import checkpoint, lock
+from runtime.optimizer import Ema, Optimizer
+from runtime.ranks import check_same
+
+CHECKED_PAIRS = 4       # of each source, at start
+# Fields that may change when a run goes on: of its length, its machine and what it reports. (A
+# cosine rate follows `steps`, and rounding follows `precision`: whoever changes them wants that.)
+FREE = {"data", "out", "steps", "device", "compile", "graph", "checkpoint_activations",
+        "micro_batch", "divide_optimizer", "workers", "threads", "max_damaged", "log_every",
+        "save_every", "keep", "keep_every", "sample_every", "eval_pairs", "validate_every",
+        "validate_pairs", "validate_steps", "sampler", "sample_steps", "guidance", "eta", "init",
+        "depth_weights", "precision", "web_patience"}
+# of these that may differ among the ranks
+OWN = {"data", "out", "device", "workers", "threads", "web_patience"}
+
+
+def hold(config, ranks, say):
+    """An ExitStack that keeps the run's folder to this run, on rank 0. ValueError on every rank
+    where another run has it."""
+    stack, problem = ExitStack(), ""
+    if ranks.rank == 0:
+        try:
+            stack.enter_context(lock.held(config.out, say))
+        except (ValueError, OSError) as err:
+            problem = str(err)
+    problem = ranks.broadcast_object(problem)
+    if problem:
+        raise ValueError(problem)
+    return stack
+
+
+def check_files(config, dry_run=False):
+    """Raises where a file of weights is missing, before anything takes time; a dry run needs none."""
+    for name in (config.init, config.depth_weights * camera.MODES[config.mode].needs_depth):
+        if name and not dry_run and not Path(name).exists():
+            raise FileNotFoundError(f"no checkpoint {name}")
+
+
+def contents_of(pairs, config):
+    """{source: what it holds, in a few words}. Reads pairs of every source, so that what cannot be
+    trained on is refused at start."""
+    contents = {}
+    viewer = camera.MODES[config.mode].unit == "viewer"
+    for source, reader in enumerate(pairs.readers):
+        if viewer and hasattr(reader, "check_blend"):
+            reader.check_blend(config.quantile_blend)
+        numbers = (k for k in itertools.count() if pairs.draw(k)[0] == source)
+        batch = default_collate([pairs[k] for k in itertools.islice(numbers, CHECKED_PAIRS)])
+        if not config.depth_weights or not viewer:
+            depth.pose_vector(batch, config.mode, None, config.quantile_blend)
+        cameras = torch.cat([batch["cond_c2w"].flatten(), batch["radius"], batch["fov"]])
+        crc = zlib.crc32(repr((batch["uid"], cameras.tolist())).encode())
+        contents[reader.name] = f"{reader.summary().partition(': ')[2]} (checksum {crc:08x})"
+    return contents
+
+
+def compare_ranks(config, ranks, code, contents):
+    """Refuses ranks that would not train as one, in one line. contents: {source: what it holds}."""
+    steps = [checkpoint.step_of(folder) for folder in checkpoint.steps(config.out)[:1]]
+    newest = max([0, *steps])       # fewer than rank 0 has are none: its checkpoint is what counts
+    seen = {"the newest step in --out": max(newest, ranks.broadcast_object(newest)),
+            "the code": code, "torch": torch.__version__}
+    seen |= {name: value for name, value in asdict(config).items()
+             if name not in OWN | {"sources"}}
+    for source in config.sources:
+        seen |= {f"{source.name}'s {name}": value for name, value in asdict(source).items()}
+        seen[f"what {source.name} holds"] = contents[source.name]
+    check_same(ranks, seen)
+
+
+def newest(config, ranks, say):
+    """The run's newest undamaged checkpoint, or None. Rank 0 reads all its bytes to know; the other
+    ranks have its step and meta data, and none of its tensors."""
+    folder = None
+    if ranks.rank == 0:
+        with warnings.catch_warnings(record=True) as damaged:
+            warnings.simplefilter("always")
+            folder = checkpoint.latest(config.out)
+        for warning in damaged:
+            say(str(warning.message))
+    lost = folder is None and ranks.rank == 0 and bool(checkpoint.steps(config.out))
+    if ranks.broadcast_object(lost):
+        raise ValueError(f"every checkpoint in {config.out} is damaged, and a new run would take "
+                         "their place: remove them, or give another --out")
+    run = checkpoint.load_run(folder) if folder else None
+    found = ranks.broadcast_object(run and (run.folder, run.step, run.meta))
+    if found is None:
+        return None
+    folder, step, meta = found
+    saved = asdict(configs.from_dict(meta["config"]))
+    changed = [f"{name} was {saved[name]!r}, is {new!r}" for name, new in asdict(config).items()
+               if name not in FREE and saved[name] != new]
+    if changed:
+        raise ValueError(f"{folder} is a run of another configuration ({'; '.join(changed)}): "
+                         "give another --out, or the same configuration")
+    return run or checkpoint.Run(folder, step, {}, {}, {}, meta)
+
+
+def build(config, device):
+    """The network of a Config: with random weights, or, where `init` is to fill it, with none but
+    those that a file may lack. Random values for all of zero123-xl take 15 seconds."""
+    torch.manual_seed(config.seed)      # nothing later draws from it
+    if not config.init:
+        return model.build(config).to(device).train()
+    with torch.device("meta"):
+        net = model.build(config)
+    for name, table in diffusion.schedule_buffers().items():
+        setattr(net, name, table)
+    pose_dim = camera.MODES[config.mode].width
+    net.cc_projection = model.pose_projection(net.cc_projection.in_features - pose_dim, pose_dim,
+                                              config.context_dim)
+    return net.train()
+
+
+def check_fits(run, net, ranks):
+    """Raises ValueError on every rank unless a saved step holds just what a run of `net` saves."""
+    problem = ""
+    if ranks.rank == 0:
+        weights = {name: tensor for name, tensor in net.state_dict().items()
+                   if name in run.model or not name.startswith(checkpoint.FROZEN)}
+        unet = {name: p for name, p in weights.items() if name.startswith(checkpoint.UNET)}
+        moments = {f"{name}.{kind}": () if kind == "step" else p.shape
+                   for name, p in net.named_parameters() if p.requires_grad
+                   for kind in ("exp_avg", "exp_avg_sq", "step")}
+        try:
+            # a step that was converted has no moments, and no average where its source had none
+            run.require(weights, unet if run.ema or run.meta.get("ema_updates", 0) else {},
+                        moments if run.optimizer else {})
+        except ValueError as err:
+            problem = str(err)
+    problem = ranks.broadcast_object(problem)
+    if problem:
+        raise ValueError(problem)
+
+
+def restore_or_init(config, net, run, ranks, device):
+    """(Ema, Optimizer) of a run: what its newest checkpoint holds, else `init`.
+
+    `init` is read in both cases: a run's checkpoints leave out the frozen networks.
+    """
+    # filled before anything refers to the parameters: loading may put others in their place
+    loaded = checkpoint.load_model(net, config.init, finetune=True) if config.init else None
+    net.to(device)
+    if run is not None:
+        check_fits(run, net, ranks)
+        weights = net.state_dict()
+        for name, tensor in ranks.from_rank_0(run.model, weights):
+            weights[name].copy_(tensor)
+    if device.type == "cuda":
+        engine.channels_last(net)
+    ema = Ema(net.model.diffusion_model, config.ema_decay, ranks, config.divide_optimizer)
+    optimizer = Optimizer(net, config, ranks)
+    if run is not None:
+        optimizer.restore(run.optimizer)
+        ema.restore(run.ema, run.meta.get("ema_updates", 0))
+    elif loaded is not None:
+        ema.restore(loaded.ema, loaded.num_updates)
+    return ema, optimizer
+
+
+def save(writer, config, step, net, ema, optimizer, ranks):
+    """Hands the state after `step` to the writer: what trains, its average and AdamW's moments."""
+    writer.wait()
+    ranks.any_rank(False)        # nobody enters a transfer while rank 0 still waits for its disk
+    weights = ((name, tensor) for name, tensor in net.state_dict().items()
+               if not name.startswith(checkpoint.FROZEN))
+    averages = ((checkpoint.UNET + name, tensor) for name, tensor in ema.tensors())
+    moments = optimizer.tensors()
+    if ranks.rank == 0:
+        meta = {"step": step, "ema_updates": ema.updates, "config": asdict(config)}
+        writer.save(config.out, step, weights, averages, moments, meta, config.keep,
+                    config.keep_every)
+    for _ in itertools.chain(averages, moments):        # the other ranks give their part
+        pass
