@@ -83,7 +83,7 @@ def names_of(config):
     """The names of the first held-out scenes of a Config."""
     names = []
     for source in config.sources:
-        if config.sources != configs.NOWHERE and source.held_out and len(names) < MOST_SCENES:
+        if source.held_out and len(names) < MOST_SCENES:
             reader = photos.scenes.open_source(source, config.data, config.image_size, True)
             names += [f"{source.name} {reader.scene(i).name}" for i in range(len(reader))]
     return names[:MOST_SCENES]
