@@ -18,7 +18,7 @@ from runtime import command
 from runtime.command import Parser, numbers_of, words
 
 RUN, CONFIG = "out/synth", "configs/synth.py"       # where the command line names neither
-MOST_SCENES, MOST_REAL = 200, 48
+MOST_SCENES, MOST_REAL, PHOTO_SIDE = 200, 48, 512
 SYNTH_NAME = re.compile(r"\w+/(\d{10})")            # of a scene that prepare.py synth rendered
 
 
@@ -52,18 +52,21 @@ def parser():
 
 ARGS = command.parse(parser()) if __name__ == "__main__" else None      # before torch is imported
 
+import functools
 import json
 from dataclasses import replace
 
 import torch
+from PIL import Image
 
 import camera
-import configs
-from captures import synth
+from captures import own, resample, synth
 from runtime.ranks import device_of
+from shards import scenes
 from views import paths, photos, pictures
 from views.render import Render, load, open_run
-from views.server import Server, Studio, Subject
+from views.server import Server
+from views.studio import Studio, Subject
 
 
 def models_of(args):
@@ -84,7 +87,7 @@ def names_of(config):
     names = []
     for source in config.sources:
         if source.held_out and len(names) < MOST_SCENES:
-            reader = photos.scenes.open_source(source, config.data, config.image_size, True)
+            reader = scenes.open_source(source, config.data, config.image_size, True)
             names += [f"{source.name} {reader.scene(i).name}" for i in range(len(reader))]
     return names[:MOST_SCENES]
 
@@ -98,7 +101,8 @@ def held_out(config, place, render):
     return Subject(photo, f"view {photo.view} of {scene.name}", b"",
                    paths.moved(cameras.c2w, cameras.cond_c2w, here, 1 / unit), scene.fov,
                    truth.__getitem__,
-                   renderer(config, scene, lambda c2w: paths.moved(c2w, here, cameras.cond_c2w, unit)))
+                   renderer(config, scene,
+                            lambda c2w: paths.moved(c2w, here, cameras.cond_c2w, unit)))
 
 
 def renderer(config, scene, in_scene):
@@ -119,31 +123,29 @@ def renderer(config, scene, in_scene):
 
 def capture(path, size):
     """The Subject of a capture, whose middle view is the photo. Raises ValueError, OSError."""
-    from captures import own, resample
-
-    is_json = path.is_file() or (path / "transforms.json").is_file()
-    find = own.find_nerfstudio if is_json else lambda *each: own.find_colmap(*each[:1], "images", False)
-    [found], _ = find([path], False)
-    views, half, _ = resample.one_camera(found.read()[0])
+    if path.is_file() or (path / "transforms.json").is_file():
+        [found], _ = own.find_nerfstudio([path], False)
+    else:
+        [found], _ = own.find_colmap([path], "images", False)
+    views, half, left_out = resample.one_camera(found.read()[0])
     views = pictures.evenly_spaced(views, MOST_REAL)
     if not views:
-        raise ValueError(f"{path}: no photo with a camera that can be used")
-    c2w = torch.stack([torch.as_tensor(view.c2w) for view in views])
-    middle = len(views) // 2
-    cond, focus = c2w[middle], camera.focus_point(c2w)
-    unit = -((focus - cond[:3, 3]) @ cond[:3, 2]).item()        # to what the cameras look at
-    unit = unit if unit > 0 else (c2w[:, :3, 3] - cond[:3, 3]).norm(dim=1).mean().item() or 1.0
-    up = c2w[:, :3, 1].mean(0)
-    rise = math.degrees(math.asin((cond[:3, 2] @ up / up.norm()).clamp(-1, 1).item()))
-    rise = min(max(rise, -photos.paths.STEEPEST), photos.paths.STEEPEST)
+        raise ValueError(f"{path}: no photo has a camera that can be used: "
+                         + "; ".join(map(str, left_out[:1])))
+    c2w, middle = torch.stack([torch.as_tensor(view.c2w) for view in views]), len(views) // 2
+    position, back = c2w[middle, :3, 3], c2w[middle, :3, 2]
+    # the page's length 1 is the way to what the cameras look at, where they look at one thing
+    unit = ((position - camera.focus_point(c2w)) @ back).item()
+    unit = unit if unit > 0 else (c2w[:, :3, 3] - position).norm(dim=1).mean().item() or 1.0
 
     def real(place, side=size):
-        with photos.Image.open(views[place].photo) as picture:
-            return photos.Image.fromarray(resample.square(views[place], picture, half, side)[0])
+        with Image.open(views[place].photo) as picture:
+            return Image.fromarray(resample.square(views[place], picture, half, side)[0])
 
-    fov, here = 2 * math.atan(half), paths.around(0.0, rise, 1.0)
-    photo = photos.Photo(real(middle, photos.DEPTH_SIZE * 2), size, fov, rise, photos.SCALE)
-    return Subject(photo, str(path), b"", paths.moved(c2w, cond, here, 1 / unit), fov, real)
+    fov, rise = 2 * math.atan(half), photos.elevation_of(c2w, middle)
+    photo = photos.Photo(real(middle, PHOTO_SIDE), size, fov, rise, photos.SCALE)
+    here = paths.around(0.0, rise, 1.0)
+    return Subject(photo, str(path), b"", paths.moved(c2w, c2w[middle], here, 1 / unit), fov, real)
 
 
 def serve(args):
@@ -162,8 +164,8 @@ def serve(args):
         command.say(f"no held-out scenes: {err}")
     options = ["--device", device.type, "--precision", precision,
                *(["--init", args.init] if args.init else [])]
-    studio = Studio(lambda path: Render(*load(path, device, precision, args.init or "")), models, args.out,
-                    options, names, lambda place, render: held_out(config, place, render))
+    studio = Studio(lambda path: Render(*load(path, device, precision, args.init or "")), models,
+                    args.out, options, names, functools.partial(held_out, config))
     path = Path(args.photo)
     if args.photo and (path.is_dir() or path.suffix == ".json"):
         studio.start(capture(path, studio.render.size))

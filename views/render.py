@@ -164,10 +164,10 @@ class Render:
     def __call__(self, cameras, scale=0.0, label="views", watch=None, **options):
         """Yields the images of n paths.Cameras, in their order, a batch as soon as it is drawn.
 
-        scale: the photo's own, unless given. label: of the bar of progress; "" shows none. watch(first, t, z_0) sees every step of the batch that
-        begins with view `first`, z_0 (b, c, h, w) the clean latents that it promises; what it
-        raises ends the call, and the next one is as good as the first. options: instead of
-        the renderer's own, for example steps=4, seed=1.
+        scale: the photo's own, unless given. label: of the bar of progress, "" has none.
+        watch(first, t, z_0) sees every step of the batch that begins with view `first`, z_0
+        (b, c, h, w) the clean latents that it promises; what it raises ends the call, and the next
+        one is as good as the first. options: instead of the renderer's own, for example steps=4.
 
         Models have learnt of pairs with one field of view. A narrower view is therefore made from
         the part of the photo that has its field of view, a wider one from all of it; the scale is

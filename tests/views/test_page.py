@@ -36,7 +36,8 @@ import view
 from runtime import checkpoint
 from views import cameras, paths
 from views.render import Render, load, open_run
-from views.server import Server, Stopped, Studio
+from views.server import Server
+from views.studio import Stopped, Studio
 
 ROOT = Path(__file__).parents[2]
 SIZE = 16                   # pixels a side of the small run's images
@@ -201,7 +202,7 @@ def test_only_the_page_with_its_token_from_this_host_is_answered(server):
 
 @pytest.mark.parametrize("name, asked, said", [
     ("file", {"name": "../../secret"}, "no such file"),
-    ("view", {"c2w": [[1]], "fov": 1}, "no matrix of 4x4"),
+    ("view", {"c2w": [[1]], "fov": 1}, "it must be 3x4 or 4x4"),
     ("view", {"c2w": [[0, 0, 0, 0]] * 4, "fov": 9}, "fov is 9"),
     ("path", {"keys": [], "views": 3}, "cameras can be asked for"),
     ("model", {"model": "/etc/passwd"}, "must be a number"),
@@ -473,6 +474,6 @@ def test_pictures_of_the_page(browser):
                 file = ROOT / os.environ["PICTURES"] / f"{name}.png"
                 page.js("window.scrollTo(0, 0)")
                 browser.save_screenshot(str(file))
-                Image.open(file).convert("RGB").quantize(128).save(file, optimize=True)
+                Image.open(file).convert("RGB").save(file, optimize=True)
         finally:
             process.send_signal(signal.SIGINT)
