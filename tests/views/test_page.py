@@ -5,6 +5,7 @@ scene, so that what a drag does can be compared with it. With PICTURES=docs the 
 pictures of docs/, of the model in out/synth.
 """
 
+import base64
 import http.client
 import io
 import json
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,10 +35,10 @@ import prepare
 import sample
 import view
 from runtime import checkpoint
-from views import cameras, paths
-from views.render import Render, load, open_run
+from views import cameras, paths, photos
+from views.render import Render, load, open_run, place
 from views.server import Server
-from views.studio import Stopped, Studio
+from views.studio import Stopped, Studio, Subject, listed
 
 ROOT = Path(__file__).parents[2]
 SIZE = 16                   # pixels a side of the small run's images
@@ -120,7 +121,6 @@ class Page:
     """The page in a browser."""
     def __init__(self, browser, address, width=1280, height=900, dark=False):
         self.browser = browser
-        self.js("devtools")
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {
             "width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500})
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [
@@ -129,7 +129,7 @@ class Page:
         self.at_rest()
 
     def js(self, code, *arguments):
-        return self.browser.execute_script(f"return {code}", *arguments) if code != "devtools" else None
+        return self.browser.execute_script(f"return {code}", *arguments)
 
     def get(self, name):
         return self.browser.find_element("id", name)
@@ -158,7 +158,6 @@ class Page:
             canvas.getContext('2d').drawImage(image, 0, 0);
             return canvas.toDataURL(); })(document.getElementById(arguments[0]), document.createElement('canvas'))""",
                        name)
-        import base64
         return np.asarray(Image.open(io.BytesIO(base64.b64decode(data.split(",")[1]))).convert("RGB")).astype(int)
 
     def choose(self, name, text):
@@ -250,6 +249,21 @@ def test_the_newest_view_wins_and_none_queue_up(studio):
     finally:
         studio.render = real
     assert sorted(ends) == [(1, "replaced"), (2, "replaced"), (3, 3)]
+
+
+def test_a_3dof_model_goes_around_the_centre_alone(run, tmp_path):
+    config = replace(load(run, "cpu", "fp32")[1], mode="3dof")
+    studio = Studio(lambda path: Render(place(golden.fill(model.build(config)), "cpu", "fp32"), config), ["3dof"],
+                    tmp_path)
+    studio.start(Subject(photos.Photo(Image.new("RGB", (SIZE, SIZE)), SIZE, 1.0, 10.0, 1.0), "a photo"))
+    assert list(studio.motions()) == ["orbit", "swing", "spiral", "dolly", "grid"]
+    for name, (by, _) in studio.motions().items():
+        found = studio.preset({"motion": name, "by": by})
+        path = studio.path({**found, "views": 7})["cameras"]
+        assert len(studio.cameras(path)) == 7, name         # is not refused
+    truck = paths.motion("truck", 2, 0.4, 1.0, 10.0)
+    with pytest.raises(ValueError, match="3DoF model knows of azimuth, elevation and distance alone"):
+        studio.cameras(listed(truck))
 
 
 # ---- in the browser
