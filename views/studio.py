@@ -32,6 +32,7 @@ OPTIONS = {"steps": (1, 1000, int), "guidance": (0, 100), "eta": (0, 1), "seed":
 SHOWN_SIDE = 768                # pixels a side of the photo that the page shows
 PRESET_KEYS = {"orbit": 8, "swing": 8, "spiral": 16, "pan": 4, "tilt": 4}       # others have 2
 GRID = (0.0, "a sheet of views to the sides of the photo's, above and below it")
+PLAYED = {".gif": "image/gif", ".mp4": "video/mp4"}
 OF_3DOF = ("orbit", "swing", "spiral", "dolly", "grid")
 
 
@@ -327,4 +328,5 @@ class Studio:
         """A file of the newest film."""
         if not self.last or asked.get("name") not in self.last.files:
             raise ValueError("the film has no such file")
-        return (self.last.folder / asked["name"]).read_bytes(), "application/octet-stream"
+        path = self.last.folder / asked["name"]
+        return path.read_bytes(), PLAYED.get(path.suffix, "application/octet-stream")
