@@ -122,7 +122,7 @@ def config_of(tensors, data="", named=None):
 def pose_vectors(mode, cond_c2w, c2w, fov, scale):
     """Pose vectors (n, d) float32 of cameras c2w (n, 4, 4), fov (n,); `scale` counts as one."""
     cond_c2w, c2w = cond_c2w.repeat(len(c2w), 1, 1), c2w.clone()
-    if camera.MODES[mode].unscaled:     # so that --scale, where it is given, means the same everywhere
+    if camera.MODES[mode].unscaled:     # so that --scale, where it is given, means the same
         cond_c2w[:, :3, 3] /= scale
         c2w[:, :3, 3] /= scale
     return camera.conditioning(mode, cond_c2w, c2w, fov, torch.full_like(fov, scale)).float()

@@ -321,8 +321,10 @@ def test_key_frames_make_a_film_whose_command_makes_the_same_views(server, brows
     page.at_rest()
     page.keys("k", "ddd", "k", "www", "k")
     assert page.js("keys.length") == 3
-    page.browser.find_element("css selector", "#keys li:nth-child(2) [data-do=later]").click()
-    page.browser.find_element("css selector", "#keys li:nth-child(3) [data-do=delete]").click()
+    page.at_rest()
+    for tool in ("#keys li:nth-child(2) [data-do=later]", "#keys li:nth-child(3) [data-do=delete]"):
+        page.browser.find_element("css selector", tool).click()
+        page.until("frames.length")
     page.js("$('views').value = 4, $('views').onchange()")
     page.until("frames.length === 4")
     page.get("save").click()
