@@ -490,6 +490,6 @@ def test_pictures_of_the_page(browser):
                 file = ROOT / os.environ["PICTURES"] / f"{name}.png"
                 page.js("window.scrollTo(0, 0)")
                 browser.save_screenshot(str(file))
-                Image.open(file).convert("RGB").save(file, optimize=True)
+                Image.open(file).convert("RGB").quantize(256).save(file, optimize=True)     # small enough to keep
         finally:
             process.send_signal(signal.SIGINT)
