@@ -307,7 +307,7 @@ def test_a_drag_turns_the_view_as_the_scene_turns(server, browser):
 def test_a_click_on_a_real_camera_shows_its_photo_beside_the_view(server, browser):
     page, subject = Page(browser, server.address), server.studio.subject
     assert page.js("document.querySelectorAll('#above .real').length") == 2
-    page.js("document.querySelector('#above [data-real=\"1\"]').dispatchEvent(new MouseEvent('click', {bubbles: true}))")
+    page.js("document.querySelectorAll('#above .real')[1].dispatchEvent(new MouseEvent('click', {bubbles: true}))")
     page.until("$('truthName').textContent.includes('real photo from camera 1')")
     page.at_rest()
     assert np.array_equal(page.pixels("truth"), np.asarray(subject.real(1)))
