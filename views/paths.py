@@ -10,9 +10,10 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from camera import look_at
+from camera import look_at, relative_pose, spherical
 from runtime.files import write_text
 from views import MOTIONS, STEEPEST
 from views.cameras import RIGID, read as read_cameras
@@ -150,6 +151,56 @@ def poses(texts, fov, elevation):
         numbers.append((azimuth, elevation + rise, radius))
     fovs = torch.full((len(numbers),), fov, dtype=torch.float64)
     return Cameras(around(0.0, elevation, 1.0), around(*zip(*numbers)), fovs, fov)
+
+
+# ---- key frames
+
+def nearest_rotation(matrix):
+    """The rotations (..., 3, 3) next to matrices (..., 3, 3), by their singular vectors."""
+    u, _, v = torch.linalg.svd(matrix)
+    sign = torch.ones_like(matrix[..., 0])
+    sign[..., 2] = torch.linalg.det(u @ v)
+    return u * sign[..., None, :] @ v
+
+
+def moved(c2w, start, end, times):
+    """The cameras that stand to `end` as c2w (n, 4, 4) stand to `start`, `times` as far away."""
+    pose = relative_pose(start, c2w)
+    pose[:, :3, 3] *= times
+    return end @ pose
+
+
+def smooth(c2w, fov, views, closed):
+    """(c2w (views, 4, 4), fov (views,)) along a smooth path through cameras (k, 4, 4), (k,).
+
+    It is a Catmull-Rom spline. Cameras that look at the origin go around it, so that an orbit is
+    round and 3DoF models can follow; others go by their positions and axes. A closed path leads
+    from the last key frame to the first again.
+    """
+    if len(c2w) == 1:
+        return c2w.repeat(views, 1, 1), fov.repeat(views)
+    centred = Cameras(c2w[0], c2w, torch.ones_like(fov), 1.0).centred()
+    polar, azimuth, radius = spherical(c2w[:, :3, 3])
+    azimuth = torch.from_numpy(np.unwrap(azimuth.numpy()))
+    x = torch.stack([azimuth, polar, radius.log(), torch.log(torch.tan(fov / 2))], dim=1)
+    x = torch.cat([x, c2w[:, :3].flatten(1)], dim=1)
+    ends = (x[-1:], x[:2]) if closed else (2 * x[:1] - x[1:2], 2 * x[-1:] - x[-2:-1])
+    x = torch.cat([ends[0], x, ends[1]])
+    x[:, 0] = torch.from_numpy(np.unwrap(x[:, 0].numpy()))
+    spans = len(c2w) if closed else len(c2w) - 1
+    place = torch.arange(views, dtype=x.dtype) * spans / (views if closed else max(views - 1, 1))
+    first = place.long().clamp(max=spans - 1)
+    f = (place - first)[:, None]
+    a, b, c, d = (x[first + i] for i in range(4))
+    x = b + f / 2 * (c - a + f * (2 * a - 5 * b + 4 * c - d + f * (3 * b - a - 3 * c + d)))
+    fov = 2 * torch.atan(x[:, 3].exp())
+    if centred:
+        rise = (90 - torch.rad2deg(x[:, 1])).clamp(-STEEPEST, STEEPEST)
+        return around(torch.rad2deg(x[:, 0]), rise, x[:, 2].exp()), fov
+    made = torch.eye(4, dtype=x.dtype).repeat(views, 1, 1)
+    made[:, :3] = x[:, 4:].unflatten(1, (3, 4))
+    made[:, :3, :3] = nearest_rotation(made[:, :3, :3])
+    return made, fov
 
 
 # ---- files of poses

@@ -122,7 +122,7 @@ def config_of(tensors, data="", named=None):
 def pose_vectors(mode, cond_c2w, c2w, fov, scale):
     """Pose vectors (n, d) float32 of cameras c2w (n, 4, 4), fov (n,); `scale` counts as one."""
     cond_c2w, c2w = cond_c2w.repeat(len(c2w), 1, 1), c2w.clone()
-    if camera.MODES[mode].unscaled:     # so that --scale, where it is given, means the same everywhere
+    if camera.MODES[mode].unscaled:     # so that --scale, where it is given, means the same
         cond_c2w[:, :3, 3] /= scale
         c2w[:, :3, 3] /= scale
     return camera.conditioning(mode, cond_c2w, c2w, fov, torch.full_like(fov, scale)).float()
@@ -163,10 +163,10 @@ class Render:
     def __call__(self, cameras, scale=0.0, label="views", watch=None, **options):
         """Yields the images of n paths.Cameras, in their order, a batch as soon as it is drawn.
 
-        scale: the photo's own, unless given. watch(first, t, z_0) sees every step of the batch that
-        begins with view `first`, z_0 (b, c, h, w) the clean latents that it promises; what it
-        raises ends the call, and the next one is as good as the first. options: instead of
-        the renderer's own, for example steps=4, seed=1.
+        scale: the photo's own, unless given. label: of the bar of progress, "" has none.
+        watch(first, t, z_0) sees every step of the batch that begins with view `first`, z_0
+        (b, c, h, w) the clean latents that it promises; what it raises ends the call, and the next
+        one is as good as the first. options: instead of the renderer's own, for example steps=4.
 
         Models have learnt of pairs with one field of view. A narrower view is therefore made from
         the part of the photo that has its field of view, a wider one from all of it; the scale is
@@ -181,7 +181,7 @@ class Render:
         size = math.ceil(n / batches)
         t, _ = diffusion.plan(self.net.alphas_cumprod, options["sampler"], options["steps"],
                               options.get("spacing", "auto"))
-        self.evaluations, bar = len(t), Progress(label, "steps", batches * len(t))
+        self.evaluations, bar = len(t), Progress(label, "steps", batches * len(t), not label)
         try:
             for first in range(0, n, size):
                 rows = [min(i, n - 1) for i in range(first, first + size)]
@@ -214,12 +214,16 @@ class Render:
                 f"steps of {options['sampler']}, guidance {options['guidance']:g}, {where})")
         if self.sampler.preparing:
             line += f", {self.sampler.preparing:.1f} s of preparation"
-        if where.type == "cuda":
-            return line + f", {torch.cuda.max_memory_allocated() / MEGABYTE:,.0f} MB of GPU memory"
+        return ", ".join(filter(None, [line, self.memory()]))
+
+    def memory(self):
+        """The most memory that was used so far, in words; "" where there is no such figure."""
+        if self.net.betas.device.type == "cuda":
+            return f"{torch.cuda.max_memory_allocated() / MEGABYTE:,.0f} MB of GPU memory"
         try:
             import resource
-        except ImportError:         # Windows has no such figure
-            return line
+        except ImportError:         # Windows
+            return ""
         unit = 1 if sys.platform == "darwin" else 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        return line + f", {peak / MEGABYTE:,.0f} MB of memory at most"
+        return f"{peak / MEGABYTE:,.0f} MB of memory at most"
