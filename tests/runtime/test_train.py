@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from test_model import small_model
 
+import depth
 import diffusion
 import configs
 from runtime import cost
@@ -79,7 +80,7 @@ def test_three_training_steps_equal_the_reference(name, monkeypatch):
                  "fov": torch.deg2rad(first[f"step{k}/in/fov_deg"]),
                  "radius": torch.ones(4), "image_cond": image_cond,
                  "depth_cond": first[f"step{k}/in/depth_cond"][..., 0]}
-        T = model.pose_vector(batch, "7dof_quantile_scale",
+        T = depth.pose_vector(batch, "7dof_quantile_scale",
                               lambda image: first[f"step{k}/in/depth_model_disparity"], blend=True)
         draws = diffusion.Draws(torch.tensor(row["t"]), torch.tensor(row["uniform_draws"]),
                             *(golden.network_input(f"train/step{k}/{n}", (4, 4, 8, 8))
@@ -457,7 +458,7 @@ def test_only_rank_0s_disk_needs_the_runs_folder(ranked, whole_run):
 
 def test_the_others_stop_when_a_rank_dies(ranked):
     assert list(ranked[1]["killed"]) == [0]         # rank 1 has nothing to say any more
-    assert "gloo/" in ranked[1]["killed"][0]
+    assert "a rank is gone, so the others stop" in ranked[1]["killed"][0]
 
 
 def test_a_loss_that_is_not_finite_stops_all_ranks_and_names_the_pairs(ranked):
@@ -539,7 +540,7 @@ def test_activations_are_what_a_forward_pass_keeps(shards, tmp_path, recompute):
     own = {p.data_ptr() for p in unet.parameters()}
     found = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
     needs = cost.of(config, ALONE, 3)
-    assert needs.activations + needs.copies == pytest.approx(found, rel=0.02)
+    assert needs.activations == pytest.approx(found, rel=0.02)
 
 
 def test_flops_are_those_of_products_convolutions_and_attention():
@@ -565,15 +566,15 @@ def test_ranks_that_divide_keep_their_share():
     kept = [sum(p.numel() for name, p in parameters.items() if division.owner[name] == rank)
             for rank in range(4)]
     assert sorted(kept) == [24, 27, 30, 50]
-    assert sum(kept) == 131 and division.mine().keys() == {
+    assert sum(kept) == 131 and division.mine.keys() == {
         name for name in parameters if division.owner[name] == 0}
 
 
 def test_too_little_memory_is_refused_with_the_estimate_and_what_lowers_it(
         shards, tmp_path, monkeypatch):
     monkeypatch.setattr(cost, "available", lambda device: 1e6)
-    with pytest.raises(ValueError, match=r"needs ~ .* GB .*has 0\.00 GB\. Lower it by "
-                       "--micro_batch=4, --checkpoint_activations=true, --precision=bf16"):
+    with pytest.raises(ValueError, match=r"needs ~ .* GB .*has 0\.00 GB; a smaller "
+                       "--micro_batch, --checkpoint_activations=true, --precision=bf16"):
         run(tiny(shards, tmp_path / "small"))
     monkeypatch.setattr(cost, "available", lambda device: 8e6)
     assert "memory may not suffice" in run(tiny(shards, tmp_path / "large", steps=1,
@@ -584,7 +585,7 @@ def test_running_out_of_memory_is_one_line(shards, tmp_path, monkeypatch):
     def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     monkeypatch.setattr(train, "inputs", full)
-    with pytest.raises(ValueError, match="out of memory on cpu: the estimate was ~ .* lower it by"):
+    with pytest.raises(ValueError, match="out of memory on cpu, see the estimate above; a smaller"):
         run(tiny(shards, tmp_path / "out of memory"))
 
 
@@ -682,9 +683,6 @@ def test_profile_writes_a_trace_of_so_many_steps(shards, tmp_path):
     events = json.loads(gzip.decompress((out / "trace.json.gz").read_bytes()))["traceEvents"]
     steps = {event["name"] for event in events if event["name"].startswith("ProfilerStep")}
     assert len(steps) == 2
-    said = run([*tiny(shards, tmp_path / "short", steps=1), "--profile", "2"])
-    assert "no trace: --profile skips 2 steps" in said
-    assert not (tmp_path / "short" / "trace.json.gz").exists()
 
 
 def test_a_dry_run_says_what_would_run_and_writes_nothing(shards, whole_run, tmp_path):
