@@ -26,6 +26,7 @@ from test_model import small_model
 
 import depth
 import diffusion
+import engine
 import configs
 from runtime import cost
 from runtime import ranks as distributed
@@ -521,9 +522,10 @@ def test_the_state_of_a_run_has_exactly_the_bytes_that_were_promised(shards, tmp
 @pytest.mark.parametrize("recompute", [False, True])
 def test_activations_are_what_a_forward_pass_keeps(shards, tmp_path, recompute):
     config = configs.load(tiny(shards, tmp_path / "kept", checkpoint_activations=recompute))
-    unet = model.build(config).train().model.diffusion_model
+    net = model.build(config).train()
+    engine.convert(net)
+    unet, kept = net.model.diffusion_model, {}
     channels, *grid = model.latent_shape(config)
-    kept = {}
 
     def keep(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor
