@@ -29,7 +29,7 @@ from shards.files import Damaged
 from shards.index import whole_matrices
 from shards.scenes import distinct, examples, images, open_source
 
-__all__ = ["DEAD_WORKER", "Batches", "Pairs", "check_damage", "images", "is_dead_worker", "loader",
+__all__ = ["DEAD_WORKER", "Batches", "Pairs", "check_damage", "images", "is_dead_worker",
            "open_source"]
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ What a run starts from: the newest checkpoint in its own folder, else `init`, el
 Pairs, noise, timesteps and dropped conditions are functions of (seed, number of the pair), so no
 state of a generator or loader is saved, and the number of ranks or micro-steps changes nothing.
 
-Read `train` first: it is the loop. `inputs` and `forward_backward` are what a step does, `start` is
+Read `train` first: it is the loop. `inputs` and `forward_backward` are what a step does, `Run` is
 what comes before the first.
 """
 
@@ -46,11 +46,10 @@ import functools
 import json
 import signal
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.utils.data import Dataset, Subset, default_collate
+from torch.utils.data import Subset, default_collate
 
 import data
 import depth
@@ -58,10 +57,10 @@ import diffusion
 import engine
 import model
 from analysis import score
-from runtime import checkpoint, cost, files, resume
+from runtime import checkpoint, cost, files, lock, resume
 from runtime import ranks as group
-from runtime.log import Log, Meter, check_finite, revision, state, summary
-from runtime.optimizer import Ema, Optimizer, learning_rate
+from runtime.log import Log, Meter, check_finite, peak_memory, revision, summary
+from runtime.optimizer import learning_rate
 
 GRID_PAIRS = 8
 # Save and end; sent again they change nothing.
@@ -157,8 +156,10 @@ def report(run, meter, logged, done, norm, validates):
         with run.ema.in_place(run.net):
             if ranks.rank == 0:
                 numbers |= score.validate(run.net, run.held_out, config, run.depth_net)
+    flops = (1 + cost.BACKWARD) * run.needs.flops * numbers["pairs_per_s"] / ranks.world
     run.log(done, **numbers, lr=learning_rate(done - 1, config) * config.lr,
-            **state(config, done, numbers["pairs_per_s"], run.needs, run.peak, ranks, run.device))
+            ceiling_share=flops / run.peak, memory_gb=peak_memory(run.device),
+            remaining_s=(config.steps - done) * config.batch_size / numbers["pairs_per_s"])
     meter.restart()
 
 
@@ -198,30 +199,65 @@ def end(run, done, stopped):
 
 # ---- before the first step
 
-@dataclass
 class Run:
-    """What a run trains with, from its first step to its end."""
-    config: configs.Config
-    ranks: group.Alone
-    device: torch.device
-    log: Log
-    writer: checkpoint.Writer
-    needs: cost.Cost
-    peak: float                 # FLOP/s of the device
-    micro_steps: int
-    first_step: int             # steps that are done already
-    net: model.ZeroNVS
-    wrapped: torch.nn.Module    # the network, whose backward pass averages over the ranks
-    forward_backward: object    # of `wrapped`; a CUDA graph where asked for
-    autocast: object
-    depth_net: object           # or None
-    ema: Ema
-    optimizer: Optimizer
-    pairs: data.Pairs
-    loader: data.Loader
-    held_out: Dataset
-    pictures: bool              # whether the held-out pairs have images
-    signals: list               # that asked to stop
+    """What a run trains with, from its first step to its end. To make one checks whatever can be
+    wrong, from the cheapest to the most expensive; `build` makes what a dry run does without."""
+    def __init__(self, config, ranks, device, log, dry_run):
+        self.config, self.ranks, self.device, self.log = config, ranks, device, log
+        self.writer = checkpoint.Writer(log.say)
+        micro_batch, self.micro_steps = cost.split(config, ranks.world)
+        resume.check_files(config, dry_run)
+        self.needs = cost.of(config, ranks, micro_batch)
+        log.say(summary(config, ranks, device, self.needs, micro_batch, self.micro_steps))
+        cost.check(self.needs, device, log.say)
+        if config.compile:
+            engine.check_compiler(device, "--compile=false")
+        self.pairs, self.held_out = open_data(config, log)
+        self.pictures = "image_cond" in self.held_out[0]    # encoded shards have none
+        resume.compare_ranks(config, ranks, revision(), resume.contents_of(self.pairs, config))
+
+    def find_start(self, dry_run):
+        """The saved step that the run goes on from, or None."""
+        config = self.config
+        saved = resume.newest(config, self.ranks, self.log.say)
+        self.first_step = saved.step if saved else 0        # steps that are done already
+        self.log.say(f"start    step {saved.step} of {config.out}" if saved else
+                     f"start    {config.init or 'random weights'}, into {config.out}")
+        if dry_run and config.init and not saved:
+            checkpoint.read(config.init)        # raises what is wrong with it
+        return saved
+
+    def build(self, saved, stack):
+        """Network, average, optimizer and loader. `stack` has what is to be put back at the end."""
+        config, ranks, device, log = self.config, self.ranks, self.device, self.log
+        self.net = net = resume.build(config, device)
+        forms = engine.convert(net)
+        if forms:
+            log.say("fast     " + ", ".join(f"{count} {form}" for form, count in forms.items()))
+        self.depth_net = score.load_depth(config, device)       # or None
+        self.ema, self.optimizer = resume.restore_or_init(config, net, saved, ranks, device)
+        # tries out kernels at the first step; a GPU's sums differ from run to run in any case
+        torch.backends.cudnn.benchmark = device.type == "cuda"
+        if config.compile:
+            engine.compiled(net)
+            log.say("compile  the first step takes minutes, in later runs seconds")
+        self.wrapped = ranks.wrap(net)      # its backward pass averages over the ranks
+        self.autocast = (torch.autocast(device.type, torch.bfloat16)
+                         if config.precision == "bf16" else nullcontext())
+        self.forward_backward = functools.partial(forward_backward, self.wrapped, self.autocast,
+                                                  self.micro_steps, config.drop)
+        if engine.can_capture(config, ranks, device):
+            self.forward_backward = engine.Recorded(self.forward_backward, net.parameters())
+        self.signals = []                   # that asked to stop
+        for signum in STOP:
+            before = signal.signal(signum, lambda number, frame: self.signals.append(number))
+            stack.callback(signal.signal, signum, before)
+        batches = data.Batches(self.first_step, config.steps, config.batch_size,
+                               config.micro_batch, ranks.rank, ranks.world)
+        self.loader = data.Loader(self.pairs, batches, config.workers, device, config.max_damaged,
+                                  log.note)
+        self.peak = cost.ceiling(device, config.precision) if ranks.rank == 0 else 1.0  # FLOP/s
+        stack.callback(self.writer.wait)
 
 
 def open_data(config, log):
@@ -239,61 +275,6 @@ def open_data(config, log):
     return pairs, held_out
 
 
-def start(config, ranks, device, log, writer, stack, dry_run):
-    """The Run, from the cheapest check to the most expensive one; None of a dry one. `stack` has
-    what the run keeps to itself."""
-    micro_batch, micro_steps = cost.split(config, ranks.world)
-    resume.check_files(config, dry_run)
-    needs = cost.of(config, ranks, micro_batch)
-    log.say(summary(config, ranks, device, needs, micro_batch, micro_steps))
-    cost.check(needs, config, ranks, device, log.say)
-    if config.compile:
-        engine.check_compiler(device, "--compile=false")
-    pairs, held_out = open_data(config, log)
-    resume.compare_ranks(config, ranks, revision(), resume.contents_of(pairs, config))
-    if not dry_run:
-        stack.enter_context(resume.hold(config, ranks, log.say))
-    saved = resume.newest(config, ranks, log.say)
-    first_step = saved.step if saved else 0
-    log.say(f"start    {f'step {first_step} of' if saved else config.init or 'random weights'}"
-            f"{'' if saved else ', into'} {config.out}")
-    if first_step >= config.steps:
-        log.say(f"         which is not before --steps={config.steps}: there is nothing to train")
-    if dry_run:
-        if config.init and not saved:
-            checkpoint.read(config.init)        # raises what is wrong with it
-        return None
-
-    net = resume.build(config, device)
-    forms = engine.convert(net)
-    if forms:
-        log.say("fast     " + ", ".join(f"{count} {form}" for form, count in forms.items()))
-    depth_net = score.load_depth(config, device)
-    ema, optimizer = resume.restore_or_init(config, net, saved, ranks, device)
-    del saved       # and its mapped files: they may be removed
-    # tries out kernels at the first step; a GPU's sums differ from run to run in any case
-    torch.backends.cudnn.benchmark = device.type == "cuda"
-    if config.compile:
-        engine.compiled(net)
-        log.say("compile  the first step takes minutes, in later runs seconds")
-    wrapped, autocast = ranks.wrap(net), nullcontext()
-    if config.precision == "bf16":
-        autocast = torch.autocast(device.type, torch.bfloat16)
-    passes = functools.partial(forward_backward, wrapped, autocast, micro_steps, config.drop)
-    if engine.can_capture(config, ranks, device):
-        passes = engine.Recorded(passes, net.parameters())
-    signals = []
-    for signum in STOP:
-        signal.signal(signum, lambda number, frame: signals.append(number))
-    batches = data.Batches(first_step, config.steps, config.batch_size, config.micro_batch,
-                           ranks.rank, ranks.world)
-    loader = data.Loader(pairs, batches, config.workers, device, config.max_damaged, log.note)
-    peak = cost.ceiling(device, config.precision) if ranks.rank == 0 else 1.0
-    return Run(config, ranks, device, log, writer, needs, peak, micro_steps, first_step, net,
-               wrapped, passes, autocast, depth_net, ema, optimizer, pairs, loader, held_out,
-               "image_cond" in held_out[0], signals)
-
-
 # ---- from the command line to the end of the process
 
 def main(argv):
@@ -303,36 +284,38 @@ def main(argv):
 def run(config, traced=0, dry_run=False):
     """A run, as the command line asks for it. Raises ValueError or OSError with one line."""
     torch.set_num_threads(threads.choose(config)[0])
-    handlers = {signum: signal.getsignal(signum) for signum in STOP}
     ranks, device = group.join(group.device_of(config.device), config.compile)
     log, stack, stuck = Log(config, ranks), ExitStack(), False
-    writer = checkpoint.Writer(log.say)
     try:
-        ready = start(config, ranks, device, log, writer, stack, dry_run)
-        if ready:
-            log.start(ready.first_step, traced)
-            ranks.any_rank(False)   # rank 0 may have written log.jsonl anew: from here on all do
-            train(ready)
+        ready = Run(config, ranks, device, log, dry_run)
+        if not dry_run:
+            ranks.on_rank_0(stack.enter_context, lock.held(config.out, log.say))
+        saved = ready.find_start(dry_run)
+        if dry_run:
+            return
+        ready.build(saved, stack)
+        del saved               # and its mapped files: they may be removed
+        log.start(ready.first_step, traced)
+        ranks.any_rank(False)   # rank 0 may have written log.jsonl anew: from here on all do
+        train(ready)
     except torch.OutOfMemoryError as err:
         stuck = True
-        needs = cost.of(config, ranks, cost.split(config, ranks.world)[0])
-        raise ValueError(f"out of memory on {device}: the estimate was {needs}; lower it by "
-                         f"{cost.advice(config, ranks.world)}") from err
+        raise ValueError(f"out of memory on {device}, see the estimate above; {cost.LESS}") from err
     except RuntimeError as err:
         stuck = group.is_loss_of_a_rank(err)
+        if stuck:
+            raise ChildProcessError("a rank is gone, so the others stop; the same command goes on "
+                                    "from the newest checkpoint") from err
         if data.is_dead_worker(err):        # raised wherever this thread happened to be
             raise ChildProcessError(f"{data.DEAD_WORKER}: {str(err).splitlines()[0]}") from err
         raise
     finally:
-        writer.wait()
-        log.close()
         stack.close()
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
+        log.close()
         ranks.close(stuck)
-    if writer.problem:
-        raise OSError(f"the end of the run could not be saved: {writer.problem}")
+    if ready.writer.problem:
+        raise OSError(f"the end of the run could not be saved: {ready.writer.problem}")
 
 
 if __name__ == "__main__":
-    command.finish(group.status_of("train.py", run, *OPTIONS))
+    command.run("train.py", run, *OPTIONS)

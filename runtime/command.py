@@ -130,13 +130,17 @@ def answer(name, function, *arguments):
     try:
         return function(*arguments)
     except (ValueError, OSError) as err:
-        # Python's own text of an OSError begins with a number that says nothing
-        reason = f"{err.filename}: {err.strerror}" if getattr(err, "filename", None) else err
-        say(f"{name}: {' '.join(str(reason).split())}", sys.stderr)
+        say(f"{name}: {reason(err)}", sys.stderr)
         finish(2)
     except KeyboardInterrupt:
         say(f"{name}: stopped", sys.stderr)
         finish(STOPPED)
+
+
+def reason(err):
+    """What an error says, in one line: an OSError's begins with its file, not with a number."""
+    text = f"{err.filename}: {err.strerror}" if getattr(err, "filename", None) else str(err)
+    return " ".join(text.split())
 
 
 def finish(status):

@@ -1,9 +1,9 @@
 """What a run needs, found before it is built: bytes and arithmetic of one rank.
 
-State (weights, gradients, moments, average) is counted exactly. Activations are an estimate: the
-tensors that one forward pass of the UNet keeps for its backward pass, found with tensors that have
-shapes and no values, under the CPU's rules of precision; compiling keeps fewer, workspaces of
-convolutions come on top.
+State (weights, gradients, moments, average) is counted. Activations are an estimate: what one
+forward pass of the UNet keeps for its backward pass, found with tensors that have shapes and no
+values, under the CPU's rules of precision; compiling keeps fewer, workspaces of convolutions come
+on top.
 """
 
 import os
@@ -17,16 +17,15 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import engine
 import model
-from runtime.ranks import Division
 
 GB = 1e9
-FLOAT, HALF = 4, 2                  # bytes
-PAIRS = 7       # divides no width of a network: tells activations from bf16 copies of weights
-TAPS = 4 * 4                        # of a conv after an upsampling
+FLOAT = 4                           # bytes
 BACKWARD = 2                        # FLOPs of a backward pass, in forward passes
 CEILING_SIDE = {"cuda": 8192}       # of the matrices of `ceiling`
 SMALL_SIDE = 1024
 CEILING_RUNS = 3
+LESS = ("a smaller --micro_batch, --checkpoint_activations=true, --precision=bf16 or, on several "
+        "ranks, --divide_optimizer=true lowers it")
 
 
 @dataclass
@@ -34,31 +33,22 @@ class Cost:
     """Bytes of one rank, and FLOPs of the UNet's forward pass for one pair."""
     trained: int            # parameters
     frozen: int             # parameters, those of the depth network left out
-    weights: int            # bytes of all of them, and of buffers
-    depth: int              # bytes of the depth network
+    weights: int            # bytes of all of them, of buffers and of the depth network
     gradients: int
     moments: int            # AdamW's
     average: int
-    copies: int             # of weights: in bf16, and taps that are summed (conv.py); estimate
-    activations: int        # of one micro-batch, estimate
-    host: int               # bytes in host memory of rank 0: the copy that is being saved
+    activations: int        # of one micro-batch, and casts of weights: estimate
     flops: int
 
     @property
     def state(self):
         """Bytes that are there before the first pair is."""
-        return self.weights + self.depth + self.gradients + self.moments + self.average
-
-    @property
-    def total(self):
-        return self.state + self.copies + self.activations
+        return self.weights + self.gradients + self.moments + self.average
 
     def __str__(self):
-        names = ("weights", "depth", "gradients", "moments", "average", "copies", "activations")
-        labels = {"depth": "depth network", "copies": "copies", "activations": "activations ~"}
-        parts = [f"{labels.get(name, name)} {getattr(self, name) / GB:.3g}"
-                 for name in names if getattr(self, name)]
-        return f"~ {self.total / GB:.3g} GB ({', '.join(parts)})"
+        names = "weights", "gradients", "moments", "average", "activations"
+        parts = ", ".join(f"{name} {getattr(self, name) / GB:.3g}" for name in names)
+        return f"~ {(self.state + self.activations) / GB:.3g} GB ({parts})"
 
 
 def split(config, world):
@@ -80,62 +70,44 @@ def split(config, world):
 
 
 def of(config, ranks, micro_batch):
-    """The Cost of a Config, for the rank that keeps the largest share."""
+    """The Cost of a Config."""
     with torch.device("meta"):
         net = model.build(config).train()
         engine.convert(net)
     with FakeTensorMode(allow_non_fake_inputs=True):
         net.to_empty(device="cpu")
-        activations, flops = of_forward(config, net)
-    unet, bf16 = net.model.diffusion_model, config.precision == "bf16"
-    trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    averaged = dict(unet.named_parameters())
-    share = {}
-    for what, parameters in (("moments", trained), ("average", averaged)):
-        division = Division(parameters, ranks, config.divide_optimizer)
-        share[what] = max(count({name: p for name, p in parameters.items()
-                                 if division.owner[name] == rank}) for rank in range(ranks.world))
-    taps = sum(TAPS * part.conv.weight[..., 0, 0].numel() for part in unet.modules()
-               if isinstance(part, model.Upsample))
-    depth = Path(config.depth_weights)
+        activations, flops = of_forward(config, net, micro_batch)
+    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in net.parameters() if not p.requires_grad)
+    averaged = sum(p.numel() for p in net.model.diffusion_model.parameters())
     # with micro-steps also those that are summed up, beside what ranks send and what a graph writes
     summed = (ranks.world > 1 or config.graph) and config.batch_size > ranks.world * micro_batch
-    everything = count(dict(net.named_parameters()))
+    depth, share = Path(config.depth_weights), ranks.world if config.divide_optimizer else 1
     return Cost(
-        trained=count(trained), frozen=everything - count(trained),
-        weights=FLOAT * everything + sum(b.numel() * b.itemsize for b in net.buffers()),
-        depth=depth.stat().st_size if depth.is_file() else 0,
-        gradients=FLOAT * count(trained) * (1 + summed), moments=2 * FLOAT * share["moments"],
-        average=FLOAT * share["average"],
-        copies=HALF * (count(trained) + taps) if bf16 else FLOAT * taps,
-        activations=activations // PAIRS * micro_batch,
-        host=FLOAT * (3 * count(trained) + count(averaged)), flops=flops // PAIRS)
+        trained, frozen,
+        weights=(FLOAT * (trained + frozen) + sum(b.numel() * b.itemsize for b in net.buffers())
+                 + (depth.stat().st_size if depth.is_file() else 0)),
+        gradients=FLOAT * trained * (1 + summed), moments=2 * FLOAT * trained // share,
+        average=FLOAT * averaged // share, activations=activations, flops=flops // micro_batch)
 
 
-def count(parameters):
-    """The elements of {name: parameter}."""
-    return sum(p.numel() for p in parameters.values())
-
-
-def of_forward(config, net):
-    """(bytes that the UNet keeps for its backward pass, FLOPs) of PAIRS pairs, of fake tensors."""
-    kept = {}           # storage -> (storage, its bytes): alive, so that no two have the same key
+def of_forward(config, net, pairs):
+    """(bytes that the UNet keeps for its backward pass, FLOPs) of so many pairs, fake tensors."""
+    kept = {}           # storages by address: alive, so that no two have the same
+    own = {p.untyped_storage()._cdata for p in net.parameters()}
 
     def keep(tensor):
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage, storage.nbytes()
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         return tensor
 
     channels, *grid = model.latent_shape(config)
     # as if it came from cc_projection, and so needs a gradient
-    context = torch.zeros(PAIRS, 1, config.context_dim, requires_grad=True)
+    context = torch.zeros(pairs, 1, config.context_dim, requires_grad=True)
     with (torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
           torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16")):
         flops = flops_of(lambda: net.model.diffusion_model(
-            torch.zeros(PAIRS, 2 * channels, *grid), torch.zeros(PAIRS), context))
-    own = {p.untyped_storage()._cdata for p in net.parameters()}
-    sizes = [size for key, (_, size) in kept.items() if key not in own]
-    return sum(size for size in sizes if size % PAIRS == 0), flops
+            torch.zeros(pairs, 2 * channels, *grid), torch.zeros(pairs), context))
+    return sum(kept[key].nbytes() for key in kept.keys() - own), flops
 
 
 def flops_of(function):
@@ -149,20 +121,6 @@ def flops_of(function):
     return counted.get_total_flops()
 
 
-def advice(config, world):
-    """The options that lower the memory that a Config needs, those that it has already left out."""
-    options = []
-    if config.micro_batch > 1:
-        options.append(f"--micro_batch={config.micro_batch // 2}")
-    if not config.checkpoint_activations:
-        options.append("--checkpoint_activations=true")
-    if config.precision == "fp32":
-        options.append("--precision=bf16")
-    if not config.divide_optimizer:
-        options.append("--divide_optimizer=true" + (" on several ranks" if world == 1 else ""))
-    return ", ".join(options) or "a smaller --model_channels"
-
-
 def available(device):
     """Bytes that a rank can have on its device; infinity where nobody says."""
     if device.type == "cuda":
@@ -174,15 +132,14 @@ def available(device):
     return total / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def check(cost, config, ranks, device, say):
+def check(cost, device, say):
     """Raises ValueError where not even the state fits, says so where the estimate does not."""
     there = available(device)
+    text = f"{cost}, and {device} has {there / GB:.2f} GB; {LESS}"
     if cost.state > there:
-        raise ValueError(f"not enough memory: a rank needs {cost}, and {device} has "
-                         f"{there / GB:.2f} GB. Lower it by {advice(config, ranks.world)}")
-    if cost.total > there:
-        say(f"memory may not suffice: {cost} of {there / GB:.2f} GB; "
-            f"{advice(config, ranks.world)} would lower it")
+        raise ValueError(f"not enough memory: a rank needs {text}")
+    if cost.state + cost.activations > there:
+        say(f"memory may not suffice: a rank needs {text}")
 
 
 @torch.no_grad()

@@ -26,13 +26,10 @@ def learning_rate(step, config):
 
 
 class Ema:
-    """Exponential moving average of the UNet's parameters, whose decay grows from .1 to `decay`.
-
-    Divided, a rank keeps the averages of its own parameters alone: `average` has those.
-    """
+    """Exponential moving average of the UNet's parameters, whose decay grows from .1 to `decay`."""
     def __init__(self, unet, decay, ranks=ALONE, divided=False):
         self.division = Division(dict(unet.named_parameters()), ranks, divided)
-        self.live = self.division.mine()
+        self.live = self.division.mine
         self.average = {name: p.detach().clone() for name, p in self.live.items()}
         self.decay, self.updates = decay, 0
 
@@ -47,7 +44,6 @@ class Ema:
                              [self.live[name] for name in self.average], self.pull())
         self.updates += 1
 
-    @torch.no_grad()
     def swap(self):
         """Exchanges the average and the live weights; a second call puts them back."""
         for name, p in self.live.items():
@@ -69,8 +65,9 @@ class Ema:
         self.swap()
 
     def tensors(self):
-        """Yields (name, average) of all parameters; all ranks must go through it together."""
-        return self.division.gather(self.average)
+        """Yields (checkpoint's name, average) of all parameters; all ranks go through it."""
+        for name, tensor in self.division.gather(self.average):
+            yield checkpoint.UNET + name, tensor
 
     def restore(self, tensors, updates):
         """Takes this rank's part of rank 0's averages by the checkpoint's names."""
@@ -83,18 +80,14 @@ class Ema:
 
 class Optimizer:
     """AdamW over the UNet and, at its own rate, cc_projection; decays the parameters that one
-    context token leaves without a gradient, as AdamW does with a gradient of zero.
-
-    Divided, a rank has the moments of its own parameters alone, and steps those.
-    """
+    context token leaves without a gradient, as AdamW does with a gradient of zero."""
     def __init__(self, net, config, ranks=ALONE):
         self.config, self.count = config, 0
         self.idle = list(net.model.diffusion_model.idle_parameters().values())
         self.trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
         self.division = Division(self.trained, ranks, config.divide_optimizer)
-        self.mine = self.division.mine()
-        groups = [{"params": [p for name, p in self.mine.items() if name.startswith(part)],
-                   "full_lr": rate}
+        groups = [{"params": [p for name, p in self.division.mine.items()
+                              if name.startswith(part)], "full_lr": rate}
                   for part, rate in (("model.", config.lr),
                                      (checkpoint.PROJECTION, config.lr_projection))]
         self.adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps,
@@ -124,24 +117,22 @@ class Optimizer:
         return norm
 
     def tensors(self):
-        """Yields (parameter.moment, tensor) of AdamW's state of all parameters; all ranks must go
-        through it together."""
+        """Yields (parameter.moment, tensor) of AdamW's state; all ranks go through it together."""
         for key in MOMENTS if self.count else ():
-            kept = {name: self.adamw.state[p][key] for name, p in self.mine.items()}
+            kept = {name: self.adamw.state[p][key] for name, p in self.division.mine.items()}
             for name, tensor in self.division.gather(kept):
                 yield f"{name}.{key}", tensor
                 if key == MOMENTS[0]:
                     yield f"{name}.step", torch.tensor(float(self.count))
 
     def restore(self, tensors):
-        """Takes this rank's part of what `tensors` gave; rank 0's alone are asked for."""
+        """Takes this rank's part of what rank 0's `tensors` gave."""
         ranks, steps = self.division.ranks, [name for name in tensors if name.endswith(".step")]
         self.count = ranks.broadcast_object(int(tensors[steps[0]]) if steps else 0)
         for key in MOMENTS:
             like = {f"{name}.{key}": p for name, p in self.trained.items()}
             for name, tensor in ranks.from_rank_0(tensors, like):
-                p = self.mine.get(name.removesuffix(f".{key}"))
-                if p is not None:       # laid out as its parameter, which fused AdamW expects
+                p = self.division.mine.get(name.removesuffix(f".{key}"))
+                if p is not None:       # laid out and counted where fused AdamW expects it
                     self.adamw.state[p][key] = torch.empty_like(p).copy_(tensor)
-                    # fused AdamW counts on the device
                     self.adamw.state[p]["step"] = torch.tensor(float(self.count), device=p.device)

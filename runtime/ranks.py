@@ -11,10 +11,9 @@ gradient, two moments, average, 4 each) that divides 12, and results are those o
 bit for bit.
 """
 
+import atexit
 import inspect
 import os
-import socket
-import sys
 import time
 from datetime import timedelta
 
@@ -27,7 +26,6 @@ from runtime import command, workers
 SOLO = timedelta(minutes=60)        # the longest that one rank may work alone, scoring included
 STUCK = timedelta(minutes=1)        # of a transfer between GPUs: all ranks enter it together
 COMPILING = timedelta(minutes=15)   # the same where ranks may still be compiling their first step
-ASKING = timedelta(seconds=5)       # of torchrun, which may be gone
 LEAVING = 0.1                       # seconds that threads get to end what they do, see leave
 # MiB of gradients that are sent together. A compiled network is cut into a graph for every bucket
 # (torch._dynamo.backends.distributed), so that one is sent while the next graph's backward pass
@@ -56,8 +54,22 @@ class Alone:
         return [value]
 
     def broadcast(self, values, owner):
-        """The owner's tensor, in place, on every rank."""
+        """The owner's tensor, in place, on every rank; one without gaps, laid out alike on all."""
         return values
+
+    def on_rank_0(self, function, *arguments):
+        """What a function gives on rank 0, where alone it runs; its errors are raised on every rank
+        as one ValueError."""
+        found, problem = None, ""
+        if self.rank == 0:
+            try:
+                found = function(*arguments)
+            except (ValueError, OSError) as err:
+                problem = command.reason(err)
+        problem = self.broadcast_object(problem)
+        if problem:
+            raise ValueError(problem)
+        return found
 
     @torch.no_grad()
     def from_rank_0(self, tensors, like):
@@ -116,14 +128,7 @@ class Ranks(Alone):
         return box
 
     def broadcast(self, values, owner):
-        # weights of convolutions are channels-last on all ranks or none, and sent as they lie
-        channels_last = (values.ndim == 4
-                         and values.is_contiguous(memory_format=torch.channels_last))
-        lies = values.permute(0, 2, 3, 1) if channels_last else values
-        dense = lies.contiguous()           # itself where it is so already
-        dist.broadcast(dense, owner)
-        if dense is not lies:
-            lies.copy_(dense)
+        dist.broadcast(values.as_strided((values.numel(),), (1,)), owner)   # as it lies in memory
         return values
 
     def wrap(self, net):
@@ -135,6 +140,8 @@ class Ranks(Alone):
                                        **{name: False})
 
     def close(self, stuck=False):
+        if stuck:       # its other end may never answer, also not while Python ends
+            atexit.register(os._exit, 1)
         if not stuck or self.hosts is dist.group.WORLD:     # NCCL would wait for the transfer
             leave()
 
@@ -152,46 +159,39 @@ def leave():
     dist.destroy_process_group()
 
 
-def first_to_say(text):
-    """Whether no other rank has said this text: eight lines for one mistake are hard to read. Asks
-    torchrun, which is there before the ranks meet and after they part; where it is not, True."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return True
-    try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=ASKING))
-        return store.add(f"said: {text}", 1) == 1
-    except RuntimeError:            # torch's own errors of the network among them
-        return True
+class Division:
+    """Which rank keeps what belongs to a parameter: every rank its own, or, divided, one of them.
+
+    parameters: {name: parameter}, the same on all ranks. `mine` are those that this rank keeps.
+    """
+    def __init__(self, parameters, ranks=ALONE, divided=False):
+        self.parameters, self.ranks = parameters, ranks
+        self.divided = divided and ranks.world > 1
+        self.owner = dict.fromkeys(parameters, ranks.rank)
+        if self.divided:            # the largest first, each to the rank that has least
+            load = [0] * ranks.world
+            for name in sorted(parameters, key=lambda name: -parameters[name].numel()):
+                self.owner[name] = load.index(min(load))
+                load[self.owner[name]] += parameters[name].numel()
+        self.mine = {name: p for name, p in parameters.items() if self.owner[name] == ranks.rank}
+
+    @torch.no_grad()
+    def gather(self, kept):
+        """Yields (name, tensor) of every parameter, of what the ranks keep: {name: tensor}. All
+        ranks go through it together; a tensor is good until the next one is asked for."""
+        for name, p in self.parameters.items():
+            tensor = kept[name] if name in kept else torch.empty_like(p)
+            yield name, self.ranks.broadcast(tensor, self.owner[name]) if self.divided else tensor
+
+    @torch.no_grad()
+    def broadcast(self):
+        """Every parameter becomes its owner's, on all ranks."""
+        if self.divided:
+            for name, p in self.parameters.items():
+                self.ranks.broadcast(p.data, self.owner[name])
 
 
-def is_loss_of_a_rank(err):
-    """Whether an error is that of a transfer whose other end is gone."""
-    # gloo's errors are plain RuntimeErrors, which begin with the file that they come from
-    return isinstance(err, dist.DistError) or "gloo/" in str(err)
-
-
-def status_of(name, function, *arguments):
-    """The exit status of what a rank does; why it ended is one line on standard error, of one rank.
-    Errors that are no user's, and nobody's loss, are raised."""
-    status = 2
-    try:
-        function(*arguments)
-        return 0
-    except (ValueError, OSError) as err:
-        reason, at_once = err, isinstance(err.__cause__, torch.OutOfMemoryError)
-    except RuntimeError as err:
-        if not is_loss_of_a_rank(err):
-            raise
-        status, at_once = 1, True
-        reason = ("a rank is gone, so the others stop; the same command goes on from the newest "
-                  "checkpoint")
-    reason = f"{name}: {' '.join(str(reason).split())}"
-    if first_to_say(reason):
-        command.say(reason, sys.stderr)
-    if at_once:     # the other end of a transfer may never answer, also not while leaving
-        os._exit(status)
-    return status
-
+# ---- how a rank begins and ends
 
 def device_of(name, among=("cuda", "mps", "cpu")):
     """The torch.device of a name, or of "auto", the first of `among` that is there. ValueError
@@ -227,58 +227,7 @@ def join(device, compiles=False):
     return Ranks(device, compiles), device
 
 
-def check_same(ranks, seen):
-    """Raises ValueError, on every rank, that says which rank differs from rank 0 in what.
-
-    seen: {what: value, whose text is short} of this rank.
-    """
-    rows = ranks.gather((socket.gethostname(), seen))
-    host, first = rows[0]
-    for rank, (other, row) in enumerate(rows):
-        different = [f"{name} is {row.get(name)!r}, not {value!r}" for name, value in first.items()
-                     if row.get(name) != value]
-        if different:
-            raise ValueError(f"rank {rank} on {other} has not what rank 0 on {host} has: "
-                             f"{'; '.join(different)}")
-
-
-class Division:
-    """Which rank keeps what belongs to a parameter: every rank its own, or, divided, one of them.
-
-    parameters: {name: parameter}, the same on all ranks. Divided, the largest go first, each to the
-    rank that has least: with more ranks every one keeps a smaller share.
-    """
-    def __init__(self, parameters, ranks=ALONE, divided=False):
-        self.parameters, self.ranks = parameters, ranks
-        self.divided = divided and ranks.world > 1
-        self.owner = dict.fromkeys(parameters, ranks.rank)
-        if self.divided:
-            load = [0] * ranks.world
-            for name in sorted(parameters, key=lambda name: -parameters[name].numel()):
-                self.owner[name] = load.index(min(load))
-                load[self.owner[name]] += parameters[name].numel()
-
-    def mine(self):
-        """{name: parameter} of what this rank keeps."""
-        return {name: p for name, p in self.parameters.items()
-                if self.owner[name] == self.ranks.rank}
-
-    @torch.no_grad()
-    def gather(self, kept):
-        """Yields (name, tensor) of every parameter, of what the ranks keep: {name: tensor}.
-
-        All ranks must go through it together; a tensor is good until the next one is asked for.
-        """
-        for name, p in self.parameters.items():
-            if not self.divided:
-                yield name, kept[name]
-                continue
-            tensor = kept[name] if name in kept else torch.empty_like(p)
-            yield name, self.ranks.broadcast(tensor, self.owner[name])
-
-    @torch.no_grad()
-    def broadcast(self):
-        """Every parameter becomes its owner's, on all ranks."""
-        if self.divided:
-            for name, p in self.parameters.items():
-                self.ranks.broadcast(p.data, self.owner[name])
+def is_loss_of_a_rank(err):
+    """Whether an error is that of a transfer whose other end is gone."""
+    # gloo's errors are plain RuntimeErrors, which begin with the file that they come from
+    return isinstance(err, dist.DistError) or "gloo/" in str(err)

@@ -5,9 +5,9 @@ rank 0's disk needs it. What all must have alike is compared before anything is 
 """
 
 import itertools
+import socket
 import warnings
 import zlib
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,9 +20,8 @@ import depth
 import diffusion
 import engine
 import model
-from runtime import checkpoint, lock
-from runtime.optimizer import Ema, Optimizer
-from runtime.ranks import check_same
+from runtime import checkpoint
+from runtime.optimizer import MOMENTS, Ema, Optimizer
 
 CHECKED_PAIRS = 4       # of each source, at start
 # Fields that may change when a run goes on: of its length, its machine and what it reports. (A
@@ -34,21 +33,6 @@ FREE = {"data", "out", "steps", "device", "compile", "graph", "checkpoint_activa
         "depth_weights", "precision", "web_patience"}
 # of these that may differ among the ranks
 OWN = {"data", "out", "device", "workers", "threads", "web_patience"}
-
-
-def hold(config, ranks, say):
-    """An ExitStack that keeps the run's folder to this run, on rank 0. ValueError on every rank
-    where another run has it."""
-    stack, problem = ExitStack(), ""
-    if ranks.rank == 0:
-        try:
-            stack.enter_context(lock.held(config.out, say))
-        except (ValueError, OSError) as err:
-            problem = str(err)
-    problem = ranks.broadcast_object(problem)
-    if problem:
-        raise ValueError(problem)
-    return stack
 
 
 def check_files(config, dry_run=False):
@@ -78,8 +62,8 @@ def contents_of(pairs, config):
 
 def compare_ranks(config, ranks, code, contents):
     """Refuses ranks that would not train as one, in one line. contents: {source: what it holds}."""
-    steps = [checkpoint.step_of(folder) for folder in checkpoint.steps(config.out)[:1]]
-    newest = max([0, *steps])       # fewer than rank 0 has are none: its checkpoint is what counts
+    newest = max([0, *map(checkpoint.step_of, checkpoint.steps(config.out))])
+    # fewer than rank 0 has are none: its checkpoint is what counts
     seen = {"the newest step in --out": max(newest, ranks.broadcast_object(newest)),
             "the code": code, "torch": torch.__version__}
     seen |= {name: value for name, value in asdict(config).items()
@@ -87,24 +71,31 @@ def compare_ranks(config, ranks, code, contents):
     for source in config.sources:
         seen |= {f"{source.name}'s {name}": value for name, value in asdict(source).items()}
         seen[f"what {source.name} holds"] = contents[source.name]
-    check_same(ranks, seen)
+    rows = ranks.gather((socket.gethostname(), seen))
+    host, first = rows[0]
+    for rank, (other, row) in enumerate(rows):
+        different = [f"{name} is {row.get(name)!r}, not {value!r}" for name, value in first.items()
+                     if row.get(name) != value]
+        if different:
+            raise ValueError(f"rank {rank} on {other} has not what rank 0 on {host} has: "
+                             f"{'; '.join(different)}")
 
 
 def newest(config, ranks, say):
     """The run's newest undamaged checkpoint, or None. Rank 0 reads all its bytes to know; the other
     ranks have its step and meta data, and none of its tensors."""
-    folder = None
-    if ranks.rank == 0:
+    def read():
         with warnings.catch_warnings(record=True) as damaged:
             warnings.simplefilter("always")
             folder = checkpoint.latest(config.out)
         for warning in damaged:
             say(str(warning.message))
-    lost = folder is None and ranks.rank == 0 and bool(checkpoint.steps(config.out))
-    if ranks.broadcast_object(lost):
-        raise ValueError(f"every checkpoint in {config.out} is damaged, and a new run would take "
-                         "their place: remove them, or give another --out")
-    run = checkpoint.load_run(folder) if folder else None
+        if folder is None and checkpoint.steps(config.out):
+            raise ValueError(f"every checkpoint in {config.out} is damaged, and a new run would "
+                             "take their place: remove them, or give another --out")
+        return folder and checkpoint.load_run(folder)
+
+    run = ranks.on_rank_0(read)
     found = ranks.broadcast_object(run and (run.folder, run.step, run.meta))
     if found is None:
         return None
@@ -134,25 +125,17 @@ def build(config, device):
     return net.train()
 
 
-def check_fits(run, net, ranks):
-    """Raises ValueError on every rank unless a saved step holds just what a run of `net` saves."""
-    problem = ""
-    if ranks.rank == 0:
-        weights = {name: tensor for name, tensor in net.state_dict().items()
-                   if name in run.model or not name.startswith(checkpoint.FROZEN)}
-        unet = {name: p for name, p in weights.items() if name.startswith(checkpoint.UNET)}
-        moments = {f"{name}.{kind}": () if kind == "step" else p.shape
-                   for name, p in net.named_parameters() if p.requires_grad
-                   for kind in ("exp_avg", "exp_avg_sq", "step")}
-        try:
-            # a step that was converted has no moments, and no average where its source had none
-            run.require(weights, unet if run.ema or run.meta.get("ema_updates", 0) else {},
-                        moments if run.optimizer else {})
-        except ValueError as err:
-            problem = str(err)
-    problem = ranks.broadcast_object(problem)
-    if problem:
-        raise ValueError(problem)
+def check_fits(run, net):
+    """Raises ValueError unless a saved step holds just what a run of `net` saves."""
+    weights = {name: tensor for name, tensor in net.state_dict().items()
+               if name in run.model or not name.startswith(checkpoint.FROZEN)}
+    unet = {name: p for name, p in weights.items() if name.startswith(checkpoint.UNET)}
+    moments = {f"{name}.{kind}": () if kind == "step" else p.shape
+               for name, p in net.named_parameters() if p.requires_grad
+               for kind in (*MOMENTS, "step")}
+    # a step that was converted has no moments, and no average where its source had none
+    run.require(weights, unet if run.ema or run.meta.get("ema_updates", 0) else {},
+                moments if run.optimizer else {})
 
 
 def restore_or_init(config, net, run, ranks, device):
@@ -164,7 +147,7 @@ def restore_or_init(config, net, run, ranks, device):
     loaded = checkpoint.load_model(net, config.init, finetune=True) if config.init else None
     net.to(device)
     if run is not None:
-        check_fits(run, net, ranks)
+        ranks.on_rank_0(check_fits, run, net)
         weights = net.state_dict()
         for name, tensor in ranks.from_rank_0(run.model, weights):
             weights[name].copy_(tensor)
@@ -186,8 +169,7 @@ def save(writer, config, step, net, ema, optimizer, ranks):
     ranks.any_rank(False)        # nobody enters a transfer while rank 0 still waits for its disk
     weights = ((name, tensor) for name, tensor in net.state_dict().items()
                if not name.startswith(checkpoint.FROZEN))
-    averages = ((checkpoint.UNET + name, tensor) for name, tensor in ema.tensors())
-    moments = optimizer.tensors()
+    averages, moments = ema.tensors(), optimizer.tensors()
     if ranks.rank == 0:
         meta = {"step": step, "ema_updates": ema.updates, "config": asdict(config)}
         writer.save(config.out, step, weights, averages, moments, meta, config.keep,

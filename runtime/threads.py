@@ -18,10 +18,7 @@ def wait_passively():
 
 def processors():
     """How many processors this process may use, as its container and its affinity allow."""
-    try:
-        count = len(os.sched_getaffinity(0))
-    except AttributeError:                  # not Linux
-        count = os.cpu_count() or 1
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     try:
         quota, period = QUOTA.read_text().split()
         return max(1, min(count, int(quota) // int(period)))

@@ -1,5 +1,6 @@
 """Loader processes: how they begin and end, and how batches leave them."""
 
+import io
 import os
 import signal
 import threading
@@ -28,14 +29,13 @@ def start_worker(ending, worker):
 def end_with_parent():
     """Ends this process, from a thread, when the one that started it is gone: a worker's batch that
     nobody takes would keep it for ever, and a rank would train on beside the next run."""
-    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+    parent = os.getppid()
 
-
-def end_with(parent):
-    """Ends this process when its parent is gone."""
-    while os.getppid() == parent:
-        time.sleep(ORPHANED)
-    os._exit(1)
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(ORPHANED)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def packed(batch):
@@ -49,29 +49,22 @@ def packed(batch):
         try:    # here: an error in the thread that sends would lose the batch, and hang the run
             return value.share_memory_()
         except RuntimeError:
-            return Piped(value.numpy().copy(order="K"))
+            file = io.BytesIO()
+            torch.save(value, file)
+            return file.getvalue()
 
     in_worker = torch.utils.data.get_worker_info() is not None
     return {name: sent(value) for name, value in batch.items()} if in_worker else batch
 
 
-class Piped:
-    """An array that found no room in shared memory, on its way as bytes; its layout stays."""
-    def __init__(self, values):
-        self.order = np.argsort([-stride for stride in values.strides], kind="stable")
-        self.values = np.ascontiguousarray(values.transpose(self.order))
-
-    def tensor(self):
-        return torch.from_numpy(self.values.transpose(np.argsort(self.order)))
-
-
 def unpacked(batch, say=lambda line: None):
     """The inverse of `packed`; `say` hears of shared memory that is full."""
-    if any(isinstance(value, Piped) for value in batch.values()):
-        say(FULL)
-    return {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else
-            value.tensor() if isinstance(value, Piped) else value
-            for name, value in batch.items()}
+    def received(value):
+        if isinstance(value, bytes):
+            say(FULL)
+            return torch.load(io.BytesIO(value), weights_only=True)
+        return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+    return {name: received(value) for name, value in batch.items()}
 
 
 def is_dead_worker(err):

@@ -24,7 +24,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from test_model import small_model
 
+import depth
 import diffusion
+import engine
 import configs
 from runtime import cost
 from runtime import ranks as distributed
@@ -79,7 +81,7 @@ def test_three_training_steps_equal_the_reference(name, monkeypatch):
                  "fov": torch.deg2rad(first[f"step{k}/in/fov_deg"]),
                  "radius": torch.ones(4), "image_cond": image_cond,
                  "depth_cond": first[f"step{k}/in/depth_cond"][..., 0]}
-        T = model.pose_vector(batch, "7dof_quantile_scale",
+        T = depth.pose_vector(batch, "7dof_quantile_scale",
                               lambda image: first[f"step{k}/in/depth_model_disparity"], blend=True)
         draws = diffusion.Draws(torch.tensor(row["t"]), torch.tensor(row["uniform_draws"]),
                             *(golden.network_input(f"train/step{k}/{n}", (4, 4, 8, 8))
@@ -127,13 +129,28 @@ def test_warm_up_is_the_references():
 
 # ---- whole runs, on a few tiny scenes
 
+def cache_costs():
+    """What a run needs is the slowest part of one this small: found once for each configuration."""
+    count, found = cost.of, {}
+
+    def of(config, ranks, pairs):
+        key = (config.precision, config.checkpoint_activations, config.divide_optimizer,
+               config.model_channels, config.batch_size, ranks.world, pairs)
+        return found[key] if key in found else found.setdefault(key, count(config, ranks, pairs))
+    cost.of = of
+    return count
+
+
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
     """Networks this small gain nothing from threads, which wait for each other when it is busy."""
-    threads = torch.get_num_threads()
+    threads, count = torch.get_num_threads(), cache_costs()
     torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
     torch.set_num_threads(threads)
+    cost.of = count
 
 
 @pytest.fixture(scope="session")
@@ -141,7 +158,7 @@ def shards(tmp_path_factory):
     """A folder with a few scenes of 16x16 views in both layouts."""
     folder = tmp_path_factory.mktemp("synth")
     prepare.main(["synth", "--out", str(folder), "--scenes", "8", "--held-out", "4", "--views", "4",
-                  "--size", "16", "--device", "cpu", "--workers", "0"])
+                  "--size", "16", "--device", "cpu", "--workers", "1"])
     return folder
 
 
@@ -343,12 +360,7 @@ if os.environ.get("RANK") == "1" and os.environ.get("TORCHELASTIC_RESTART_COUNT"
 def ranks_main(rank, jobs, outcomes):
     """In a process that stays for all jobs (world, port, arguments, stderr): their outcomes."""
     torch.set_num_threads(1)
-    count, known = cost.of, {}      # the slowest part of a run this small
-
-    def of(config, ranks, pairs):
-        key = config.divide_optimizer, ranks.world, pairs
-        return known[key] if key in known else known.setdefault(key, count(config, ranks, pairs))
-    cost.of = of
+    cache_costs()
     for i, (world, port, arguments, errors) in enumerate(jobs):
         if rank >= world:
             continue
@@ -401,32 +413,27 @@ def ranked(shards, tmp_path_factory):
     out = tmp_path_factory.mktemp("ranked")
     plain = {"micro_batch": 2, "validate_every": 3, "validate_pairs": 8}
     divided = {**plain, "divide_optimizer": True}
-    run(tiny(shards, out / "moved", steps=3))
     run(tiny(shards, out / "apart0", steps=3))
     jobs = {
         "apart": (2, tiny(shards, out / "apart@RANK", **divided)),
         "two": (2, tiny(shards, out / "two", **plain)),
-        "four": (4, tiny(shards, out / "four", **divided)),
         "half": (2, tiny(shards, out / "half", **divided, steps=3)),
         "other half": (2, tiny(shards, out / "half", **plain)),
-        "moved": (2, tiny(shards, out / "moved", **divided)),
         "nan": (2, tiny(shards, out / "nan", lr=1e30, steps=50, log_every=50)),
         "odd": (2, tiny(shards, out / "odd", batch_size=9)),
-        "dry": (2, [*tiny(shards, out / "dry", divide_optimizer=True), "--dry-run"]),
         "killed": (2, tiny(shards, out / "killed", kill_one_rank(out / "killed"), steps=100_000)),
     }
     return out, *run_ranks(jobs, out)
 
 
-def test_any_number_of_ranks_and_micro_steps_train_as_one_process_does(ranked, whole_run):
+def test_ranks_and_micro_steps_train_as_one_process_does(ranked, whole_run):
     out, outcomes, _ = ranked
-    assert outcomes["two"] == {0: "", 1: ""} and set(outcomes["four"].values()) == {""}
-    for name in ("two", "four"):
-        # the same sums in another order: float32 rounding
-        np.testing.assert_allclose(logged(out / name), logged(whole_run[0]), rtol=1e-5)
-        for found, expected in zip(logged(out / name, "loss_by_timestep"),
-                                   logged(whole_run[0], "loss_by_timestep")):
-            assert found == pytest.approx(expected, rel=1e-4)
+    assert outcomes["two"] == {0: "", 1: ""}
+    # the same sums in another order: float32 rounding
+    np.testing.assert_allclose(logged(out / "two"), logged(whole_run[0]), rtol=1e-5)
+    for found, expected in zip(logged(out / "two", "loss_by_timestep"),
+                               logged(whole_run[0], "loss_by_timestep")):
+        assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_divided_optimizer_trains_bit_for_bit_as_a_whole_one_and_turns_into_it(ranked):
@@ -442,28 +449,24 @@ def test_a_divided_optimizer_trains_bit_for_bit_as_a_whole_one_and_turns_into_it
     assert first == second and first[2] and first[5]
 
 
-def test_a_whole_run_goes_on_divided_and_on_another_number_of_ranks(ranked, whole_run):
-    out, outcomes, _ = ranked
-    assert outcomes["moved"] == {0: "", 1: ""}
-    np.testing.assert_allclose(logged(out / "moved"), logged(whole_run[0]), rtol=1e-5)
-
-
-def test_only_rank_0s_disk_needs_the_runs_folder(ranked, whole_run):
+def test_a_whole_run_goes_on_divided_on_two_ranks_and_only_rank_0s_disk_needs_its_folder(
+        ranked, whole_run):
     out, outcomes, said = ranked
     assert outcomes["apart"] == {0: "", 1: ""} and "start    step 3 of" in said["apart"]
+    assert "moments and average divided" in said["apart"] and said["apart"].count("machine") == 1
     np.testing.assert_allclose(logged(out / "apart0"), logged(whole_run[0]), rtol=1e-5)
     assert not list((out / "apart1").glob("step_*"))
 
 
 def test_the_others_stop_when_a_rank_dies(ranked):
     assert list(ranked[1]["killed"]) == [0]         # rank 1 has nothing to say any more
-    assert "gloo/" in ranked[1]["killed"][0]
+    assert "a rank is gone, so the others stop" in ranked[1]["killed"][0]
 
 
 def test_a_loss_that_is_not_finite_stops_all_ranks_and_names_the_pairs(ranked):
     out, outcomes, said = ranked
     assert outcomes["nan"] == {0: "SystemExit: 1", 1: "SystemExit: 1"}
-    found = re.search(r"the loss of step (\d+) is not finite on rank (\d), at pair (\d+): "
+    found = re.search(r"the loss of step (\d+) is not finite on rank (\d), for \d pairs, pair (\d+): "
                       r"(\S+\.tar:\S+/\S+:\d->\d)", said["nan"])
     assert found, said["nan"]
     step, rank, k = (int(found[i]) for i in (1, 2, 3))
@@ -478,17 +481,11 @@ def test_a_batch_that_does_not_divide_is_refused_with_what_would(ranked):
     assert "--batch_size=8 or 10" in refusal and "micro_batch 8" in refusal
 
 
-def test_two_ranks_say_that_they_share_the_optimizer_and_keep_half_of_it(ranked):
-    said = ranked[2]["dry"]
-    assert "moments and average divided" in said and said.count("machine") == 1
-    assert not (ranked[0] / "dry").exists()
-
-
 @pytest.mark.parametrize("option, says", [
-    ("--betas=0.9", "two numbers"), ("--betas=2,3", "two numbers"), ("--max_damaged=-1", "[0, 1]"),
-    ("--channel_mult=", "channel_mult is ()"), ("--channel_mult=1,0", "each at least 1"),
+    ("--betas=0.9", "two numbers"), ("--betas=2,3", "from 0 to 1"), ("--max_damaged=-1", "from 0 to 1"),
+    ("--channel_mult=", "channel_mult is ()"), ("--channel_mult=1,0", "whole number from 1 to"),
     ("--attention_resolutions=1,3", "3 is no power of 2"), ("--num_heads=99", "num_heads 99"),
-    ("--sample_steps=2000", "it must be 1 to 1000"), ("--seed=-1", "0 or more")])
+    ("--sample_steps=2000", "it must be 1 to 1000"), ("--seed=-1", "from 0 to")])
 def test_what_no_run_can_have_is_refused_at_the_gate(shards, tmp_path, option, says):
     with pytest.raises(ValueError, match=re.escape(says)):
         configs.load([*tiny(shards, tmp_path), option])
@@ -525,9 +522,10 @@ def test_the_state_of_a_run_has_exactly_the_bytes_that_were_promised(shards, tmp
 @pytest.mark.parametrize("recompute", [False, True])
 def test_activations_are_what_a_forward_pass_keeps(shards, tmp_path, recompute):
     config = configs.load(tiny(shards, tmp_path / "kept", checkpoint_activations=recompute))
-    unet = model.build(config).train().model.diffusion_model
+    net = model.build(config).train()
+    engine.convert(net)
+    unet, kept = net.model.diffusion_model, {}
     channels, *grid = model.latent_shape(config)
-    kept = {}
 
     def keep(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor
@@ -539,7 +537,7 @@ def test_activations_are_what_a_forward_pass_keeps(shards, tmp_path, recompute):
     own = {p.data_ptr() for p in unet.parameters()}
     found = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
     needs = cost.of(config, ALONE, 3)
-    assert needs.activations + needs.copies == pytest.approx(found, rel=0.02)
+    assert needs.activations == pytest.approx(found, rel=0.02)
 
 
 def test_flops_are_those_of_products_convolutions_and_attention():
@@ -565,15 +563,15 @@ def test_ranks_that_divide_keep_their_share():
     kept = [sum(p.numel() for name, p in parameters.items() if division.owner[name] == rank)
             for rank in range(4)]
     assert sorted(kept) == [24, 27, 30, 50]
-    assert sum(kept) == 131 and division.mine().keys() == {
+    assert sum(kept) == 131 and division.mine.keys() == {
         name for name in parameters if division.owner[name] == 0}
 
 
 def test_too_little_memory_is_refused_with_the_estimate_and_what_lowers_it(
         shards, tmp_path, monkeypatch):
     monkeypatch.setattr(cost, "available", lambda device: 1e6)
-    with pytest.raises(ValueError, match=r"needs ~ .* GB .*has 0\.00 GB\. Lower it by "
-                       "--micro_batch=4, --checkpoint_activations=true, --precision=bf16"):
+    with pytest.raises(ValueError, match=r"needs ~ .* GB .*has 0\.00 GB; a smaller "
+                       "--micro_batch, --checkpoint_activations=true, --precision=bf16"):
         run(tiny(shards, tmp_path / "small"))
     monkeypatch.setattr(cost, "available", lambda device: 8e6)
     assert "memory may not suffice" in run(tiny(shards, tmp_path / "large", steps=1,
@@ -584,7 +582,7 @@ def test_running_out_of_memory_is_one_line(shards, tmp_path, monkeypatch):
     def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     monkeypatch.setattr(train, "inputs", full)
-    with pytest.raises(ValueError, match="out of memory on cpu: the estimate was ~ .* lower it by"):
+    with pytest.raises(ValueError, match="out of memory on cpu, see the estimate above; a smaller"):
         run(tiny(shards, tmp_path / "out of memory"))
 
 
@@ -682,9 +680,6 @@ def test_profile_writes_a_trace_of_so_many_steps(shards, tmp_path):
     events = json.loads(gzip.decompress((out / "trace.json.gz").read_bytes()))["traceEvents"]
     steps = {event["name"] for event in events if event["name"].startswith("ProfilerStep")}
     assert len(steps) == 2
-    said = run([*tiny(shards, tmp_path / "short", steps=1), "--profile", "2"])
-    assert "no trace: --profile skips 2 steps" in said
-    assert not (tmp_path / "short" / "trace.json.gz").exists()
 
 
 def test_a_dry_run_says_what_would_run_and_writes_nothing(shards, whole_run, tmp_path):
