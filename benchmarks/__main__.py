@@ -25,7 +25,7 @@ VARIANTS = {"train": ("compiled", "diffusers, compiled", "eager", "diffusers, ea
             "sample": ("product", "diffusers, compiled", "product, compiled", "product, fp16",
                        "product, plain", "diffusers, eager"),
             "encode": ("product, compiled", "peers, compiled", "product, eager", "peers, eager")}
-PARTS, RATES = ("adamw", "noise", "norm", "geglu", "conv", "unet"), ("train", "sample", "encode")
+PARTS, RATES = ("noise", "norm", "geglu", "conv", "unet"), ("train", "sample", "encode")
 FORMATS = ("PNG", "JPEG", "WebP", "encoded")
 # (benchmarks, option, default, help): a list takes several values; choices are those of CHOICES
 OPTIONS = [

@@ -43,8 +43,8 @@ TINY = {"latent": "pixels", "image_size": 32, "model_channels": 32, "channel_mul
 ROOT = Path(__file__).parents[1]
 
 # Parts of the engine, and the rates that each is for.
-PARTS = {"adamw": ("train",), "noise": ("train", "sample"), "norm": ("train", "sample", "encode"),
-         "geglu": ("train", "sample"), "conv": ("train", "sample"), "unet": ("sample",)}
+PARTS = {"noise": ("train", "sample"), "norm": ("train", "sample", "encode"),
+         "geglu": ("train", "sample"), "conv": ("train", "sample", "encode"), "unet": ("sample",)}
 
 # Ours, the peer's, and what encodes; each is built for `tiny`.
 ENCODERS = {"VAE": (lambda tiny: vae.AutoencoderKL(*((32, (1, 2)) if tiny else ())),
@@ -76,7 +76,7 @@ def network(config, peer=False, autoencoder=None):
         if not parameter.any():
             nn.init.normal_(parameter, std=0.01)
     engine.convert(net)
-    return net
+    return net.to(device_here())        # the schedule's tables and the pose columns too
 
 
 class Step:
@@ -274,7 +274,7 @@ def averaging(label, step, batch, tiny):
     ranks, count = step.ranks, 1 if tiny else 30
 
     def slowest(function):
-        """Seconds of a call by the slowest rank. All make as many calls, as they wait for another."""
+        """Seconds of a call by the slowest rank. All make as many calls, or one would wait."""
         seconds = torch.tensor(seconds_of(function, 0, count), device=step.device)
         if ranks.world > 1:
             dist.all_reduce(seconds, dist.ReduceOp.MAX)
@@ -314,8 +314,8 @@ def measure_sampling(variant, counts, tiny, where=False, without=()):
     """Yields seconds a view at each of `counts` views at once, of the first call, and memory."""
     leave_out(without)
     peer, device, fast = variant.startswith("diffusers"), device_here(), None
-    dtype = torch.float16 if "fp16" in variant else torch.bfloat16
-    dtype = dtype if device.type == "cuda" else torch.float32       # CPUs are slow in half precision
+    half = torch.float16 if "fp16" in variant else torch.bfloat16
+    dtype = half if device.type == "cuda" else torch.float32    # CPUs are slow in half precision
     config = config_of(tiny, **({"latent": "vae", "image_size": 64} if tiny else {}))
     net = network(config, peer, encoder("VAE", peer, tiny, dtype)[0]).eval().requires_grad_(False)
     net.model.to(dtype=dtype, memory_format=torch.channels_last)

@@ -30,7 +30,7 @@ def run(folder, *more):
 def finished(tmp_path_factory):
     """An ablation that was cut short at once, and then went to its end."""
     folder = tmp_path_factory.mktemp("ablation")
-    return folder, run(folder, "--minutes", "0.001"), run(folder, "--jobs", "2")
+    return folder, run(folder, "--minutes", "0.001"), run(folder)
 
 
 def test_an_ablation_that_was_cut_short_goes_on_to_its_table(finished):

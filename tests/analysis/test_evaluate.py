@@ -289,7 +289,7 @@ def test_one_scene_has_no_error_and_no_verdict():
     found = score.summarize(rows)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert found["methods"]["this model"]["psnr"] == {"mean": 10.5, "se": None, "n": 2}
-    lines = "\n".join(score.screen(found, rows))
+    lines = "\n".join([*score.screen(found), score.verdict(rows)])
     assert "is -2.00 dB from the best baseline (repeat the view) on one scene" in lines
     assert "nan" not in lines
     alone = rows_with(this_model=[10.0], repeat_the_view=[12.0])
@@ -335,7 +335,7 @@ def test_broken_runs_are_told_apart_by_the_epipolar_figure(shards, monkeypatch):
         return score.score(net_of(config), pairs, config, {"psnr": metrics.psnr}, follows=True)
 
     right = rows(in_unit)
-    assert score.figure(right, "this model", "camera_found")[0] > 0.9
+    assert score.means_of(right)["this model"]["camera_found"] > 0.9
     ways = {"camera negated": negated, "scale ignored": lambda T, unit: T,
             "conditions shuffled": lambda T, unit: in_unit(T, unit).roll(1, 0)}
     for name, broken in ways.items():

@@ -114,12 +114,12 @@ def test_the_engine_is_measured_part_by_part(rows_of, monkeypatch):
         yield measure.row(variant + networks.names_of(without), f"batch {batch}",
                           80.0 if without else 100.0, "pairs/s")
     monkeypatch.setattr(networks, "measure_training", training)
-    rows, _ = rows_of("engine", "--batch", "48", "--without", "adamw", "unet", "--rates", "train")
-    assert seen == [(), ("adamw",)]             # the UNet for sampling is not in a step of training
-    assert rows["compiled without adamw, batch 48"]["ratio"] == 0.8
-    gain = [row["value"] for name, row in rows.items() if name.startswith("gain by adamw")]
+    rows, _ = rows_of("engine", "--batch", "48", "--without", "geglu", "unet", "--rates", "train")
+    assert seen == [(), ("geglu",)]             # the UNet for sampling is not in a step of training
+    assert rows["compiled without geglu, batch 48"]["ratio"] == 0.8
+    gain = [row["value"] for name, row in rows.items() if name.startswith("gain by geglu")]
     assert gain[0] == pytest.approx(25)
-    lines = len((networks.ROOT / "engine" / "adamw.py").read_text().splitlines())
+    lines = len((networks.ROOT / "engine" / "geglu.py").read_text().splitlines())
     assert gain[1] == pytest.approx(2500 / lines)
 
 
