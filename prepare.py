@@ -48,13 +48,13 @@ def count(low):
 def add_synth(add):
     """The options of `prepare.py synth`."""
     add("--out", default="data/synth", help="folder: shards go into OUT/co3d and OUT/re10k")
-    add("--scenes", type=count(2), default=2000, help="training scenes, half in each layout")
+    add("--scenes", type=count(2), default=500, help="training scenes, half in each layout")
     add("--held-out", type=count(2), default=100, help="further scenes, kept from training")
-    add("--views", type=count(2), default=8, help="views a scene")
-    add("--size", type=count(SMALLEST), default=32, help="pixels a side")
+    add("--views", type=count(2), default=6, help="views a scene")
+    add("--size", type=count(SMALLEST), default=64, help="pixels a side")
     add("--motion", type=numbers_of(float, 1e-6, 1), default=0.4,
         help="share of its path that a camera goes, up to 1: arcs are of 60 to 120 degrees")
-    add("--turn", type=numbers_of(float, 0, MOST_TURN), default=0.0, help="degrees that every "
+    add("--turn", type=numbers_of(float, 0, MOST_TURN), default=8.0, help="degrees that every "
         "camera looks aside at most, to the left or right and up or down: else they follow their "
         "gaze, and none turns on the spot")
     add("--seed", type=count(0), default=0, help="scenes are a function of it and their number")

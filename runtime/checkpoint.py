@@ -214,17 +214,19 @@ def port(name, entry, current):
             return weight
         return (LazyTensor(entry.dtype, new, widened),
                 f"{channels} -> {new[1]} input channels, new ones 0")
-    if name == POSE and len(old) == 2 and old[0] == new[0] <= min(old[1], new[1]):
+    if name == POSE and len(old) == 2 and old[0] == new[0]:
+        # as many columns of the embedding come first as there are rows; in pixels there are none
+        kept = new[0] if new[0] <= min(old[1], new[1]) else 0
         if current.is_meta:
             raise ValueError(f"{POSE} has no values for its new columns: build the model on a "
                              "real device to fine-tune it")
         def grown():
             # quirk: the file's pose columns are thrown away, all new ones keep their random start
             weight = current.detach().to("cpu", entry.dtype, copy=True)
-            weight[:, :new[0]] = entry.read()[:, :new[0]]
+            weight[:, :kept] = entry.read()[:, :kept]
             return weight
         return (LazyTensor(entry.dtype, new, grown),
-                f"{old[1]} -> {new[1]} columns, the {new[1] - new[0]} of the pose are fresh")
+                f"{old[1]} -> {new[1]} columns, the {new[1] - kept} of the pose are fresh")
     return entry, ""
 
 

@@ -100,7 +100,7 @@ def test_options_have_an_equals_sign_or_a_blank_and_dashes_or_underscores():
     (["--channel_mult="], "channel_mult is ()"), (["--channel_mult=1,0"], "number from 1 to"),
     (["--attention_resolutions=1,3"], "3 is no power of 2"),
     (["--num_heads=3"], "num_heads 3 does not divide the 64 channels of level 2"),
-    (["--image_size=31"], "image_size 31 is not a multiple of 8"),
+    (["--image_size=31"], "image_size 31 is not a multiple of 16"),
     (["--model_channels=36"], "is not a multiple of norm_groups 8"),
     (["--sample_steps=2000"], "it must be 1 to 1000"),
     (["--sampler=reference", "--sample_steps=501"], "must be 2 to 500"),

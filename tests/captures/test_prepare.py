@@ -167,6 +167,14 @@ def test_every_pixel_has_a_depth_and_the_sky_is_a_far_wall(rendered):
         assert (depths.max() > 0.8 * solids.HORIZON * scene.unit) == scene.sky
 
 
+def test_a_ray_that_passes_a_ball_at_right_angles_does_not_meet_it():
+    one, none = torch.ones(1), torch.zeros(1)
+    ball = synth.SPHERE, 2, (2 * one, none, none), (one, one, one), one, none
+    o, d = (none, none, none), (none + 1e-9, one, none + 1e-9)
+    near, far = synth.interval(ball, o, d, synth.inverses(d))
+    assert near > far       # a hit in the lens was a hole in the depth, which ended a training
+
+
 def test_every_view_shares_enough_with_every_other(rendered):
     shares = [reproject(*each)[2] for each in rendered]
     for share in shares:
