@@ -4,8 +4,8 @@
     torchrun --nproc_per_node 8 evaluate.py out/mix --config configs/mix.py --lpips alex alexnet.pth
     python evaluate.py zeronvs.ckpt --config configs/mix.py --data data
 
-Writes metrics.json, pairs.jsonl (every pair's figures) and cases.png (best, median and worst) into
-the run's folder eval/. The loop is in analysis/score.py, the figures in analysis/metrics.py.
+Writes metrics.json, pairs.jsonl (every pair's figures) and cases.png (pairs from the best to the
+worst) into the folder eval/ of the run. The loop is in analysis/score.py.
 """
 
 import json

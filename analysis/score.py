@@ -30,7 +30,7 @@ TITLES = {"psnr": ("PSNR dB", 2), "ssim": ("SSIM", 3), "lpips_alex": ("LPIPS ale
 DISTANCES = (1, 2, 3)       # edges between buckets of camera distance, in radii of the scene
 SURE = 3                    # standard errors that make a difference clear
 BANDS = 4                   # equal parts of the timesteps, each with its own validation loss
-CASES = 4                   # rows of the sheet for the best, for the median, and for the worst
+CASES = 12                  # rows of the sheet, from the best pair to the worst
 FAST = {"psnr": metrics.psnr, "ssim": metrics.ssim}     # figures that need no weights
 
 
@@ -340,25 +340,16 @@ def grid(image_cond, truth, views):
                            for a, b, c in zip(image_cond, truth, views)])
 
 
-def chosen(rows, count=CASES):
-    """[(label, place in rows)] of the best, the median and the worst pairs, by the model's PSNR."""
-    order = sorted(range(len(rows)), key=lambda i: -rows[i]["scores"][MODEL]["psnr"])
-    count = min(count, -(-len(order) // 3))
-    middle = (len(order) - count) // 2
-    return [(label, place) for label, places in
-            (("best", order[:count]), ("median", order[middle:middle + count]),
-             ("worst", order[len(order) - count:])) for place in places]
-
-
 def cases_sheet(net, pairs, config, rows, depth_net=None):
-    """The sheet of the best, median and worst pairs, a row each: conditioning view, truth, the
+    """The sheet of some pairs from the best to the worst, a row each: conditioning view, truth, the
     model's view, and the conditioning view warped by its depth, where there is one."""
+    places = sorted(range(len(rows)), key=lambda i: -rows[i]["scores"][MODEL]["psnr"])
     lines = []
-    for label, place in chosen(rows):
+    for place in pictures.evenly_spaced(places, CASES):
         guesses, truth, _, seen = guesses_of(net, [case(pairs, place)], config, depth_net)
-        psnr = rows[place]["scores"][MODEL]["psnr"]
-        line = [(f"{label}: pair {rows[place]['number']}", guesses["repeat the view"][0]),
-                ("truth", truth[0]), (f"model {psnr:.1f} dB", guesses[MODEL][0])]
+        line = [(f"pair {rows[place]['number']}", guesses["repeat the view"][0]),
+                ("truth", truth[0]),
+                (f"model {rows[place]['scores'][MODEL]['psnr']:.1f} dB", guesses[MODEL][0])]
         if WARP in rows[place]["scores"]:
             warped = torch.where(seen, guesses[WARP][0], torch.ones_like(truth[0]))
             line.append((f"warp, {seen.float().mean():.0%} seen", warped))

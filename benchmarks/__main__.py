@@ -20,8 +20,7 @@ SUITES = {"train": ("networks", "steps of training the full-size UNet"),
           "engine": ("networks", "rates with and without each part of the engine"),
           "load": ("files", "a model filled from a file of zero123-xl's structure"),
           "data": ("files", "pairs read from shards")}
-VARIANTS = {"train": ("compiled", "diffusers, compiled", "eager", "diffusers, eager",
-                      "compiled, from images", "diffusers, compiled, from images"),
+VARIANTS = {"train": ("compiled", "diffusers, compiled", "eager", "diffusers, eager"),
             "sample": ("product", "diffusers, compiled", "product, compiled", "product, fp16",
                        "product, plain", "diffusers, eager"),
             "encode": ("product, compiled", "peers, compiled", "product, eager", "peers, eager")}

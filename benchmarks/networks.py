@@ -80,11 +80,8 @@ def network(config, peer=False, autoencoder=None):
 
 
 class Step:
-    """A whole step of training at every call, by our UNet or diffusers'.
-
-    images: of raw pairs instead of encoded ones, so that autoencoder and CLIP are in the step.
-    """
-    def __init__(self, config, ranks=ALONE, peer=False, compiled=True, images=False):
+    """A whole step of training at every call, by our UNet or diffusers'."""
+    def __init__(self, config, ranks=ALONE, peer=False, compiled=True):
         torch.manual_seed(0)
         self.net, self.device = network(config, peer).train(), device_here()
         engine.channels_last(self.net)
@@ -96,7 +93,6 @@ class Step:
         elif compiled:
             engine.compiled(self.net)
         self.config, self.ranks, self.wrapped = config, ranks, ranks.wrap(self.net)
-        self.images = Images(config, peer) if images else None
         self.passes = self.forward_backward
         self.use(self.pairs(config.micro_batch), torch.arange(config.micro_batch))
 
@@ -115,8 +111,6 @@ class Step:
 
     def forward_backward(self, *tensors):
         with torch.autocast(self.device.type, torch.bfloat16):
-            if self.images:
-                tensors = *self.images(), *tensors[4:]
             loss = self.wrapped(*tensors[:5], diffusion.Draws(*tensors[5:]), self.config.drop)
             loss.mean().backward()
         return loss.detach()
@@ -129,41 +123,12 @@ class Step:
         return loss
 
 
-def encoder(name, peer, tiny, dtype):
-    """(a frozen network of ENCODERS on the device, ours or the peer's; its method that encodes)."""
-    ours, theirs, method = ENCODERS[name]
-    with device_here():
-        net = (theirs if peer else ours)(tiny)
-    engine.convert(net)
-    net.to(dtype=dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
-    return net, getattr(net, method)
-
-
-class Images:
-    """What the frozen networks make of images, at every call: mean, logvar, z_cond, embedding.
-
-    Ours are cast by autocast, as in training; the peers' have weights in bf16.
-    """
-    def __init__(self, config, peer):
-        dtype = torch.bfloat16 if peer and torch.cuda.is_available() else torch.float32
-        self.encode, self.embed = (
-            torch.compile(encoder(name, peer, config.image_size < SIDE, dtype)[1], dynamic=False)
-            for name in ENCODERS)
-        shape = config.micro_batch, 3, config.image_size, config.image_size
-        self.target, self.cond = torch.rand(2, *shape, device=device_here(), dtype=dtype) * 2 - 1
-
-    @torch.no_grad()
-    def __call__(self):
-        found = *self.encode(self.target), self.encode(self.cond)[0], self.embed(self.cond)
-        return [values.float() for values in found]
-
-
 def measure_training(variant, batch, tiny, where=False, without=()):
     """Yields pairs a second, time to the first step, peak memory; then the same as a CUDA graph."""
     leave_out(without)
     device, what = device_here(), f"batch {batch}"
     step = Step(config_of(tiny, batch, device=device.type), peer="diffusers" in variant,
-                compiled="eager" not in variant, images="images" in variant)
+                compiled="eager" not in variant)
     first = seconds_of_one(step)
     if not step().isfinite().all():
         raise ValueError(f"{variant}, {what}: the loss is not finite")
@@ -212,7 +177,7 @@ def run_train(args):
     rows = collect(jobs, args.seconds_limit)
     work = (1 + cost.BACKWARD) * cost.of(config_of(args.tiny), ALONE, 1).flops      # of a pair
     for entry in rows:
-        if entry["unit"] == "pairs/s" and "images" not in entry["variant"]:
+        if entry["unit"] == "pairs/s":
             entry["flops"] = work * entry["value"]
     return finish(rows, {entry["variant"]: [f"diffusers, {entry['variant']}"] for entry in rows})
 
@@ -320,7 +285,9 @@ def measure_sampling(variant, counts, tiny, where=False, without=()):
     net = network(config, peer, encoder("VAE", peer, tiny, dtype)[0]).eval().requires_grad_(False)
     net.model.to(dtype=dtype, memory_format=torch.channels_last)
     shape, steps = model.latent_shape(config), 4 if tiny else STEPS
-    work = flops_of_view(net, shape, steps)
+    with torch.no_grad():
+        work = (2 * steps * cost.of(config, ALONE, 1).flops
+                + cost.flops_of(lambda: net.decode(torch.zeros(1, *shape, device=device))))
     if variant == "diffusers, compiled":
         for part in (net.model.diffusion_model, net.first_stage_model.decoder):
             part.compile(mode="reduce-overhead" if device.type == "cuda" else None, dynamic=False)
@@ -329,13 +296,12 @@ def measure_sampling(variant, counts, tiny, where=False, without=()):
     variant += names_of(without)
     photo = torch.randn(1, *shape, device=device), torch.randn(1, EMBEDDING, device=device)
 
-    def time_views(what, function, **more):
+    def time_views(what, function, work):
         first = seconds_of_one(function)
         if not function().isfinite().all():
             raise ValueError(f"{variant}, {what}: pictures are not finite")
         seconds = seconds_of(function, SECONDS[tiny]) / views
-        more = {name: flops / seconds for name, flops in more.items()}
-        yield row(variant, what, seconds, "s/view", **more)
+        yield row(variant, what, seconds, "s/view", flops=work / seconds)
         yield row(variant, f"{what}: first call", first, "s")
         yield row(variant, f"{what}: peak memory", peak_gb(), "GB")
 
@@ -349,22 +315,11 @@ def measure_sampling(variant, counts, tiny, where=False, without=()):
             yield from profile(f"{variant}, {what}, {count} steps",
                                functools.partial(sampled, steps=count))
             continue
-        yield from time_views(what, functools.partial(sampled, steps=steps), flops=work)
+        yield from time_views(what, functools.partial(sampled, steps=steps), work)
         if fast and views == counts[0] and not without:
             few = min(steps, FEW_STEPS)
             yield from time_views(f"{what}, DPM-Solver++ {few} steps",
-                                  functools.partial(sampled, sampler="dpm++", steps=few))
-
-
-@torch.no_grad()
-def flops_of_view(net, shape, steps):
-    """FLOPs of a view: of guided steps of the UNet, and of the decoder."""
-    unet, device = net.model.diffusion_model, net.betas.device
-    dtype = next(unet.parameters()).dtype
-    x = torch.zeros(2, 2 * shape[0], *shape[1:], dtype=dtype, device=device)
-    context = torch.zeros(2, 1, net.cc_projection.out_features, dtype=dtype, device=device)
-    return (steps * cost.flops_of(lambda: unet(x, torch.zeros(2, device=device), context))
-            + cost.flops_of(lambda: net.decode(torch.zeros(1, *shape, device=device))))
+                                  functools.partial(sampled, sampler="dpm++", steps=few), 0)
 
 
 def run_sample(args):
@@ -375,6 +330,16 @@ def run_sample(args):
 
 
 # ---- encoding
+
+def encoder(name, peer, tiny, dtype):
+    """(a frozen network of ENCODERS on the device, ours or the peer's; its method that encodes)."""
+    ours, theirs, method = ENCODERS[name]
+    with device_here():
+        net = (theirs if peer else ours)(tiny)
+    engine.convert(net)
+    net.to(dtype=dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
+    return net, getattr(net, method)
+
 
 @torch.no_grad()
 def measure_encoding(variant, batch, tiny, where=False, without=()):
