@@ -121,7 +121,7 @@ def test_an_evaluation_leaves_figures_pairs_and_cases(evaluated, shards, a_run, 
 
 def test_the_warp_is_better_than_what_knows_no_camera(evaluated):
     mean = {m: figures["psnr"]["mean"] for m, figures in metrics_of(evaluated)["methods"].items()}
-    assert mean["warp by depth"] > mean["repeat the view"] + 1 > mean["its mean colour"] + 1
+    assert mean["warp by depth"] > max(mean["repeat the view"], mean["its mean colour"]) + 1
     assert metrics_of(evaluated)["methods"]["warp by depth"]["camera_found"]["mean"] == 1
 
 
