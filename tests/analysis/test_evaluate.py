@@ -15,17 +15,18 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from runtime import checkpoint
 import clip
 import configs
 import data
+import depth
 import evaluate
-from analysis import metrics, score
 import model
 import prepare
-from runtime import command
-from shards import scenes, files as shards_file
+from analysis import metrics, score
 from captures import synth
+from runtime import checkpoint, command
+from shards import files as shards_file
+from shards import scenes
 
 ROOT = Path(__file__).parents[2]
 SOURCES = (configs.Source("co3d", "co3d", "co3d/train-*.tar", 0.5, "co3d/held-out-*.tar"),
@@ -174,10 +175,10 @@ def test_nothing_that_a_checkpoint_names_is_opened(shards, tmp_path, capsys):
         sources = (configs.Source("co3d", "co3d", "train-*.tar", 1.0, pattern),)
         folder = saved(tmp_path / "run", small(shards, sources=sources))
         assert run(folder, "--pairs", 4) == 2
-        assert "--config FILE or --data FOLDER" in capsys.readouterr().err
+        assert "--data FOLDER or --config FILE" in capsys.readouterr().err
         assert run(folder, "--pairs", 4, data=shards) == 2
         said = capsys.readouterr().err
-        assert "is no place inside --data" in said and said.count("\n") == 1
+        assert "do not lie inside of a --data FOLDER" in said and said.count("\n") == 1
     assert not touched.exists()
 
 
@@ -210,7 +211,7 @@ def test_a_full_disk_is_named_and_leaves_no_half_of_a_file(a_run, shards, tmp_pa
     (["--pairs", "5000"], "5000 held-out pairs are asked for, but there are 384"),
     (["--clip", "/nowhere.pt"], "/nowhere.pt"),
     (["--mode=3dof"], "--mode belongs to the training of the run"),
-    (["--sampel_steps=3"], "Did you mean 'sample_steps'?"),
+    (["--sampel_steps=3"], "did you mean --sample_steps?"),
     (["--data=/nowhere"], "no shards at /nowhere"),
     (["--pairs", "1"], "1 is not possible"),
 ])
@@ -226,7 +227,7 @@ def test_a_missing_checkpoint_and_shards_of_another_size_are_one_line(shards, tm
     folder = saved(tmp_path / "large", small(shards, image_size=64))
     assert run(folder, "--pairs", 4, data=shards) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "32x32, the short side must be 64" in said
+    assert "a short side of 32 pixels, and image_size is 64" in said
 
 
 # ---- pairs and figures
@@ -234,15 +235,15 @@ def test_a_missing_checkpoint_and_shards_of_another_size_are_one_line(shards, tm
 def test_what_is_known_of_a_pair_that_replaces_a_damaged_one_is_its_own(shards, monkeypatch):
     config = small(shards, mode="7dof_quantile_scale")      # its pairs bring their depth
     pairs = score.held_out_pairs(config, 8)
-    right, fails = scenes.RawScenes.fill, set()
+    right, fails = scenes.RawScenes.pair, set()
 
-    def fill(reader, batch, i, mode, *place):
+    def pair(reader, mode, *place):
         if len(fails) < 8 and place not in fails:
             fails.add(place)
             raise shards_file.Damaged("here", "damaged")
-        return right(reader, batch, i, mode, *place)
+        return right(reader, mode, *place)
 
-    monkeypatch.setattr(scenes.RawScenes, "fill", fill)
+    monkeypatch.setattr(scenes.RawScenes, "pair", pair)
     replaced = 0
     for place in range(8):
         item, known = score.case(pairs, place)
@@ -295,7 +296,7 @@ def test_one_scene_has_no_error_and_no_verdict():
 def oracle(broken):
     """Views of a perfect model that believes what `broken` makes of its pose vectors, mode 7dof."""
     def views_of(net, batch, config, depth_net=None):
-        T = broken(model.pose_vector(batch, config.mode), batch["radius"])
+        T = broken(depth.pose_vector(batch, config.mode), batch["radius"])
         pose = T[:, :16].view(-1, 4, 4).double()
         views = []
         for i, uid in enumerate(batch["uid"]):
@@ -388,4 +389,5 @@ def test_a_validation_takes_few_steps_and_says_what_the_log_needs(shards, monkey
     assert all(isinstance(value, float) and np.isfinite(value) for value in found.values())
     repeated = score.means_of(score.score(net, score.held_out_pairs(config, 12), config,
                                           score.FAST))
-    assert found["val_baseline_psnr"] == pytest.approx(repeated["repeat the view"]["psnr"], rel=1e-5)
+    best = max(repeated[name]["psnr"] for name in ("repeat the view", "its mean colour"))
+    assert found["val_baseline_psnr"] == pytest.approx(best, rel=1e-5)
