@@ -4,8 +4,8 @@
     torchrun --nproc_per_node 8 evaluate.py out/mix --config configs/mix.py --lpips alex alexnet.pth
     python evaluate.py zeronvs.ckpt --config configs/mix.py --data data
 
-Writes metrics.json, pairs.jsonl (every pair's figures) and cases.png (best, median and worst) into
-the run's folder eval/. The loop is in analysis/score.py, the figures in analysis/metrics.py.
+Writes metrics.json, pairs.jsonl (every pair's figures) and cases.png (pairs from the best to the
+worst) into the folder eval/ of the run. The loop is in analysis/score.py.
 """
 
 import json
@@ -13,6 +13,7 @@ import os
 from dataclasses import fields, replace
 from pathlib import Path
 
+from analysis import add_data_options
 from runtime import command
 from runtime.files import unfinished, write_text
 
@@ -27,12 +28,7 @@ def parser():
                        epilog=f"Fields of the run may follow as --name=value: {', '.join(FIELDS)}")
     p.add_argument("checkpoint", metavar="PATH",
                    help="a run's folder (its newest step), one step, or a published checkpoint")
-    p.add_argument("--config", default="", metavar="FILE", help="the configuration of the data")
-    p.add_argument("--data", default="", metavar="FOLDER",
-                   help="where held-out shards lie, by the checkpoint's own patterns without "
-                        "--config")
-    p.add_argument("--init", default="", metavar="FILE",
-                   help="what brings the autoencoder and CLIP of a run that does not hold them")
+    add_data_options(p)
     p.add_argument("--pairs", type=command.numbers_of(int, 2), metavar="N",
                    help="held-out pairs, spread over the scenes (the run's eval_pairs)")
     p.add_argument("--seed", type=command.numbers_of(int, 0), metavar="N",
@@ -81,22 +77,27 @@ def main(args, overrides):
         dist.all_gather_object(parts, rows)
         leave()
         rows = sorted((row for part in parts for row in part), key=lambda row: row["number"])
-    if rank > 0:
-        return
+    if rank == 0:
+        write(net, pairs, config, rows, depth_net, str(tensors.path), notes, out)
+
+
+def write(net, pairs, config, rows, depth_net, checkpoint, notes, out):
+    """Writes what was found into the folder `out`, and prints its tables."""
+    from analysis import score
+
     if not any("reprojection" in row["scores"][score.MODEL] for row in rows):
         notes.append("no depth is known, so neither the warp nor the camera figures are there")
-    about = {"checkpoint": str(tensors.path), "pairs": len(rows), "notes": notes,
-             "scenes": len({row["scene"] for row in rows}),
+    found, scenes = score.summarize(rows), len({row["scene"] for row in rows})
+    about = {"checkpoint": checkpoint, "pairs": len(rows), "notes": notes, "scenes": scenes,
              **{name: getattr(config, name) for name in
                 ("seed", "mode", "sampler", "sample_steps", "guidance", "eta")}}
-    found = score.summarize(rows)
     write_text(out / "pairs.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     with unfinished(out / "cases.png") as partial:
         score.cases_sheet(net, pairs, config, rows, depth_net).save(partial, "png")
     write_text(out / "metrics.json", json.dumps({**about, **found}, indent=1) + "\n")
-    print(f"{about['checkpoint']}: {len(rows)} pairs of {about['scenes']} scenes never seen in "
-          f"training, seed {config.seed}, {config.sample_steps} steps of {config.sampler}\n")
-    print("\n".join([*score.screen(found, rows), *notes]))
+    print(f"{checkpoint}: {len(rows)} pairs of {scenes} scenes never seen in training, "
+          f"seed {config.seed}, {config.sample_steps} steps of {config.sampler}\n")
+    print("\n".join([*score.screen(found), score.verdict(rows), *notes]))
     print(f"in {out}: metrics.json, pairs.jsonl, cases.png")
 
 

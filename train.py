@@ -170,7 +170,7 @@ def show(run, step):
             places = range(min(GRID_PAIRS, len(run.held_out)))
             batch = default_collate([run.held_out[k] for k in places])
             views, image_cond, truth = score.views_of(run.net, batch, run.config, run.depth_net)
-            path = run.log.picture(step, "grids", score.grid([image_cond, truth, views]))
+            path = run.log.picture(step, "grids", score.grid(image_cond, truth, views))
             run.log.say(f"{path}: conditioning view | truth | sample, of held-out scenes")
 
 

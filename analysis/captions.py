@@ -25,22 +25,23 @@ def parser():
     return p
 
 
+# answered before torch, which takes seconds, is imported
 ARGS = parser().parse_args() if __name__ == "__main__" else None
 
-import gzip                                      # noqa: E402, the command line is parsed first
-import html                                      # noqa: E402
-import sys                                       # noqa: E402
-import zlib                                      # noqa: E402
-from pathlib import Path                         # noqa: E402
+import gzip
+import html
+import sys
+import zlib
+from pathlib import Path
 
-import ftfy                                      # noqa: E402
-import regex                                     # noqa: E402
-import torch                                     # noqa: E402
-import torch.nn.functional as F                  # noqa: E402
+import ftfy
+import regex
+import torch
+import torch.nn.functional as F
 
-import clip                                      # noqa: E402
-from runtime.networks import load_clip           # noqa: E402
-from views import photos, pictures               # noqa: E402
+import clip
+from runtime.networks import load_clip
+from views import photos, pictures
 
 MERGES = 48894                                   # of them; the vocabulary is 2 * 256 + MERGES + 2
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -94,16 +95,14 @@ class Tokenizer:
     behind it; then neighbours are merged, always the pair that comes first in the vocabulary file.
     """
     def __init__(self, path):
-        self.fix, self.words = ftfy.fix_text, regex.compile(WORD, regex.IGNORECASE)
-        merges = read_merges(path)
-        self.byte_characters = byte_characters()
+        self.pattern = regex.compile(WORD, regex.IGNORECASE)
+        merges, self.byte_characters = read_merges(path), byte_characters()
         # the vocabulary lists the bytes that print as themselves before the others
         characters = sorted(self.byte_characters.values())
         self.vocabulary = (characters + [c + "</w>" for c in characters]
                            + ["".join(pair) for pair in merges] + [START, END])
         self.ids = {token: i for i, token in enumerate(self.vocabulary)}
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
-        self.words_seen = {START: [self.ids[START]], END: [self.ids[END]]}  # word -> token numbers
 
     def tokenize(self, texts, context_length=77, truncate=False):
         """Texts to token numbers, zeros behind the end-of-text token: (b, context_length) int64.
@@ -122,9 +121,9 @@ class Tokenizer:
 
     def encode(self, text):
         """The token numbers of a text, without start and end."""
-        text = html.unescape(html.unescape(self.fix(text)))
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
         text = " ".join(text.split()).lower()
-        return [i for word in self.words.findall(text) for i in self.encode_word(word)]
+        return [i for word in self.pattern.findall(text) for i in self.encode_word(word)]
 
     def decode(self, ids):
         """The text of token numbers, a space behind every word."""
@@ -134,28 +133,23 @@ class Tokenizer:
 
     def encode_word(self, word):
         """The token numbers of one word, merged as the vocabulary says."""
-        if word not in self.words_seen:
-            parts = [self.byte_characters[byte] for byte in word.encode("utf-8")]
-            parts[-1] += "</w>"
-            while len(parts) > 1:
-                pair = min(zip(parts, parts[1:]), key=lambda pair: self.ranks.get(pair, MERGES))
-                if pair not in self.ranks:
-                    break
-                parts = merge(parts, pair)
-            self.words_seen[word] = [self.ids[part] for part in parts]
-        return self.words_seen[word]
-
-
-def merge(parts, pair):
-    """`parts` with every occurrence of `pair`, from the left, joined into one."""
-    merged = []
-    for part in parts:
-        # a joined pair is longer than its first half, so it is not joined again
-        if merged and (merged[-1], part) == pair:
-            merged[-1] += part
-        else:
-            merged.append(part)
-    return merged
+        if word in (START, END):
+            return [self.ids[word]]
+        parts = [self.byte_characters[byte] for byte in word.encode("utf-8")]
+        parts[-1] += "</w>"
+        while len(parts) > 1:
+            pair = min(zip(parts, parts[1:]), key=lambda pair: self.ranks.get(pair, MERGES))
+            if pair not in self.ranks:
+                break
+            merged = []
+            for part in parts:
+                # a joined pair is longer than its first half, so it is not joined again
+                if merged and (merged[-1], part) == pair:
+                    merged[-1] += part
+                else:
+                    merged.append(part)
+            parts = merged
+        return [self.ids[part] for part in parts]
 
 
 def byte_characters():
@@ -184,9 +178,8 @@ def find_vocabulary(beside="."):
 
     It looks for the packages' folders and imports nothing: OpenAI's package has this file's name.
     """
-    folders = [Path(beside), *(Path(entry) / package for entry in sys.path
-                               for package in ("open_clip", "clip"))]
-    for folder in folders:
+    for folder in (Path(beside), *(Path(entry) / package for entry in sys.path
+                                   for package in ("open_clip", "clip"))):
         if (folder / VOCABULARY).is_file():
             return folder / VOCABULARY
     raise FileNotFoundError(f"{VOCABULARY} is neither in {Path(beside)} nor in an installed "

@@ -3,9 +3,8 @@
     python -m analysis.compare configs/ablation.py --minutes 9   # again, until its table
 
 Renders the scenes, trains every mode from scratch in its own folder, scores all on the same
-held-out pairs, and writes ablation.json, table.txt and curves.svg. Every part that is done is
-skipped, and a run that was stopped goes on: the same command comes to the same end however often it
-is cut short.
+held-out pairs, and writes ablation.json, table.txt and curves.svg. What is done is skipped, and a
+run that was stopped goes on: however often it is cut short, the same command comes to the same end.
 """
 
 import json
@@ -35,30 +34,25 @@ def script(name, *arguments):
     return [sys.executable, str(ROOT / name), *map(str, arguments)]
 
 
-def prepare(config, args):
-    """Renders the scenes that are not there yet. Raises ValueError where that fails."""
-    for extent, (motion, seed) in EXTENTS.items():
-        more = ["--device", config.device] if config.device in ("cpu", "cuda") else []
-        if subprocess.run(script(
-                "prepare.py", "synth", "--motion", motion, "--seed", seed, "--size",
-                config.image_size, "--out", Path(config.data) / extent, "--scenes", args.scenes,
-                "--held-out", args.held_out, *more)).returncode:
-            raise ValueError(f"the scenes for {config.data} could not be rendered, see above")
+def run_script(what, *arguments):
+    """Runs a script of the project to its end. Raises ValueError where it fails."""
+    if subprocess.run(script(*arguments)).returncode:
+        raise ValueError(f"{what}, see above")
 
 
-def train(modes, args, overrides, out, seconds):
-    """Trains the modes, args.jobs at once, on the GPUs in turn. Returns whether all came to their
-    end within the time. Raises ValueError, and stops the others, where one fails."""
+def train(modes, args, overrides, out, deadline, jobs):
+    """Trains the modes, so many at once, on the GPUs in turn. Returns whether all came to their end
+    in time. Raises ValueError, and stops the others, where one fails."""
     import torch
 
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     gpus = gpus if gpus[0] else [str(i) for i in range(torch.cuda.device_count())]
     # processes that all use every core stand in each other's way
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}
-    waiting, running, deadline = list(modes), {}, time.monotonic() + seconds
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    waiting, running = list(modes), {}
     try:
         while waiting or running:
-            while waiting and len(running) < args.jobs:
+            while waiting and len(running) < jobs:
                 mode = waiting.pop(0)
                 gpu = {"CUDA_VISIBLE_DEVICES": gpus[modes.index(mode) % len(gpus)]} if gpus else {}
                 # overrides first: the mode and the folder are the comparison's
@@ -74,9 +68,9 @@ def train(modes, args, overrides, out, seconds):
             for mode in [mode for mode, process in running.items() if process.poll() is not None]:
                 code = running.pop(mode).returncode
                 if code:
-                    said = (out / f"{mode}.log").read_text(errors="replace").strip().splitlines()
+                    said = (out / f"{mode}.log").read_text(errors="replace").strip()
                     raise ValueError(f"the run of {mode} ended with code {code}: "
-                                     f"{said[-1] if said else 'nothing was said'}")
+                                     f"{said.splitlines()[-1] if said else 'nothing was said'}")
                 print(f"{mode}: done", flush=True)
     finally:
         for process in running.values():
@@ -94,16 +88,17 @@ def is_done(config, folder):
     return newest is not None and checkpoint.step_of(newest) >= config.steps
 
 
-def is_scored(folder, args):
-    """Whether a run's newest checkpoint has been scored as it is asked for."""
+def scored(folder, args, config):
+    """The rows of a run's pairs, which evaluate.py scores unless it has done so already."""
     from runtime import checkpoint
 
-    path = folder / "eval" / "metrics.json"
-    if not path.is_file():
-        return False
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return (found["pairs"], found["checkpoint"]) == (args.pairs, str(checkpoint.latest(folder))) \
-        and all(f"lpips_{net}" in found["methods"]["this model"] for net, _ in args.lpips)
+    path, wanted = folder / "eval" / "metrics.json", (args.pairs, str(checkpoint.latest(folder)))
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if (found.get("pairs"), found.get("checkpoint")) != wanted:
+        run_script(f"{folder} could not be scored", "evaluate.py", folder, "--config", args.config,
+                   "--data", config.data, "--pairs", args.pairs)
+    text = path.with_name("pairs.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def compare(rows):
@@ -123,9 +118,8 @@ def compare(rows):
     for before, after in zip(rows, list(rows)[1:]):
         mean, error, count = score.difference(rows[after], score.MODEL, score.MODEL,
                                               others=rows[before])
-        sure = score.SURE * error
-        word = "better" if mean > sure else "worse" if mean < -sure else "equal, within noise"
-        lines.append(f"  {named[after]} - {named[before]}: {mean:+.2f} +- {error:.2f}  ({word})")
+        lines.append(f"  {named[after]} - {named[before]}: {mean:+.2f} +- {error:.2f}  "
+                     f"({score.judged(mean, error, 'better', 'worse', 'equal, within noise')})")
         steps.append({"from": before, "to": after, "psnr_mean": mean, "psnr_se": error,
                       "n": count})
     return lines, {"modes": cells, "baselines": baselines, "differences": steps}
@@ -139,8 +133,6 @@ def parser():
     p.add_argument("--minutes", type=command.numbers_of(float, 0, above=True), metavar="M",
                    default=float("inf"),
                    help="stop training then, and go on with the same command (no limit)")
-    p.add_argument("--jobs", type=whole, metavar="N",
-                   help="runs at once (all of them on GPUs, otherwise one)")
     p.add_argument("--modes", default="", help="which ones, as 3dof,7dof (all that the paper has)")
     p.add_argument("--pairs", type=command.numbers_of(int, 2), default=512, metavar="N",
                    help="held-out pairs to score on (%(default)s)")
@@ -148,8 +140,6 @@ def parser():
                    help="training scenes to render, for each extent (%(default)s)")
     p.add_argument("--held-out", type=whole, default=200, metavar="N",
                    help="held-out scenes, for each extent (%(default)s)")
-    p.add_argument("--lpips", nargs=2, action="append", default=[], metavar=("NET", "FILE"),
-                   help="as in evaluate.py")
     return p
 
 
@@ -161,7 +151,7 @@ def main(args, overrides):
 
     if any(option.startswith("--mode=") for option in overrides):
         raise ValueError("--mode=... has no place here: --modes says which ones are compared")
-    started, config = time.monotonic(), configs.load([args.config, *overrides])
+    deadline, config = time.monotonic() + 60 * args.minutes, configs.load([args.config, *overrides])
     named = paper_names()
     asked = args.modes.split(",") if args.modes else named
     unknown = [mode for mode in asked if mode not in named]
@@ -170,24 +160,19 @@ def main(args, overrides):
     modes = [mode for mode in named if mode in asked]
     if len(modes) < 2:
         raise ValueError("--modes: at least two are needed to compare")
-    args.jobs = args.jobs or (len(modes) if device_of(config.device).type == "cuda" else 1)
-    prepare(config, args)
+    for extent, (motion, seed) in EXTENTS.items():
+        run_script(f"the scenes for {config.data} could not be rendered", "prepare.py", "synth",
+                   "--motion", motion, "--seed", seed, "--size", config.image_size, "--out",
+                   Path(config.data) / extent, "--scenes", args.scenes, "--held-out", args.held_out)
     score.held_out_pairs(config, args.pairs)        # too few are refused before training
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     left = [mode for mode in modes if not is_done(config, out / mode)]
-    if not train(left, args, overrides, out, 60 * args.minutes - (time.monotonic() - started)):
+    jobs = len(modes) if device_of(config.device).type == "cuda" else 1
+    if not train(left, args, overrides, out, deadline, jobs):
         print("stopped; the same command goes on from here")
         return
-    rows = {}
-    for mode in modes:
-        lpips = [word for pair in args.lpips for word in ("--lpips", *pair)]
-        scores = script("evaluate.py", out / mode, "--config", args.config, "--data", config.data,
-                        "--pairs", args.pairs, *lpips)
-        if not is_scored(out / mode, args) and subprocess.run(scores).returncode:
-            raise ValueError(f"{mode} could not be scored, see above")
-        text = (out / mode / "eval" / "pairs.jsonl").read_text(encoding="utf-8")
-        rows[mode] = [json.loads(line) for line in text.splitlines()]
+    rows = {mode: scored(out / mode, args, config) for mode in modes}
     lines, found = compare(rows)
     about = {"pairs": args.pairs, "pairs_seen": config.steps * config.batch_size,
              "seed": config.seed, "image_size": config.image_size}

@@ -13,21 +13,20 @@ from runtime.files import unfinished
 
 def read(folder, figure):
     """[(pairs seen, value)] of one figure that a run logged. ValueError, FileNotFoundError."""
-    path = Path(folder) / "log.jsonl"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there: {folder} is no run of train.py")
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    metas = sorted(Path(folder).glob("step_*/meta.json"))
-    if not metas:
-        raise ValueError(f"{folder} has no checkpoint, whose meta.json says the pairs of a step")
+    path, metas = Path(folder) / "log.jsonl", sorted(Path(folder).glob("step_*/meta.json"))
+    if not path.is_file() or not metas:
+        raise FileNotFoundError(f"{folder} is no run of train.py: it has no {path.name} or no "
+                                "checkpoint, whose meta.json says the pairs of a step")
     batch_size = json.loads(metas[-1].read_text(encoding="utf-8"))["config"]["batch_size"]
-    points = {line["step"] * batch_size: line[figure] for line in lines
-              if isinstance(line.get(figure), (int, float))}
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [{name: value for name, value in line.items() if isinstance(value, (int, float))}
+             for line in lines]
+    # what a run did again after a stop counts once, as last
+    points = {line["step"] * batch_size: line[figure] for line in lines if figure in line}
     if not points:
-        there = sorted({name for line in lines for name, value in line.items()
-                        if isinstance(value, (int, float))} - {"step"})
+        there = sorted({name for line in lines for name in line} - {"step"})
         raise ValueError(f"{path} has no {figure!r}, it has {', '.join(there)}")
-    return sorted(points.items())       # what a run did again after a stop counts once, as last
+    return sorted(points.items())
 
 
 def draw(curves, title, path, log=False):
@@ -58,8 +57,7 @@ def parser():
     p.add_argument("runs", nargs="+", metavar="FOLDER", help="runs of train.py")
     p.add_argument("--figure", default="val_psnr", help="what of log.jsonl to draw (%(default)s)")
     p.add_argument("--log", action="store_true", help="on a logarithmic axis")
-    p.add_argument("--out", default="curves.svg", metavar="FILE",
-                   help="a name that ends in .svg, .png or .pdf (%(default)s)")
+    p.add_argument("--out", default="curves.svg", metavar="FILE", help="(%(default)s)")
     return p
 
 

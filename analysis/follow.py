@@ -2,15 +2,15 @@
 
     python -m analysis.follow out/synth --config configs/synth.py
 
-The held-out scenes of `prepare.py synth` can be rendered from everywhere. Of each, the photo is the
-view that sample.py takes; a little way along every path the model's views are compared with the
-true ones. Beside them stands the photo itself, the answer of a model that does not follow at all.
-Writes a picture, `paths.png`, into the run's folder.
+The held-out scenes of `prepare.py synth` can be rendered from everywhere: a little way along every
+path the model's views are compared with the true ones. Beside them stands the photo itself, the
+answer of a model that does not follow at all. Writes `paths.png` into the run's folder.
 """
 
 import json
 from pathlib import Path
 
+from analysis import add_data_options
 from runtime import command
 
 # How far, as --by says it: about as far as the views of a scene go by default
@@ -24,11 +24,7 @@ SHOWN = 2               # scenes in the picture
 def parser():
     p = command.Parser("follow.py", description=__doc__.splitlines()[0])
     p.add_argument("run", help="a run's folder, of scenes that `prepare.py synth` made")
-    p.add_argument("--config", default="", metavar="FILE", help="the configuration of the data")
-    p.add_argument("--data", default="", metavar="FOLDER",
-                   help="where the scenes lie, by the run's own patterns without --config")
-    p.add_argument("--init", default="", metavar="FILE",
-                   help="what brings the autoencoder and CLIP of a run that does not hold them")
+    add_data_options(p)
     p.add_argument("--scenes", type=command.numbers_of(int, SHOWN), default=50, metavar="N",
                    help="held-out scenes (%(default)s)")
     p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
@@ -41,7 +37,6 @@ ARGS = parser().parse_args() if __name__ == "__main__" else None
 import torch
 
 import camera
-
 from analysis import score
 from analysis.metrics import psnr
 from captures import synth
@@ -49,6 +44,11 @@ from diffusion import novel_views
 from runtime.files import unfinished
 from runtime.ranks import device_of
 from views import paths, photos, pictures, render
+
+
+def path_from(photo, name):
+    """The paths.Cameras of a motion, from a HeldOut photo."""
+    return paths.motion(name, VIEWS, HOW_FAR[name], photo.fov, photo.elevation)
 
 
 def truth_of(photo, cameras, seed):
@@ -64,11 +64,6 @@ def truth_of(photo, cameras, seed):
     if psnr(views[:1], pictures.tensor(photo.picture)) < SAME:
         raise ValueError(f"{known.name} does not look as `prepare.py synth` renders it")
     return views
-
-
-def path_from(photo, name):
-    """The paths.Cameras of a motion, from a HeldOut photo."""
-    return paths.motion(name, VIEWS, HOW_FAR[name], photo.fov, photo.elevation)
 
 
 @torch.no_grad()
@@ -110,10 +105,9 @@ def main(args):
             found[name].append((psnr(views, truth)[1:].mean().item(),
                                 psnr(image.expand_as(truth), truth)[1:].mean().item()))
             if number < SHOWN:
-                shown = truth[1:].flatten(1).sub(image.flatten(1)).abs().sum(1).argmax() + 1
                 rows[name] += [(f"{name} {HOW_FAR[name]:g}", photo.picture),
-                               ("truth", pictures.image(truth[shown])),
-                               ("model", pictures.image(views[shown]))]
+                               ("truth", pictures.image(truth[-1])),
+                               ("model", pictures.image(views[-1]))]
     print(f"{args.run}: {args.scenes} held-out scenes, PSNR of {VIEWS - 1} views in dB")
     print(f"{'path':10}{'by':>6}{'model':>8}{'photo':>8}   difference")
     for name, pairs in found.items():

@@ -18,22 +18,21 @@ from tqdm import tqdm
 
 import camera
 from analysis import metrics
-from views import paths
-from views import pictures
 from shards.detect import FORMATS, groups
-from shards.scenes import images, of_files
 from shards.files import Damaged
+from shards.scenes import images, of_files
+from views import paths, pictures
 
 VIEWS_SHOWN, SCENES_SHOWN, VIEWS_SAMPLED = 4, 3, 24
 PROBLEMS_SHOWN = 10
 PICTURES = ".png", ".jpg", ".jpeg", ".webp"
 MAP_SIDE = 160                  # pixels of a map of the cameras
-CHECKED_SCENES, CHECKED_PAIRS = 8, 4    # a shard, a scene: of the photometric check
-STRIDE_SHARE = 8                # its pairs are this part of a scene apart, at most
+CHECKED_SCENES, CHECKED_PAIRS = 8, 4    # a shard, a scene: of both checks of cameras
+STRIDE_SHARE, MATCHED_SHARE = 8, 6      # their pairs are this part of a scene apart, at most
 FOLLOWED = 0.75                 # share of pairs that must agree with their cameras
 DEPTHS_AGREE = 0.5              # share of the surfaces that both see
-MATCHED_PAIRS, MATCHED_SHARE = 4, 6     # of a scene whose depth is not dense, so far apart
 BETTER = 0.02                   # correlation by which another convention is the cameras' own
+AS_THEY_ARE = "as they are"     # of metrics.conventions
 
 
 # ---- inspect
@@ -46,14 +45,14 @@ def quantiles(values, form):
 def describe(source, format, side):
     """Lines about the scenes of one format."""
     shards = source.shards
-    lines = [source.summary(),
-             f"  format {format}, images of {side} pixels, "
-             f"{sum(shard.file.size for shard in shards) / 1e9:.3f} GB"]
     fov = np.degrees(np.concatenate([shard.fov for shard in shards]))
     radius = np.concatenate([shard.radius for shard in shards])
-    lines += [f"  views a scene      {quantiles(source.counts, '.0f')}   (least, median, most)",
-              f"  field of view      {quantiles(fov, '.1f')} degrees",
-              f"  radius of cameras  {quantiles(radius, '.3g')}, in the scene's unit"]
+    lines = [source.summary(),
+             f"  format {format}, images of {side} pixels, "
+             f"{sum(shard.file.size for shard in shards) / 1e9:.3f} GB",
+             f"  views a scene      {quantiles(source.counts, '.0f')}   (least, median, most)",
+             f"  field of view      {quantiles(fov, '.1f')} degrees",
+             f"  radius of cameras  {quantiles(radius, '.3g')}, in the scene's unit"]
     if format == "encoded":
         scale = np.concatenate([shard.scale for shard in shards])
         known = scale[np.isfinite(scale)]
@@ -61,9 +60,9 @@ def describe(source, format, side):
                      f"not known of {1 - len(known) / len(scale):.1%}")
     else:
         lines.append(depth_line(source))
-    problems = source.problems[:PROBLEMS_SHOWN]
-    more = len(source.problems) - len(problems)
-    return lines + [f"  ! {line}" for line in problems] + [f"  ! and {more} more"] * (more > 0)
+    more = len(source.problems) - PROBLEMS_SHOWN
+    return (lines + [f"  ! {line}" for line in source.problems[:PROBLEMS_SHOWN]]
+            + [f"  ! and {more} more"] * (more > 0))
 
 
 def depth_line(source):
@@ -74,17 +73,17 @@ def depth_line(source):
             depth = source.depth(scene, int(source.counts[scene]) // 2)
         except Damaged as err:
             return f"  ! {err}"
-        share.append((depth > 0).mean())
+        share.append(100 * (depth > 0).mean())
         if depth.any():
             near.append(np.quantile(depth[depth > 0], camera.QUANTILE))
     if not near:
         return "  depth              none"
-    return (f"  depth              known of {quantiles(np.array(share) * 100, '.0f')} % of a view, "
+    return (f"  depth              known of {quantiles(share, '.0f')} % of a view, "
             f"20% quantile {quantiles(near, '.3g')}")
 
 
 def strips_of(source):
-    """A few scenes, a strip each: views, a depth, and a map of the cameras."""
+    """Pictures of a few scenes: views and a depth of each, and a map of its cameras."""
     strips = []
     for scene in pictures.evenly_spaced(range(len(source)), SCENES_SHOWN):
         known = source.scene(scene)
@@ -100,9 +99,8 @@ def strips_of(source):
         c2w = known.c2w.clone()
         c2w[:, :3, 3] /= max(known.radius, 1e-9)
         every = paths.Cameras(c2w[0], c2w, torch.full((len(c2w),), known.fov), known.fov)
-        strip, plan = pictures.sheet([row]), pictures.path_picture(every, MAP_SIDE)
         title = f"{known.name}: {len(c2w)} views, {math.degrees(known.fov):.1f} degrees"
-        strips.append(beside(title, [strip, plan]))
+        strips += [pictures.sheet([row], title), pictures.path_picture(every, MAP_SIDE)]
     return strips
 
 
@@ -117,19 +115,6 @@ def stacked(strips):
     return canvas
 
 
-def beside(title, parts):
-    """Pictures side by side under a title."""
-    top = pictures.LABEL
-    canvas = Image.new("RGB", (sum(part.width for part in parts),
-                               top + max(part.height for part in parts)), "white")
-    pictures.ImageDraw.Draw(canvas).text((pictures.GAP, 1), title, fill=pictures.BLACK)
-    x = 0
-    for part in parts:
-        canvas.paste(part, (x, top))
-        x += part.width
-    return canvas
-
-
 def depth_picture(depth):
     """Near is bright, far is dark, unknown is red."""
     known = depth > 0
@@ -139,20 +124,19 @@ def depth_picture(depth):
     return Image.fromarray(rgb.astype(np.uint8))
 
 
-def inspect(given):
-    if Path(given.out).suffix.lower() not in PICTURES:
-        raise ValueError(f"--out {given.out}: the picture's name must end in "
-                         f"{', '.join(PICTURES)}")
+def inspect(args):
+    if Path(args.out).suffix.lower() not in PICTURES:
+        raise ValueError(f"--out {args.out}: the picture's name must end in {', '.join(PICTURES)}")
     strips = []
-    for (format, side), files in groups(given.shards, given.format, given.size).items():
+    for (format, side), files in groups(args.shards, args.format, args.size).items():
         source = of_files(f"{files[0].name} ..." if files[1:] else files[0].name, format, files,
                           side)
         print("\n".join(describe(source, format, side)))
         if format != "encoded":
             strips += strips_of(source)
     if strips:
-        stacked(strips).save(given.out)
-        print(f"{given.out}: views, a depth, and the cameras from above and from the side; the "
+        stacked(strips).save(args.out)
+        print(f"{args.out}: views, a depth, and the cameras from above and from the side; the "
               "wings of a camera open to where it looks")
     return 0
 
@@ -166,38 +150,53 @@ def verify_shard(file, format, side):
         source = of_files(file.name, format, [file], side, keep=False)
     except ValueError as err:
         return 0, [str(err)], [], []
+    read = encoded_problems if format == "encoded" else raw_problems
     problems = list(source.problems)
-    if format == "encoded":
-        return int(source.counts.sum()), problems + encoded_problems(source), [], []
-    for scene in range(len(source)):
-        for view in range(int(source.counts[scene])):
-            for read in (source.pixels, source.depth):
-                try:
-                    read(scene, view)
-                except Damaged as err:
-                    problems.append(str(err))
+    for scene, count in enumerate(source.counts):
+        for view in range(int(count)):
+            problems += read(source, scene, view)
     figures, matches = [], []
-    for scene in pictures.evenly_spaced(range(len(source)), CHECKED_SCENES):
-        found = followed(source, scene)
-        figures += found
-        matches += [] if found else matched(source, scene)
+    if format != "encoded":
+        for scene in pictures.evenly_spaced(range(len(source)), CHECKED_SCENES):
+            found = followed(source, scene)
+            figures += found
+            matches += [] if found else matched(source, scene)
     return int(source.counts.sum()), problems, figures, matches
 
 
-def encoded_problems(source):
-    """What is not a finite number among the latents and embeddings."""
+def raw_problems(source, scene, view):
+    """What is wrong with the image and the depth of a view, as lines."""
     problems = []
-    for scene, count in enumerate(source.counts):
-        for view in range(int(count)):
-            try:
-                pair = source.pair("7dof", scene, view, view)
-            except Damaged as err:
-                problems.append(str(err))
-                continue
-            problems += [f"{pair['uid'].rpartition('->')[0]}: {name} is not finite"
-                         for name in ("moments_target", "clip_cond")
-                         if not np.isfinite(pair[name]).all()]
+    for read in (source.pixels, source.depth):
+        try:
+            read(scene, view)
+        except Damaged as err:
+            problems.append(str(err))
     return problems
+
+
+def encoded_problems(source, scene, view):
+    """What is not a finite number among the latents and embeddings of a view, as lines."""
+    try:
+        pair = source.pair("7dof", scene, view, view)
+    except Damaged as err:
+        return [str(err)]
+    return [f"{pair['uid'].rpartition('->')[0]}: {name} is not finite"
+            for name in ("moments_target", "clip_cond") if not np.isfinite(pair[name]).all()]
+
+
+def pairs_of(source, scene, share):
+    """Yields (cond, target, images (3, s, s), depths (s, s)) of a few pairs of views of a scene;
+    what is damaged is reported by others."""
+    n = int(source.counts[scene])
+    stride = max(1, n // share)
+    for cond in pictures.evenly_spaced(range(n - stride), CHECKED_PAIRS):
+        pair = cond, cond + stride
+        try:
+            yield (*pair, [images(source.image(scene, view)) for view in pair],
+                   [torch.from_numpy(source.depth(scene, view)) for view in pair])
+        except Damaged:
+            continue
 
 
 def followed(source, scene):
@@ -207,20 +206,11 @@ def followed(source, scene):
     other cameras do; the depths when most surfaces lie where the target's depth has them. Pairs
     that see too little of each other are left out.
     """
-    known = source.scene(scene)
-    n = len(known.c2w)
-    stride = max(1, n // STRIDE_SHARE)
-    figures = []
-    for cond in pictures.evenly_spaced(range(n - stride), CHECKED_PAIRS):
-        try:
-            image_cond, image = (images(source.image(scene, view))[None]
-                                 for view in (cond, cond + stride))
-            depth_cond, depth = (torch.from_numpy(source.depth(scene, view))[None]
-                                 for view in (cond, cond + stride))
-        except Damaged:         # reported already
-            continue
-        pose = camera.relative_pose(known.c2w[cond], known.c2w[cond + stride])[None]
-        fov = torch.tensor([known.fov], dtype=torch.float64)
+    known, figures = source.scene(scene), []
+    fov = torch.tensor([known.fov], dtype=torch.float64)
+    for cond, target, views, depths in pairs_of(source, scene, STRIDE_SHARE):
+        image_cond, image, depth_cond, depth = (x[None] for x in (*views, *depths))
+        pose = camera.relative_pose(known.c2w[cond], known.c2w[target])[None]
         # without the target's depth: it would leave out all that disagrees
         unknown = torch.zeros_like(depth)
         judged = metrics.Followed(image_cond, depth_cond, unknown, pose, fov)(image)
@@ -236,23 +226,14 @@ def matched(source, scene):
     """[{convention: correlation}] of a scene without dense depth, by its sparse depth or along
     epipolar lines: how well patches of a view are found in another one if the cameras followed
     that convention. Empty where no pair of pictures tells."""
-    known = source.scene(scene)
-    n, totals = len(known.c2w), {}
-    stride = max(1, n // MATCHED_SHARE)
-    for cond in pictures.evenly_spaced(range(n - stride), MATCHED_PAIRS):
-        try:
-            views = [images(source.image(scene, view)) for view in (cond, cond + stride)]
-            depth = torch.from_numpy(source.depth(scene, cond))
-        except Damaged:         # reported already
-            continue
-        found = {}
+    known, totals = source.scene(scene), {}
+    for cond, target, views, depths in pairs_of(source, scene, MATCHED_SHARE):
         for name, c2w in metrics.conventions(known.c2w).items():
-            pose = camera.relative_pose(c2w[cond], c2w[cond + stride])
+            pose = camera.relative_pose(c2w[cond], c2w[target])
             if pose[:3, 3].norm() > 0:
-                found[name] = metrics.match(*views, pose, float(known.fov), depth)
-        for name, value in found.items():
-            if not math.isnan(value):
-                totals.setdefault(name, []).append(value)
+                value = metrics.match(*views, pose, float(known.fov), depths[0])
+                if not math.isnan(value):
+                    totals.setdefault(name, []).append(value)
     return [{name: sum(values) / len(values) for name, values in totals.items()}] if totals else []
 
 
@@ -260,25 +241,24 @@ def say_matched(format, matches):
     """Prints what `matched` found of all scenes; whether the cameras follow another convention."""
     names = dict.fromkeys(name for found in matches for name in found)
     means = {name: sum(found.get(name, 0) for found in matches) / len(matches) for name in names}
-    best = max(means, key=means.get)
-    wrong = means[best] > means.get("as they are", 0) + BETTER
-    print(f"{'! ' * wrong}{format}: patches of {len(matches)} scenes are found where the cameras say "
-          f"with a correlation of {means.get('as they are', 0):.2f}"
-          + wrong * f", but with {means[best]:.2f} if the cameras were {best}: they follow another "
-          "convention")
+    best, own = max(means, key=means.get), means.get(AS_THEY_ARE, 0)
+    wrong = means[best] > own + BETTER
+    print(f"{'! ' * wrong}{format}: patches of {len(matches)} scenes are found where the cameras "
+          f"say with a correlation of {own:.2f}" + wrong * f", but with {means[best]:.2f} if the "
+          f"cameras were {best}: they follow another convention")
     return wrong
 
 
-def verify(given):
+def verify(args):
     """Exit status: 1 where anything is wrong."""
     unread = []
-    found = groups(given.shards, given.format, given.size, unread)
+    found = groups(args.shards, args.format, args.size, unread)
     total, wrong = Counter(shards=len(unread), problems=len(unread)), False
     for problem in unread:
         print(f"! {problem}")
     for (format, side), files in found.items():
         figures, matches = [], []
-        with ProcessPoolExecutor(min(max(given.workers, 1), len(files))) as pool:
+        with ProcessPoolExecutor(min(max(args.workers, 1), len(files))) as pool:
             results = pool.map(partial(verify_shard, format=format, side=side), files)
             for file, (views, problems, judged, compared) in zip(files, tqdm(
                     results, "verify", len(files), unit=" shards")):
@@ -286,12 +266,9 @@ def verify(given):
                 total += Counter(views=views, problems=len(problems), shards=1, blind=int(blind))
                 figures += judged
                 matches += compared
-                if blind:
-                    tqdm.write(f"{file.name}: cameras NOT checked: " + (
-                        "encoded views have no pictures" if format == "encoded" else
-                        "no two of its pictures tell"))
-                for problem in problems:
-                    tqdm.write(f"! {problem}")
+                for line in [f"! {problem}" for problem in problems] + blind * [
+                        f"{file.name}: cameras NOT checked: no two of its pictures tell"]:
+                    tqdm.write(line)
         if matches:
             wrong |= say_matched(format, matches)
         for what, agree in zip(("picture", "depth"), zip(*figures)):
@@ -309,22 +286,19 @@ def main(argv):
     """The exit status of `inspect` or `verify`."""
     parser = argparse.ArgumentParser(prog="data.py", description="Looks into shards.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, run, text in (
-            ("inspect", inspect, "print what shards hold, and draw views, depths and cameras"),
-            ("verify", verify, "read every member, and check cameras against images and depths")):
-        command = commands.add_parser(name, help=text, description=text)
+    for run, text, option, default, kind, what in (
+            (inspect, "print what shards hold, and draw views, depths and cameras", "--out",
+             "inspect.png", str, "the picture's name (%(default)s)"),
+            (verify, "read every member, and check cameras against images and depths", "--workers",
+             os.cpu_count() or 1, int, "processes (%(default)s)")):
+        command = commands.add_parser(run.__name__, help=text, description=text)
         command.set_defaults(run=run)
         command.add_argument("shards", nargs="+",
                              help="files, globs, {000..012} patterns, http:// addresses")
         command.add_argument("--format", choices=FORMATS, help="of the shards; else it is detected")
         command.add_argument("--size", type=int, help="side of the images in pixels; else detected")
-        if run is inspect:
-            command.add_argument("--out", default="inspect.png",
-                                 help="the picture's name (%(default)s)")
-        else:
-            command.add_argument("--workers", type=int, default=os.cpu_count() or 1,
-                                 help="processes")
-    given = parser.parse_args(argv)
-    if given.size is not None and given.size < 1:
-        raise ValueError(f"--size {given.size}: it must be at least 1")
-    return given.run(given)
+        command.add_argument(option, default=default, type=kind, help=what)
+    args = parser.parse_args(argv)
+    if args.size is not None and args.size < 1:
+        raise ValueError(f"--size {args.size}: it must be at least 1")
+    return args.run(args)

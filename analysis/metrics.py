@@ -35,7 +35,7 @@ def decibels(mse):
 def psnr(image, truth):
     """Peak signal-to-noise ratio in dB of (b, c, h, w) images in [-1, 1], each on its own: (b,)."""
     # departs: PSNR is of each view on its own; the reference takes the error of a whole batch at
-    # once, which depends on the batch.
+    # once, which depends on the batch [test_psnr_is_of_each_image_and_not_of_the_batch]
     return decibels((image - truth).square().mean(dim=(1, 2, 3)))
 
 
@@ -81,17 +81,16 @@ def load_lpips(net, backbone, device="cpu"):
     if net not in BACKBONES:
         raise ValueError(f"--lpips {net}: it is one of {', '.join(BACKBONES)}")
     name, smallest = BACKBONES[net]
-    module = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
-    state = read_file(backbone)
-    features = {key: state[key] for key in state if key.startswith("features.")}
-    # the package's slices keep torchvision's numbers of the layers
-    mine = {key: f"features.{key.partition('.')[2]}"
-            for key in module.net.state_dict()}
+    module, state = lpips.LPIPS(net=net, pnet_rand=True, verbose=False), read_file(backbone)
+    mine = {}
     for key, tensor in module.net.state_dict().items():
-        if mine[key] not in features or features[mine[key]].shape != tensor.shape:
-            raise ValueError(f"{backbone}: not torchvision's {name}: {mine[key]} of shape "
+        # the package's slices keep torchvision's numbers of the layers
+        theirs = f"features.{key.partition('.')[2]}"
+        if theirs not in state or state[theirs].shape != tensor.shape:
+            raise ValueError(f"{backbone}: not torchvision's {name}: {theirs} of shape "
                              f"{list(tensor.shape)} is not in it")
-    module.net.load_state_dict({key: features[mine[key]] for key in mine})
+        mine[key] = state[theirs]
+    module.net.load_state_dict(mine)
     module.to(device).eval().requires_grad_(False)
 
     def distance(image, truth):
@@ -240,17 +239,18 @@ class Followed:
 
 MATCH_SIDE, PATCH, SPACING, DEPTHS = 64, 7, 6, 96   # pixels; pixels; pixels; along a line
 TEXTURED = 0.03                                     # least standard deviation of a patch
+BEHIND = 1e-9
 
 
 def conventions(c2w):
     """{name: cameras (n, 4, 4)} that c2w would be if its convention were that one."""
-    def turned(*signs):
+    def turned(c2w, *signs):
         return c2w @ torch.diag(c2w.new_tensor([*signs, 1.0]))
 
-    inverse = torch.linalg.inv(c2w)
-    return {"as they are": c2w, "OpenCV": turned(1.0, -1.0, -1.0), "world-to-camera": inverse,
-            "world-to-camera, OpenCV": inverse @ torch.diag(c2w.new_tensor([1.0, -1.0, -1.0, 1.0])),
-            "mirrored": turned(-1.0, 1.0, 1.0), "upside down": turned(1.0, -1.0, 1.0)}
+    inverse, opencv = torch.linalg.inv(c2w), (1.0, -1.0, -1.0)
+    return {"as they are": c2w, "OpenCV": turned(c2w, *opencv), "world-to-camera": inverse,
+            "world-to-camera, OpenCV": turned(inverse, *opencv),
+            "mirrored": turned(c2w, -1.0, 1.0, 1.0), "upside down": turned(c2w, 1.0, -1.0, 1.0)}
 
 
 def match(image_cond, image, pose, fov, depth_cond):
@@ -265,32 +265,29 @@ def match(image_cond, image, pose, fov, depth_cond):
     depth = F.interpolate(depth_cond[None, None].double(), (s, s), mode="nearest")[0, 0]
     grey_cond, grey = (F.interpolate(x.mean(0)[None, None].double(), (s, s), mode="area")
                        for x in (image_cond, image))
-    patches = F.unfold(grey_cond, PATCH, stride=1)[0].T                     # (n, PATCH^2)
-    row, column = torch.meshgrid(*[torch.arange(reach, s - reach)] * 2, indexing="ij")
-    asked = depth[row, column] > 0 if depth.any() else (row % SPACING == 0) & (column % SPACING == 0)
-    asked = asked.flatten() & (patches.std(1) > TEXTURED)
+    patches = F.unfold(grey_cond, PATCH)[0].T                               # (n, p), p = PATCH^2
+    middle = depth[reach:s - reach, reach:s - reach].flatten()
+    grid = torch.zeros(s - 2 * reach, s - 2 * reach, dtype=torch.bool)
+    grid[reach::SPACING, reach::SPACING] = True
+    asked = (middle > 0 if depth.any() else grid.flatten()) & (patches.std(1) > TEXTURED)
     if not asked.any():
         return math.nan
-    patches, row, column = patches[asked], row.flatten()[asked], column.flatten()[asked]
-    offset = torch.arange(-reach, reach + 1)
-    y = (row[:, None, None] + offset[:, None]).expand(-1, PATCH, PATCH).flatten(1)
-    x = (column[:, None, None] + offset).expand(-1, PATCH, PATCH).flatten(1)
-    slope = math.tan(fov / 2)
-    ray = torch.stack([((x + 0.5) * 2 / s - 1) * slope, -((y + 0.5) * 2 / s - 1) * slope,
-                       -torch.ones_like(x, dtype=torch.float64)])            # (3, n, PATCH^2)
+    fov = torch.tensor([fov], dtype=torch.float64)
+    points = points_of(torch.ones(1, s, s, dtype=torch.float64), fov)
+    rays = F.unfold(points.view(1, 3, s, s), PATCH)[0].unflatten(0, (3, -1)).mT[:, asked]
     if depth.any():
-        inverse = 1 / depth[row, column][None]                              # (1, n)
+        inverse = 1 / middle[asked][None]                                   # (1, n)
     else:
         inverse = torch.linspace(0, 1, DEPTHS, dtype=torch.float64)[:, None] / pose[:3, 3].norm()
     there = torch.linalg.inv(pose.double())
-    # in homogeneous coordinates, so that an infinite depth is no exception
-    points = (torch.einsum("ij,jnp->inp", there[:3, :3], ray)[:, None]
-              + there[:3, 3, None, None, None] * inverse[None, :, :, None])  # (3, depths, n, p)
-    front = points[2] < -1e-9
-    place = torch.stack([points[0], -points[1]], -1) / (-points[2] * slope).clamp(min=1e-9)[..., None]
-    inside = (front & (place.abs() < 1).all(-1)).all(-1)                    # (depths, n)
-    found = F.grid_sample(grey, place.clamp(-2, 2).flatten(0, 1)[None], align_corners=False)
-    found = found[0, 0].unflatten(0, inside.shape)                          # (depths, n, p)
-    a, b = (values - values.mean(-1, keepdim=True) for values in (patches, found))
+    # in homogeneous coordinates, so that an infinite depth is no exception: (depths, 3, n * p)
+    points = (torch.einsum("ij,jnp->inp", there[:3, :3], rays)[None]
+              + there[:3, 3, None, None] * inverse[:, None, :, None]).flatten(2)
+    x, y, front = project(points, fov)
+    place = torch.stack([x, y], dim=-1).nan_to_num(math.inf).clamp(-2, 2)   # (depths, n * p, 2)
+    shape = len(place), *patches[asked].shape
+    inside = ((front > BEHIND) & (place.abs() < 1).all(-1)).view(shape).all(-1)     # (depths, n)
+    found = F.grid_sample(grey, place.flatten(0, 1)[None, None], align_corners=False).view(shape)
+    a, b = (values - values.mean(-1, keepdim=True) for values in (patches[asked], found))
     same = (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1)).clamp(min=1e-6)
     return torch.where(inside, same, 0).amax(0).clamp(min=0).mean().item()

@@ -10,11 +10,9 @@ import math
 from dataclasses import replace
 
 import torch
-from PIL import Image
 from torch.utils.data import Subset, default_collate
 
 import camera
-
 import data
 import depth
 import diffusion
@@ -32,26 +30,18 @@ TITLES = {"psnr": ("PSNR dB", 2), "ssim": ("SSIM", 3), "lpips_alex": ("LPIPS ale
 DISTANCES = (1, 2, 3)       # edges between buckets of camera distance, in radii of the scene
 SURE = 3                    # standard errors that make a difference clear
 BANDS = 4                   # equal parts of the timesteps, each with its own validation loss
-GRID_GAP = 2                # pixels between the images of a grid
-GRID_SIDE = 128             # pixels a side that small images are enlarged to, at least
-CASES = 4                   # rows of the sheet for the best, for the median, and for the worst
+CASES = 12                  # rows of the sheet, from the best pair to the worst
 FAST = {"psnr": metrics.psnr, "ssim": metrics.ssim}     # figures that need no weights
 
 
 # ---- pairs
 
-def held_out_sources(config):
-    """The sources of a Config that have held-out shards. Raises ValueError where none has."""
-    sources = [source for source in config.sources if source.held_out]
-    if not sources:
-        raise ValueError("no source has held_out shards, so there is nothing to score or to show")
-    return sources
-
-
 def held_out_pairs(config, count, fewer=False):
     """`count` fixed pairs of held-out views, spread evenly over the scenes: a Dataset. Raises
     ValueError where there are not so many; with `fewer` it takes what there is."""
-    sources = held_out_sources(config)
+    sources = [source for source in config.sources if source.held_out]
+    if not sources:
+        raise ValueError("no source has held_out shards, so there is nothing to score or to show")
     readers = [data.open_source(s, config.data, config.image_size, held_out=True) for s in sources]
     total = sum(s.probability for s in sources)
     pairs = data.Pairs(readers, [s.probability / total for s in sources], config.seed,
@@ -106,36 +96,40 @@ def judges_of(net, config, lpips=(), clip_files=()):
     return judges, notes
 
 
+def conditions(net, batch, config, depth_net):
+    """Of a batch of pairs: conditioning views (b, 3, h, w), pose vectors (b, d), true views."""
+    device = net.betas.device
+    batch["image_cond"] = data.images(batch["image_cond"].to(device))
+    T = depth.pose_vector(batch, config.mode, depth_net, config.quantile_blend).to(device)
+    return batch["image_cond"], T, data.images(batch["image_target"].to(device))
+
+
 @torch.no_grad()
 def views_of(net, batch, config, depth_net=None):
     """The model's answer to a batch of pairs, and the two true views: three of (b, 3, h, w)."""
-    device = net.betas.device
-    batch["image_cond"] = image_cond = data.images(batch["image_cond"].to(device))
-    T = depth.pose_vector(batch, config.mode, depth_net, config.quantile_blend).to(device)
+    image_cond, T, truth = conditions(net, batch, config, depth_net)
     views = diffusion.novel_views(net, image_cond, T, batch["number"].tolist(), config.seed,
                                   config.sampler, config.sample_steps, config.eta, config.guidance)
-    return views, image_cond, data.images(batch["image_target"].to(device))
-
-
-def baselines(image_cond):
-    """{name: guess (b, c, h, w)} of the target view by rules that know nothing of the camera."""
-    mean = image_cond.mean(dim=(2, 3), keepdim=True).expand_as(image_cond)
-    return {"repeat the view": image_cond, "its mean colour": mean}
+    return views, image_cond, truth
 
 
 def guesses_of(net, cases, config, depth_net=None):
-    """Of a batch of cases: ({method: (b, 3, h, w)}, truth, Followed, conditioning views, seen)."""
+    """Of a batch of cases: ({method: (b, 3, h, w)}, truth, and where depths are stored with the
+    cases a metrics.Followed and what of the conditioning view the target sees; else two None)."""
     batch = default_collate([item for item, _ in cases])
     views, image_cond, truth = views_of(net, batch, config, depth_net)
+    guesses = {MODEL: views, "repeat the view": image_cond,
+               "its mean colour": image_cond.mean(dim=(2, 3), keepdim=True).expand_as(image_cond)}
+    if not cases[0][1]:
+        return guesses, truth, None, None
     cond, target = (torch.stack([stored[name] for _, stored in cases]).to(views.device)
                     for name in ("depth_cond", "depth_target"))
     pose = camera.relative_pose(batch["cond_c2w"], batch["target_c2w"]).to(views)
     followed = metrics.Followed(image_cond, cond, target, pose, batch["fov"].to(views))
     # the baseline knows the depth of the conditioning view alone
     warped, seen = metrics.warp(image_cond, cond, pose, batch["fov"], torch.zeros_like(cond))
-    guesses = {MODEL: views, **baselines(image_cond),
-               WARP: torch.where(seen[:, None], warped, image_cond)}
-    return guesses, truth, followed, image_cond, seen
+    guesses[WARP] = torch.where(seen[:, None], warped, image_cond)
+    return guesses, truth, followed, seen
 
 
 @torch.no_grad()
@@ -148,18 +142,12 @@ def score(net, pairs, config, judges, depth_net=None, follows=False, rank=0, wor
     for start in progress(starts[rank::world], "evaluate", "batches",
                           quiet=rank > 0 or not follows):
         places = range(start, min(start + config.micro_batch, len(pairs)))
-        if follows:
-            cases = [case(pairs, place) for place in places]
-            guesses, truth, followed, *_ = guesses_of(net, cases, config, depth_net)
-        else:
-            cases = [(pairs[place], {}) for place in places]
-            batch = default_collate([item for item, _ in cases])
-            views, image_cond, truth = views_of(net, batch, config, depth_net)
-            guesses = {MODEL: views, **baselines(image_cond)}
+        cases = [case(pairs, place) if follows else (pairs[place], {}) for place in places]
+        guesses, truth, followed, _ = guesses_of(net, cases, config, depth_net)
         figures = {}
         for method, guess in guesses.items():
             found = {name: judge(guess, truth) for name, judge in judges.items()}
-            found |= followed(guess) if follows else {}
+            found |= followed(guess) if followed else {}
             figures[method] = {name: values.tolist() for name, values in found.items()}
         for i, (item, stored) in enumerate(cases):
             moved = (item["target_c2w"] - item["cond_c2w"])[:3, 3].norm()
@@ -182,16 +170,15 @@ def validation_loss(net, pairs, config, depth_net=None):
     A pair has one timestep in every band, and the same noise in all of them; both are functions of
     (seed, number), and no condition is dropped: figures of different runs can be compared.
     """
-    device, shape = net.betas.device, model.latent_shape(config)
-    width, losses = diffusion.TIMESTEPS // BANDS, [[] for _ in range(BANDS)]
+    shape, width = model.latent_shape(config), diffusion.TIMESTEPS // BANDS
+    losses = [[] for _ in range(BANDS)]
     for start in range(0, len(pairs), config.micro_batch):
         places = range(start, min(start + config.micro_batch, len(pairs)))
         batch = default_collate([pairs[k] for k in places])
-        batch["image_cond"] = image_cond = data.images(batch["image_cond"].to(device))
-        T = depth.pose_vector(batch, config.mode, depth_net, config.quantile_blend).to(device)
-        mean, logvar = net.encode(data.images(batch["image_target"].to(device)))
+        image_cond, T, truth = conditions(net, batch, config, depth_net)
+        mean, logvar = net.encode(truth)
         z_cond, embedding = net.encode(image_cond)[0], net.embed(image_cond)
-        draws = diffusion.draw(config.seed, batch["number"].to(device), shape)
+        draws = diffusion.draw(config.seed, batch["number"].to(net.betas.device), shape)
         for band in range(BANDS):
             inside = replace(draws, t=band * width + draws.t // BANDS)
             losses[band].append(net(mean, logvar, z_cond, embedding, T, inside, (0, 0, 0)).cpu())
@@ -207,14 +194,14 @@ def validate(net, pairs, config, depth_net=None):
     """
     # departs: samples of a validation are of at most validate_steps steps of DPM-Solver++, the
     # reference's of 50 of DDIM; evaluate.py has the run's own sampler
+    # [test_a_validation_takes_few_steps_and_says_what_the_log_needs]
     pairs = Subset(pairs, range(min(len(pairs), config.validate_pairs)))
     fewer = replace(config, sampler="dpm++",
                     sample_steps=min(config.sample_steps, config.validate_steps))
     means = means_of(score(net, pairs, fewer, FAST, depth_net))
     losses = validation_loss(net, pairs, config, depth_net)
     return {"val_psnr": means[MODEL]["psnr"], "val_ssim": means[MODEL]["ssim"],
-            "val_baseline_psnr": max(found["psnr"] for method, found in means.items()
-                                     if method != MODEL),
+            "val_baseline_psnr": means[best_baseline(means)]["psnr"],
             "val_loss": sum(losses.values()) / len(losses),
             **{f"val_loss_{band}": loss for band, loss in losses.items()}}
 
@@ -225,21 +212,14 @@ def mean_and_error(values, scenes):
     """(mean, standard error, count). Pairs of one scene are not independent of each other, so the
     error is that of means over scenes; with one pair a scene it is the usual one."""
     values = torch.tensor(values, dtype=torch.float64)
-    mean, sums = values.mean().item() if len(values) else float("nan"), {}
+    mean, sums = values.mean().item() if len(values) else math.nan, {}
     for value, scene in zip(values.tolist(), scenes):
         sums[scene] = sums.get(scene, 0.0) + value - mean
     groups = len(sums)
     if groups < 2:
-        return mean, float("nan"), len(values)
+        return mean, math.nan, len(values)
     variance = sum(total**2 for total in sums.values()) * groups / (groups - 1)
     return mean, variance**0.5 / len(values), len(values)
-
-
-def figure(rows, method, name):
-    """(mean, standard error, count) of one figure of a method over the rows that have it."""
-    having = [row for row in rows if name in row["scores"].get(method, {})]
-    return mean_and_error([row["scores"][method][name] for row in having],
-                          [row["scene"] for row in having])
 
 
 def difference(rows, method, other, name="psnr", others=None):
@@ -254,128 +234,122 @@ def difference(rows, method, other, name="psnr", others=None):
     return mean_and_error(values, scenes)
 
 
+def cells(rows, method):
+    """{figure: {mean, se, n}} of a method over the rows that have the figure."""
+    found = {}
+    for name in TITLES:
+        having = [row for row in rows if name in row["scores"].get(method, {})]
+        if having:
+            mean, error, count = mean_and_error([row["scores"][method][name] for row in having],
+                                                [row["scene"] for row in having])
+            # null is what JSON has where no error exists
+            found[name] = {"mean": mean, "se": None if math.isnan(error) else error, "n": count}
+    return found
+
+
+def methods_of(rows):
+    """{method: its `cells`}, in the order of the rows."""
+    return {method: cells(rows, method)
+            for method in dict.fromkeys(method for row in rows for method in row["scores"])}
+
+
 def means_of(rows):
     """{method: {figure: mean}}."""
-    methods = dict.fromkeys(method for row in rows for method in row["scores"])
-    return {method: {name: figure(rows, method, name)[0] for name in TITLES
-                     if any(name in row["scores"].get(method, {}) for row in rows)}
-            for method in methods}
+    return {method: {name: cell["mean"] for name, cell in found.items()}
+            for method, found in methods_of(rows).items()}
 
 
-def bucket(distance):
-    """The name of the bucket that a camera distance, in radii of the scene, falls into."""
-    edges = [0, *DISTANCES]
-    i = sum(distance >= edge for edge in DISTANCES)
+def bucket(row):
+    """The name of the bucket that a row's camera distance, in radii of the scene, falls into."""
+    edges, i = [0, *DISTANCES], sum(row["distance"] >= edge for edge in DISTANCES)
     return f"{edges[i]} to {edges[i + 1]} radii" if i < len(DISTANCES) else f"{edges[i]} radii up"
 
 
 def summarize(rows):
     """{"methods": {method: {figure: {mean, se, n}}}, "sources": of the model, "distances"}."""
-    def cells(part, method):
-        found = {name: figure(part, method, name) for name in TITLES}
-        # null is what JSON has where no error exists
-        return {name: {"mean": mean, "se": error if math.isfinite(error) else None, "n": count}
-                for name, (mean, error, count) in found.items() if count}
-
     def by(key):
         groups = {}
         for row in rows:
             groups.setdefault(key(row), []).append(row)
         return {group: cells(groups[group], MODEL) for group in sorted(groups)}
 
-    methods = list(dict.fromkeys(method for row in rows for method in row["scores"]))
-    return {"methods": {method: cells(rows, method) for method in methods},
-            "sources": by(lambda row: row["source"]),
-            "distances": by(lambda row: bucket(row["distance"]))}
+    return {"methods": methods_of(rows), "sources": by(lambda row: row["source"]),
+            "distances": by(bucket)}
 
 
 # ---- text
 
 def table(title, cells):
-    """Lines of text of {row: {figure: {mean, se, n}}}."""
+    """Lines of text of {row: {figure: {mean, se, n}}}; an error stands where there is one."""
+    def text(row, name, digits):
+        if name not in row:
+            return "-"
+        mean, error = row[name]["mean"], row[name]["se"]
+        return f"{mean:.{digits}f}" + ("" if error is None else f" +- {error:.{digits}f}")
+
     names = [name for name in TITLES if any(name in row for row in cells.values())]
     width = max(map(len, [title, *cells]))
     lines = ["  ".join([f"{title:{width}}", "pairs", *(f"{TITLES[n][0]:>16}" for n in names)])]
     for label, row in cells.items():
-        texts = [f"{row[n]['mean']:.{TITLES[n][1]}f}{plus_minus(row[n]['se'], TITLES[n][1])}"
-                 if n in row else "-" for n in names]
         lines.append("  ".join([f"{label:{width}}", f"{max(r['n'] for r in row.values()):5}",
-                                *(f"{text:>16}" for text in texts)]))
+                                *(f"{text(row, n, TITLES[n][1]):>16}" for n in names)]))
     return lines
 
 
-def plus_minus(error, digits):
-    """A standard error behind its figure; nothing where it is None or nan, as of a single scene."""
-    return "" if error is None or math.isnan(error) else f" +- {error:.{digits}f}"
+def best_baseline(means):
+    """The best method by PSNR among those that know nothing of the camera."""
+    return max((method for method in means if method not in (MODEL, WARP)),
+               key=lambda method: means[method]["psnr"])
+
+
+def judged(mean, error, above, below, equal):
+    """The word for a difference, by SURE standard errors."""
+    return above if mean > SURE * error else below if mean < -SURE * error else equal
 
 
 def verdict(rows):
     """The line that compares the model with the best baseline, by the paired difference in dB."""
-    means = means_of(rows)
-    best = max((method for method in means if method not in (MODEL, WARP)),
-               key=lambda method: means[method]["psnr"])
+    best = best_baseline(means_of(rows))
     margin, error, _ = difference(rows, MODEL, best)
     if math.isnan(error):
         return (f"the model is {margin:+.2f} dB from the best baseline ({best}) on one scene, which"
                 " tells nothing of others")
-    clear = SURE * error
-    verb = "beats" if margin > clear else "loses to" if margin < -clear else "equals, within noise,"
+    verb = judged(margin, error, "beats", "loses to", "equals, within noise,")
     return f"the model {verb} the best baseline ({best}): {margin:+.2f} dB +- {error:.2f}"
 
 
-def screen(found, rows):
-    """All tables and the verdict, as lines."""
-    lines = []
-    for title, key in (("method", "methods"), ("source", "sources"),
-                       ("camera distance", "distances")):
-        lines += [*table(title, found[key]), ""]
-    return [*lines, verdict(rows)]
+def screen(found):
+    """The tables of a summary, as lines."""
+    return [line for title, key in (("method", "methods"), ("source", "sources"),
+                                    ("camera distance", "distances"))
+            for line in [*table(title, found[key]), ""]]
 
 
 def report(rows):
-    """The PSNR of every method as lines of text, best first, and the verdict: a run's last lines."""
-    means = {method: figure(rows, method, "psnr") for method in means_of(rows)}
-    width = max(map(len, means))
+    """A run's last lines: the methods, and the verdict."""
     return [f"held-out PSNR over {len(rows)} pairs of scenes never seen in training",
-            *(f"  {method:{width}}  {means[method][0]:6.2f} dB{plus_minus(means[method][1], 2)}"
-              for method in sorted(means, key=lambda method: -means[method][0])), verdict(rows)]
+            *table("method", methods_of(rows)), verdict(rows)]
 
 
 # ---- pictures
 
-def grid(columns):
-    """Rows of images side by side, one column a list entry (b, 3, h, w) in [-1, 1]: a PIL image."""
-    side = columns[0].shape[-1]
-    factor = -(-GRID_SIDE // side)
-    columns = [x.float().clamp(-1, 1).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-               for x in columns]
-    border = (0, GRID_GAP, 0, GRID_GAP)
-    rows = torch.cat([torch.cat([torch.nn.functional.pad(image, border, value=1.0)
-                                 for image in row], dim=2) for row in zip(*columns)], dim=1)
-    pixels = ((rows + 1) * 127.5).round().byte().permute(1, 2, 0)       # (h, w, 3)
-    return Image.fromarray(pixels.cpu().numpy())
-
-
-def chosen(rows, count=CASES):
-    """[(label, place in rows)] of the best, the median and the worst pairs, by the model's PSNR."""
-    order = sorted(range(len(rows)), key=lambda i: -rows[i]["scores"][MODEL]["psnr"])
-    count = min(count, -(-len(order) // 3))
-    middle = (len(order) - count) // 2
-    return [(label, place) for label, places in
-            (("best", order[:count]), ("median", order[middle:middle + count]),
-             ("worst", order[len(order) - count:])) for place in places]
+def grid(image_cond, truth, views):
+    """The sheet of pairs, a row each, of images (b, 3, h, w) in [-1, 1]."""
+    return pictures.sheet([[("photo", pictures.image(a)), ("truth", pictures.image(b)),
+                            ("sample", pictures.image(c))]
+                           for a, b, c in zip(image_cond, truth, views)])
 
 
 def cases_sheet(net, pairs, config, rows, depth_net=None):
-    """The sheet of the best, median and worst pairs, a row each: conditioning view, truth, the
+    """The sheet of some pairs from the best to the worst, a row each: conditioning view, truth, the
     model's view, and the conditioning view warped by its depth, where there is one."""
+    places = sorted(range(len(rows)), key=lambda i: -rows[i]["scores"][MODEL]["psnr"])
     lines = []
-    for label, place in chosen(rows):
-        guesses, truth, _, image_cond, seen = guesses_of(net, [case(pairs, place)], config,
-                                                         depth_net)
-        psnr = rows[place]["scores"][MODEL]["psnr"]
-        line = [(f"{label}: pair {rows[place]['number']}", image_cond[0]), ("truth", truth[0]),
-                (f"model {psnr:.1f} dB", guesses[MODEL][0])]
+    for place in pictures.evenly_spaced(places, CASES):
+        guesses, truth, _, seen = guesses_of(net, [case(pairs, place)], config, depth_net)
+        line = [(f"pair {rows[place]['number']}", guesses["repeat the view"][0]),
+                ("truth", truth[0]),
+                (f"model {rows[place]['scores'][MODEL]['psnr']:.1f} dB", guesses[MODEL][0])]
         if WARP in rows[place]["scores"]:
             warped = torch.where(seen, guesses[WARP][0], torch.ones_like(truth[0]))
             line.append((f"warp, {seen.float().mean():.0%} seen", warped))

@@ -1,16 +1,14 @@
-"""Rows, clocks, ceilings, and processes that measure one variant each.
+"""Rows, clocks, the ceiling, and processes that measure one variant each.
 
 A row is a dict {name, variant, what, value, unit} and, where they apply, {peer, peer_value, ratio,
 ceiling_share}. ratio: value / peer_value; ceiling_share: share of what a large bf16 product has in
-the same run. A variant has a process and a time limit of its own: one that fails or compiles for
-too long costs the others nothing, and its peak memory is its own.
+the same run. Each variant has a process of its own, so its peak memory is its own too.
 """
 
+import math
 import multiprocessing
 import os
-import platform
 import re
-import signal
 import sys
 import time
 import traceback
@@ -23,7 +21,6 @@ from runtime import cost
 GB = 1e9
 CEILING = "sustained bf16 product"
 SUSTAINED = 4.0                         # seconds of products, after which a GPU runs at its limit
-SHORTEST = 5                            # seconds that are worth beginning with
 SHOWN = 12                              # last lines of an error that are shown
 LISTED = 60                             # kernels of a profile
 
@@ -52,7 +49,7 @@ def row(variant, what, value, unit, **more):
 
 
 def finish(rows, peers):
-    """Puts peers' values and shares of the ceiling into rows, and where they were measured.
+    """Puts peers' values, shares of the ceiling, and where they were measured into rows.
 
     peers: {variant: variants that it is compared with}; the first that has the same row counts.
     """
@@ -77,9 +74,8 @@ def hardware():
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{os.cpu_count()} cores of {names[0] if names else platform.processor() or 'a CPU'}"
+    name = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    return f"{os.cpu_count()} cores of {name[1] if name else 'a CPU'}"
 
 
 def table(rows):
@@ -98,68 +94,43 @@ def table(rows):
 # ---- processes
 
 def collect(jobs, seconds):
-    """The rows of jobs (label, limit in seconds, generator function, *its arguments), in order,
-    within `seconds` in all."""
-    rows, end = [], time.monotonic() + seconds
-    for label, limit, function, *arguments in jobs:
-        limit = min(limit, end - time.monotonic())
-        if limit < SHORTEST:
-            print(f"-- {label}: no time left for it", flush=True)
-            continue
-        rows += in_process(label, limit, function, *arguments)
-    return rows
-
-
-def in_process(label, limit, function, *arguments):
-    """The rows that a generator function yields in a process of its own, printed as they come."""
-    print(f"-- {label}, at most {limit:.0f} s", flush=True)
-    context, rows = multiprocessing.get_context("spawn"), []
-    box, send = context.Pipe(duplex=False)
-    process = context.Process(target=answer, args=(send, function, arguments))
-    process.start()
-    send.close()
-    end, found = time.monotonic() + limit, {}
-    try:
-        while found is not None:
-            if not box.poll(max(0, end - time.monotonic())):
-                print(f"-- {label}: stopped after {limit:.0f} s", flush=True)
-                break
-            found = box.recv()
-            if isinstance(found, str):
-                print(f"-- {label} failed:\n{found}", flush=True)
-            elif found:
+    """The rows of jobs (label, generator function, *its arguments), printed as they come. Each job
+    runs in a process of its own: one that fails costs the others nothing. No job goes on when
+    `seconds` have passed since the first began."""
+    context, rows, end = multiprocessing.get_context("spawn"), [], time.monotonic() + seconds
+    for label, *job in jobs:
+        print(f"-- {label}", flush=True)
+        box, send = context.Pipe(duplex=False)
+        process = context.Process(target=answer, args=(send, *job))
+        process.start()
+        send.close()
+        try:
+            while box.poll(max(0, end - time.monotonic())):
+                found = box.recv()
+                if isinstance(found, str):
+                    print(f"-- {label} {found}", flush=True)
+                    break
                 rows.append(found)
                 print(f"{found['name']}  {found['value']:.4g} {found['unit']}", flush=True)
-    except EOFError:
-        print(f"-- {label} failed: its process ended by itself", flush=True)
-    finally:
-        stop(process)
+            else:
+                print(f"-- {label}: no time left, of {seconds:.0f} s in all", flush=True)
+        except EOFError:
+            print(f"-- {label} failed: its process ended by itself", flush=True)
+        process.kill()
+        process.join()
     return rows
 
 
-def answer(send, function, arguments):
-    """In the new process: sends the rows, what went wrong, and None at the end."""
-    if hasattr(os, "setsid"):
-        os.setsid()         # a group of its own, with the compilers that it starts
+def answer(send, function, *arguments):
+    """In the new process: sends the rows, and then how it ended."""
     try:
         for found in function(*arguments):
             send.send(found)
+        send.send("is done")
     except ImportError as err:
-        send.send(f"{err.name} is not installed: pip install {err.name}")
+        send.send(f"failed: {err.name} is not installed: pip install {err.name}")
     except Exception:       # whatever a variant dies of is shown, and the others go on
-        send.send("\n".join(traceback.format_exc().splitlines()[-SHOWN:]))
-    send.send(None)
-
-
-def stop(process):
-    """Ends a process and, where the system has groups, the compilers that it started."""
-    try:
-        if hasattr(os, "killpg"):
-            os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:          # it has ended, or has no group yet
-        pass
-    process.kill()
-    process.join()
+        send.send("\n".join(["failed:", *traceback.format_exc().splitlines()[-SHOWN:]]))
 
 
 # ---- clocks
@@ -168,57 +139,45 @@ def device_here():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def median_seconds(function, runs, seconds=0.0):
-    """Median seconds of a call that is timed by itself: at least `runs` calls, and `seconds`."""
-    taken, start = [], time.perf_counter()
-    while len(taken) < runs or time.perf_counter() - start < seconds:
-        cost.synchronize(device_here())
-        began = time.perf_counter()
-        function()
-        cost.synchronize(device_here())
-        taken.append(time.perf_counter() - began)
-    return sorted(taken)[len(taken) // 2]
-
-
-def seconds_in_a_row(function, runs, seconds):
-    """Mean seconds of calls that follow each other without a wait, as those of training do, after
-    one that is not counted: at least `runs` calls, and `seconds`."""
+def seconds_of_one(function):
+    """Seconds of one call."""
+    cost.synchronize(device_here())
+    start = time.perf_counter()
     function()
     cost.synchronize(device_here())
+    return time.perf_counter() - start
+
+
+def seconds_of(function, seconds, in_a_row=1):
+    """Mean seconds of a call after one that is not counted, over at least so many `seconds`.
+    in_a_row: calls that follow each other without a wait for the device, as those of training."""
+    seconds_of_one(function)
     start, calls = time.perf_counter(), 0
-    while calls < runs or time.perf_counter() - start < seconds:
-        for _ in range(runs):
+    while calls == 0 or time.perf_counter() - start < seconds:
+        for _ in range(in_a_row):
             function()
-        calls += runs
+        calls += in_a_row
         cost.synchronize(device_here())
     return (time.perf_counter() - start) / calls
 
 
 @torch.no_grad()
-def ceilings(tiny=False):
-    """Yields the rates of a large bf16 product, alone and one after the other, and of a copy."""
+def ceiling(tiny=False):
+    """Yields the rate of a large bf16 product, run until a GPU has come to its limit."""
     device = device_here()
-    yield row("bf16 product alone", "", cost.ceiling(device, "bf16") / 1e12, "TFLOP/s")
     side = 256 if tiny else cost.CEILING_SIDE.get(device.type, cost.SMALL_SIDE)
     a, b = torch.randn(2, side, side, device=device).bfloat16()
-    seconds = seconds_in_a_row(lambda: a @ b, 10, 0.1 if tiny else SUSTAINED)
+    seconds = seconds_of(lambda: a @ b, 0.1 if tiny else SUSTAINED, in_a_row=10)
     yield row(CEILING, "", 2 * side**3 / seconds / 1e12, "TFLOP/s")
-    values = torch.zeros(8 * side**2, device=device)
-    seconds = seconds_in_a_row(lambda: values.clone(), 3, 0.1)
-    yield row("copy, bytes read and written", "", 2 * values.nbytes / seconds / GB, "GB/s")
 
 
 def peak_gb():
-    """GB of GPU memory that this process has had at most; on a CPU, of resident memory."""
+    """GB of GPU memory that this process has had at most; on a CPU, of resident memory, or nan."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / GB
-    status = Path("/proc/self/status")
-    if status.exists():         # getrusage's would begin with that of the process that started us
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024 / GB
-    import resource
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GB
+    status = Path("/proc/self/status")      # getrusage's begins with that of the parent process
+    peak = re.search(r"VmHWM:\s*(\d+)", status.read_text() if status.exists() else "")
+    return int(peak[1]) * 1024 / GB if peak else math.nan
 
 
 # ---- where the time goes
@@ -228,22 +187,21 @@ def kind(kernel):
     return next((name for name, pattern in KINDS if re.search(pattern, kernel)), "others")
 
 
-def profile(variant, function, calls=1):
+def profile(variant, function):
     """Yields ms of a call by kind of kernel, and lists the kernels that take longest."""
     activity, cuda = torch.profiler.ProfilerActivity, torch.cuda.is_available()
-    seconds = median_seconds(function, 3)
+    ms_of_all = 1e3 * seconds_of(function, 1.0)
     with torch.profiler.profile(activities=[activity.CUDA if cuda else activity.CPU]) as profiled:
-        for _ in range(calls):
-            function()
+        function()
         cost.synchronize(device_here())
     kernels, totals = [], {}
     for event in profiled.key_averages():
-        ms = (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e3 / calls
-        kernels.append((ms, event.count / calls, event.key))
+        ms = (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e3
+        kernels.append((ms, event.count, event.key))
         totals[kind(event.key)] = totals.get(kind(event.key), 0) + ms
-    yield row(variant, "all", 1e3 * seconds, "ms")
+    yield row(variant, "all", ms_of_all, "ms")
     for label, ms in sorted(totals.items(), key=lambda item: -item[1]):
         yield row(variant, label, ms, "ms")
-    yield row(variant, "gaps", max(0.0, 1e3 * seconds - sum(totals.values())), "ms")
+    yield row(variant, "gaps", max(0.0, ms_of_all - sum(totals.values())), "ms")
     for ms, count, kernel in sorted(kernels, reverse=True)[:LISTED]:
-        print(f"{ms:9.3f} ms {count:7.1f} x  [{kind(kernel)}]  {kernel[:150]}", flush=True)
+        print(f"{ms:9.3f} ms {count:5} x  [{kind(kernel)}]  {kernel[:150]}", flush=True)

@@ -9,7 +9,6 @@ random weights. A variant's name says whose network it is and how it runs.
 import functools
 import os
 import socket
-import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -23,21 +22,19 @@ import engine
 import model
 import vae
 from benchmarks import peers
-from benchmarks.measure import (GB, ceilings, collect, device_here, finish, median_seconds, peak_gb,
-                                profile, row, seconds_in_a_row)
+from benchmarks.measure import (GB, ceiling, collect, device_here, finish, peak_gb, profile, row,
+                                seconds_of, seconds_of_one)
 from configs import Config, Source
 from runtime import cost
 from runtime import ranks as distributed
 from runtime.optimizer import Ema, Optimizer
 from runtime.ranks import ALONE
 
-EMBEDDING, SIDE = 768, 256             # width of the image embedding; pixels a side of views
+EMBEDDING, SIDE = 768, 256              # width of the image embedding; pixels a side of views
 WARMED_UP = 1000                        # a step with the full learning rate
-WARM, LEAST_STEPS, MEASURED = 3, 5, 4.0         # steps; steps; seconds
-PROFILED = 3                            # steps
-RUNS, SECONDS = 5, 3.0                  # a time is the median of so many, or so long
+WARM, IN_A_ROW = 3, 5                   # steps before the clock starts; between looks at it
+SECONDS = {False: 4.0, True: 0.0}       # that a rate is measured for; of a tiny network one round
 STEPS, FEW_STEPS, PROFILED_STEPS = 50, 20, 10   # of DDIM, of DPM-Solver++, of a profile
-VIEWS, TINY_VIEWS = 64, 2               # encoded at once
 CHECKED = 20                            # steps of `scale --check`
 MIB = 2**20
 TINY = {"latent": "pixels", "image_size": 32, "model_channels": 32, "channel_mult": (1, 2),
@@ -45,14 +42,9 @@ TINY = {"latent": "pixels", "image_size": 32, "model_channels": 32, "channel_mul
         "norm_groups": 8}
 ROOT = Path(__file__).parents[1]
 
-# Parts of the engine: where each lies, and the rates that it is for.
-PARTS = {"adamw": ("engine/adamw.py", ("train",)),
-         "noise": ("engine/noise.py", ("train", "sample")),
-         "norm": ("engine/norm.py", ("train", "sample", "encode")),
-         "geglu": ("engine/geglu.py", ("train", "sample")),
-         "conv": ("engine/conv.py", ("train", "sample")),
-         "unet": ("engine/unet.py", ("sample",))}
-
+# Parts of the engine, and the rates that each is for.
+PARTS = {"noise": ("train", "sample"), "norm": ("train", "sample", "encode"),
+         "geglu": ("train", "sample"), "conv": ("train", "sample", "encode"), "unet": ("sample",)}
 
 # Ours, the peer's, and what encodes; each is built for `tiny`.
 ENCODERS = {"VAE": (lambda tiny: vae.AutoencoderKL(*((32, (1, 2)) if tiny else ())),
@@ -74,7 +66,7 @@ def network(config, peer=False, autoencoder=None):
     diffusers' UNet if `peer`."""
     channels = model.latent_shape(config)[0]
     with device_here():
-        unet = peers.unet(config, channels) if peer else model.UNet(
+        unet = peers.UNet(config, channels) if peer else model.UNet(
             2 * channels, channels, config.model_channels, config.channel_mult,
             config.num_res_blocks, config.attention_resolutions, config.num_heads,
             config.context_dim, norm_groups=config.norm_groups)
@@ -84,15 +76,12 @@ def network(config, peer=False, autoencoder=None):
         if not parameter.any():
             nn.init.normal_(parameter, std=0.01)
     engine.convert(net)
-    return net
+    return net.to(device_here())        # the schedule's tables and the pose columns too
 
 
 class Step:
-    """A whole step of training at every call, by our UNet or diffusers'.
-
-    images: of raw pairs instead of encoded ones, so that autoencoder and CLIP are in the step.
-    """
-    def __init__(self, config, ranks=ALONE, peer=False, compiled=True, images=False):
+    """A whole step of training at every call, by our UNet or diffusers'."""
+    def __init__(self, config, ranks=ALONE, peer=False, compiled=True):
         torch.manual_seed(0)
         self.net, self.device = network(config, peer).train(), device_here()
         engine.channels_last(self.net)
@@ -104,8 +93,6 @@ class Step:
         elif compiled:
             engine.compiled(self.net)
         self.config, self.ranks, self.wrapped = config, ranks, ranks.wrap(self.net)
-        self.autocast = torch.autocast(self.device.type, torch.bfloat16)
-        self.images = Images(config, peer) if images else None
         self.passes = self.forward_backward
         self.use(self.pairs(config.micro_batch), torch.arange(config.micro_batch))
 
@@ -123,9 +110,7 @@ class Step:
         self.tensors = *pairs, *vars(draws).values()
 
     def forward_backward(self, *tensors):
-        with self.autocast:
-            if self.images:
-                tensors = *self.images(), *tensors[4:]
+        with torch.autocast(self.device.type, torch.bfloat16):
             loss = self.wrapped(*tensors[:5], diffusion.Draws(*tensors[5:]), self.config.drop)
             loss.mean().backward()
         return loss.detach()
@@ -138,115 +123,93 @@ class Step:
         return loss
 
 
-class Images:
-    """What the frozen networks make of images, at every call: mean, logvar, z_cond, embedding.
-
-    Ours are cast by autocast, as in training; the peers' have weights in bf16.
-    """
-    def __init__(self, config, peer):
-        device, networks = device_here(), []
-        dtype = torch.bfloat16 if peer and device.type == "cuda" else torch.float32
-        for ours, theirs, method in ENCODERS.values():
-            with device:
-                network = (theirs if peer else ours)(config.image_size < SIDE)
-            engine.convert(network)
-            network.to(device, dtype, memory_format=torch.channels_last)
-            networks.append(network.eval().requires_grad_(False))
-            setattr(self, method, torch.compile(getattr(network, method), dynamic=False))
-        self.networks = networks
-        shape = config.micro_batch, 3, config.image_size, config.image_size
-        self.target, self.cond = torch.rand(2, *shape, device=device, dtype=dtype) * 2 - 1
-
-    @torch.no_grad()
-    def __call__(self):
-        mean, logvar = self.encode(self.target)
-        found = mean, logvar, self.encode(self.cond)[0], self.encode_image(self.cond)
-        return [values.float() for values in found]
-
-
-def measure_training(variant, batch, tiny, where="", without=()):
+def measure_training(variant, batch, tiny, where=False, without=()):
     """Yields pairs a second, time to the first step, peak memory; then the same as a CUDA graph."""
-    engine.kernels.enabled.update(dict.fromkeys(without, False))
+    leave_out(without)
     device, what = device_here(), f"batch {batch}"
-    torch.backends.cudnn.benchmark = device.type == "cuda"
     step = Step(config_of(tiny, batch, device=device.type), peer="diffusers" in variant,
-                compiled="eager" not in variant, images="images" in variant)
-    start = time.perf_counter()
+                compiled="eager" not in variant)
+    first = seconds_of_one(step)
     if not step().isfinite().all():
         raise ValueError(f"{variant}, {what}: the loss is not finite")
-    yield row(variant, f"{what}: first step", time.perf_counter() - start, "s")
-    for _ in range(WARM):
-        step()
+    variant += names_of(without)
     if where:
-        yield from profile(f"{variant}, {what}", step, PROFILED)
+        yield from profile(f"{variant}, {what}", step)
         return
-    enough = (2, 0.0) if tiny else (LEAST_STEPS, MEASURED)
-    yield row(variant, what, batch / seconds_in_a_row(step, *enough), "pairs/s")
-    yield row(variant, f"{what}: peak memory", peak_gb(), "GB")
+
+    def rate(what):
+        for _ in range(WARM):
+            step()
+        yield row(variant, what, batch / seconds_of(step, SECONDS[tiny], IN_A_ROW), "pairs/s")
+        yield row(variant, f"{what}: peak memory", peak_gb(), "GB")
+
+    yield row(variant, f"{what}: first step", first, "s")
+    yield from rate(what)
     if device.type == "cuda" and not without:
         torch.cuda.reset_peak_memory_stats()    # while it is recorded a graph has all that it needs
         step.passes = engine.Recorded(step.passes, step.net.parameters())
-        step()
-        yield row(variant, f"{what}, CUDA graph", batch / seconds_in_a_row(step, *enough),
-                  "pairs/s")
-        yield row(variant, f"{what}, CUDA graph: peak memory", peak_gb(), "GB")
+        yield from rate(f"{what}, CUDA graph")
 
 
-# Seconds that a variant may take on an H200. Ours first; the peer of each is behind it.
-TRAINING = {"compiled": 240, "eager": 90, "compiled, from images": 240, "diffusers, compiled": 240,
-            "diffusers, eager": 90, "diffusers, compiled, from images": 300}
-PEERS = {"compiled": ["diffusers, compiled"], "eager": ["diffusers, eager"],
-         "compiled, from images": ["diffusers, compiled, from images"]}
+def leave_out(parts):
+    """Begins a measurement, by PyTorch's operations in place of these parts of the engine."""
+    engine.kernels.enabled.update(dict.fromkeys(parts, False))
+    torch.backends.cudnn.benchmark = torch.cuda.is_available()
+
+
+def names_of(parts):
+    return "".join(f" without {part}" for part in parts)
+
+
+def jobs_of(args, measure, *options):
+    """Jobs of `measure` for --variants, behind that of the ceiling; or for --where alone."""
+    if args.where:
+        return [(args.where, measure, args.where, *options, args.tiny, True)]
+    return ([("ceiling", ceiling, args.tiny)] * args.ceilings
+            + [(variant, measure, variant, *options, args.tiny) for variant in args.variants])
 
 
 def run_train(args):
-    """Training steps: the first variant at every batch, then the others batch by batch."""
-    if args.where:
-        jobs = [(args.where, 300, measure_training, args.where, args.batch[0], args.tiny, True)]
-    else:
-        first, *others = args.variants
-        order = [(first, batch) for batch in args.batch]
-        order += [(variant, batch) for batch in args.batch for variant in others]
-        jobs = [("ceilings", 60, ceilings, args.tiny)] * args.ceilings
-        jobs += [(f"{variant} at batch {batch}", TRAINING[variant], measure_training, variant,
-                  batch, args.tiny) for variant, batch in order]
+    """Training steps, at one batch after the other."""
+    jobs = []
+    for batch in args.batch[:1] if args.where else args.batch:
+        jobs += jobs_of(args, measure_training, batch)[bool(jobs and args.ceilings):]
     rows = collect(jobs, args.seconds_limit)
     work = (1 + cost.BACKWARD) * cost.of(config_of(args.tiny), ALONE, 1).flops      # of a pair
     for entry in rows:
-        if entry["unit"] == "pairs/s" and "images" not in entry["variant"]:
+        if entry["unit"] == "pairs/s":
             entry["flops"] = work * entry["value"]
-    return finish(rows, PEERS)
+    return finish(rows, {entry["variant"]: [f"diffusers, {entry['variant']}"] for entry in rows})
 
 
 # ---- ranks
 
 def run_scale(args):
-    """Training steps on 1 to N GPUs of one machine, as many pairs on each."""
-    worlds = args.gpus or sorted({1, max(1, torch.cuda.device_count())})
-    jobs = []
+    """Training steps on 1 to N GPUs of one machine: --batch pairs on each, or in all to --check."""
+    worlds, jobs = args.gpus or sorted({1, max(1, torch.cuda.device_count())}), []
     for world in worlds:
+        if args.check and args.batch % world:
+            raise ValueError(f"{args.batch} pairs do not divide among {world} GPUs")
+        batch = args.batch // world if args.check else args.batch
         for divided in (False, True) if args.divide_optimizer and world > 1 else (False,):
             label = f"{world} GPU{'s' * (world > 1)}{', divided' * divided}"
-            total = args.batch * (1 if args.strong or args.check else world)
-            if total % world:
-                raise ValueError(f"{total} pairs do not divide among {world} GPUs")
-            jobs.append((label, 260, launch, label, world, total // world, divided, args))
+            jobs.append((label, launch, label, world, batch, divided, args))
     rows = collect(jobs, args.seconds_limit)
-    losses = [entry.pop("losses") for entry in rows if "losses" in entry]
-    for entry, found in zip(list(rows)[1:], losses[1:]):
-        apart = max(abs(a - b) / b for a, b in zip(found, losses[0], strict=True))
+    checked = [entry for entry in rows if "losses" in entry]
+    for entry in checked[1:]:
+        apart = max(abs(a - b) / b for a, b in zip(entry["losses"], checked[0]["losses"]))
         rows.append(row(entry["variant"], "largest relative difference of losses", apart, ""))
-    return finish(rows, {entry["variant"]: ["1 GPU"] for entry in rows
-                         if entry["variant"] != "1 GPU"})
+    return finish(rows, {label: ["1 GPU"] for label, *_ in jobs if label != "1 GPU"})
 
 
 def launch(label, world, batch, divided, args):
-    """Yields the rows of `world` ranks, which end with this process' group."""
+    """Yields the rows of `world` ranks."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]),
+                          WORLD_SIZE=str(world))
     box = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    arguments = port, label, world, batch, divided, args, box
+    arguments = label, world, batch, divided, args, box
     if world == 1:
         rank_of(0, *arguments)
     else:
@@ -255,16 +218,15 @@ def launch(label, world, batch, divided, args):
         yield box.get()
 
 
-def rank_of(rank, port, label, world, batch, divided, args, box):
+def rank_of(rank, label, world, batch, divided, args, box):
     """One rank: puts its rows into the box if it is the first."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    ranks, device = distributed.join(device_here(), args.compile)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+    ranks, device = distributed.join(device_here(), not args.tiny)
     if device.type == "cpu":
-        torch.set_num_threads(max(1, os.cpu_count() // world))
+        torch.set_num_threads(1)
     torch.backends.cudnn.benchmark = device.type == "cuda"
     config = config_of(args.tiny, batch, device=device.type, divide_optimizer=divided)
-    step = Step(config, ranks, compiled=args.compile)
+    step = Step(config, ranks, compiled=not args.tiny)
     for entry in (check if args.check else averaging)(label, step, batch, args.tiny):
         if rank == 0:
             box.put(entry)
@@ -273,36 +235,30 @@ def rank_of(rank, port, label, world, batch, divided, args, box):
 
 def averaging(label, step, batch, tiny):
     """Yields speed, memory, and what the averaging of gradients costs that nothing hides: the time
-    of a step less that of a step without it."""
-    ranks, device, count = step.ranks, step.device, 1 if tiny else 30
+    of a step less that of a step without it; and what it takes alone."""
+    ranks, count = step.ranks, 1 if tiny else 30
 
-    def slowest(seconds):
-        seconds = torch.tensor(seconds, device=device)
+    def slowest(function):
+        """Seconds of a call by the slowest rank. All make as many calls, or one would wait."""
+        seconds = torch.tensor(seconds_of(function, 0, count), device=step.device)
         if ranks.world > 1:
             dist.all_reduce(seconds, dist.ReduceOp.MAX)
         return seconds.item()
 
     for _ in range(WARM):
         step()
-    seconds = slowest(seconds_in_a_row(step, count, 0))
+    seconds = slowest(step)
     yield row(label, "all", ranks.world * batch / seconds, "pairs/s")
     yield row(label, "a GPU", batch / seconds, "pairs/s")
-    yield row(label, "step", 1e3 * seconds, "ms")
     yield row(label, "peak memory a GPU", peak_gb(), "GB")
     if ranks.world == 1:
         return
-    alone = slowest(seconds_in_a_row(lambda: step(last=False), count, 0))
+    alone = slowest(lambda: step(last=False))
     yield row(label, "averaging gradients, not hidden", 1e3 * (seconds - alone), "ms")
     size = sum(p.numel() for p in step.optimizer.trained.values())
-    buckets = torch.zeros(size, device=device).split(distributed.BUCKET * MIB // 4)
-
-    def send():
-        for sent in [dist.all_reduce(bucket, async_op=True) for bucket in buckets]:
-            sent.wait()
-    send()
-    alone = slowest(median_seconds(send, min(count, 5)))
+    buckets = torch.zeros(size, device=step.device).split(distributed.BUCKET * MIB // 4)
+    alone = slowest(lambda: [dist.all_reduce(bucket) for bucket in buckets])
     yield row(label, "averaging gradients, alone", 1e3 * alone, "ms")
-    yield row(label, "gradients sent alone", 4 * size / alone / GB, "GB/s")
 
 
 def check(label, step, batch, tiny):
@@ -319,173 +275,128 @@ def check(label, step, batch, tiny):
 
 # ---- sampling
 
-# What a variant samples in, and seconds that it may take on an H200.
-SAMPLING = {"product": (torch.bfloat16, 150), "product, compiled": (torch.bfloat16, 240),
-            "product, fp16": (torch.float16, 90), "product, plain": (torch.bfloat16, 120),
-            "diffusers, compiled": (torch.bfloat16, 240),
-            "diffusers, eager": (torch.bfloat16, 120)}
-
-
 def measure_sampling(variant, counts, tiny, where=False, without=()):
     """Yields seconds a view at each of `counts` views at once, of the first call, and memory."""
-    engine.kernels.enabled.update(dict.fromkeys(without, False))
+    leave_out(without)
     peer, device, fast = variant.startswith("diffusers"), device_here(), None
-    torch.backends.cudnn.benchmark = device.type == "cuda"
-    # CPUs are slow in half precision, where it is only a test that this runs
-    dtype = SAMPLING[variant][0] if device.type == "cuda" else torch.float32
+    half = torch.float16 if "fp16" in variant else torch.bfloat16
+    dtype = half if device.type == "cuda" else torch.float32    # CPUs are slow in half precision
     config = config_of(tiny, **({"latent": "vae", "image_size": 64} if tiny else {}))
-    ours, theirs, _ = ENCODERS["VAE"]
-    with device:
-        net = network(config, peer, (theirs if peer else ours)(tiny))
-    net.eval().requires_grad_(False)
-    for part in (net.model, net.first_stage_model):
-        part.to(device, dtype, memory_format=torch.channels_last)
-    shape = model.latent_shape(config)
-    work = flops_a_view(net, shape)
+    net = network(config, peer, encoder("VAE", peer, tiny, dtype)[0]).eval().requires_grad_(False)
+    net.model.to(dtype=dtype, memory_format=torch.channels_last)
+    shape, steps = model.latent_shape(config), 4 if tiny else STEPS
+    with torch.no_grad():
+        work = (2 * steps * cost.of(config, ALONE, 1).flops
+                + cost.flops_of(lambda: net.decode(torch.zeros(1, *shape, device=device))))
     if variant == "diffusers, compiled":
         for part in (net.model.diffusion_model, net.first_stage_model.decoder):
             part.compile(mode="reduce-overhead" if device.type == "cuda" else None, dynamic=False)
-    elif variant not in ("diffusers, eager", "product, plain"):
+    elif not peer and "plain" not in variant:
         fast = engine.Sampler(net, compile="compiled" in variant)
+    variant += names_of(without)
+    photo = torch.randn(1, *shape, device=device), torch.randn(1, EMBEDDING, device=device)
+
+    def time_views(what, function, work):
+        first = seconds_of_one(function)
+        if not function().isfinite().all():
+            raise ValueError(f"{variant}, {what}: pictures are not finite")
+        seconds = seconds_of(function, SECONDS[tiny]) / views
+        yield row(variant, what, seconds, "s/view", flops=work / seconds)
+        yield row(variant, f"{what}: first call", first, "s")
+        yield row(variant, f"{what}: peak memory", peak_gb(), "GB")
+
     for views in counts:
-        photo = torch.randn(1, *shape, device=device), torch.randn(1, EMBEDDING, device=device)
         T = torch.randn(views, net.cc_projection.in_features - EMBEDDING)
         sampled = functools.partial(diffusion.encoded_views, net, *photo, T, range(views),
                                     fast=fast)
         what = f"{views} view{'s at once' * (views > 1)}"
         if where:
-            steps = 4 if tiny else PROFILED_STEPS
-            sampled(steps=steps)
-            yield from profile(f"{variant}, {what}, {steps} steps", lambda: sampled(steps=steps))
+            count = min(steps, PROFILED_STEPS)
+            yield from profile(f"{variant}, {what}, {count} steps",
+                               functools.partial(sampled, steps=count))
             continue
-        yield from time_views(variant, what, views, sampled, work, STEPS, tiny)
+        yield from time_views(what, functools.partial(sampled, steps=steps), work)
         if fast and views == counts[0] and not without:
-            few = functools.partial(sampled, sampler="dpm++")
-            yield from time_views(variant, f"{what}, DPM-Solver++ {FEW_STEPS} steps", views, few,
-                                  work, FEW_STEPS, tiny)
-
-
-def time_views(variant, what, views, sampled, work, steps, tiny):
-    """Yields seconds a view, what the first call takes, and memory."""
-    def function():
-        return sampled(steps=4 if tiny else steps)
-
-    first = median_seconds(function, 1)
-    if not function().isfinite().all():
-        raise ValueError(f"{variant}, {what}: pictures are not finite")
-    seconds = median_seconds(function, 1 if tiny else RUNS, 0 if tiny else SECONDS) / views
-    unet, decoder = work
-    yield row(variant, what, seconds, "s/view", flops=(2 * steps * unet + decoder) / seconds)
-    yield row(variant, f"{what}: first call", first, "s")
-    yield row(variant, f"{what}: peak memory", peak_gb(), "GB")
-
-
-@torch.no_grad()
-def flops_a_view(net, shape):
-    """FLOPs of the UNet for one row, and of the decoder for one view."""
-    unet, device = net.model.diffusion_model, net.betas.device
-    dtype = next(unet.parameters()).dtype
-    x = torch.zeros(1, 2 * shape[0], *shape[1:], dtype=dtype, device=device)
-    context = torch.zeros(1, 1, net.cc_projection.out_features, dtype=dtype, device=device)
-    return (cost.flops_of(lambda: unet(x, torch.zeros(1, device=device), context)),
-            cost.flops_of(lambda: net.decode(torch.zeros(1, *shape, device=device))))
+            few = min(steps, FEW_STEPS)
+            yield from time_views(f"{what}, DPM-Solver++ {few} steps",
+                                  functools.partial(sampled, sampler="dpm++", steps=few), 0)
 
 
 def run_sample(args):
     """Seconds a view, of one photo encoded before."""
-    jobs = [("ceilings", 60, ceilings, args.tiny)] * args.ceilings
-    jobs += [(variant, SAMPLING[variant][1], measure_sampling, variant, args.views, args.tiny,
-              bool(args.where)) for variant in ([args.where] if args.where else args.variants)]
-    theirs = ["diffusers, compiled", "diffusers, eager"]
-    return finish(collect(jobs, args.seconds_limit),
-                  {variant: theirs for variant in SAMPLING if variant.startswith("product")})
+    rows = collect(jobs_of(args, measure_sampling, args.views), args.seconds_limit)
+    return finish(rows, {variant: ["diffusers, compiled", "diffusers, eager"]
+                         for variant in args.variants if variant.startswith("product")})
 
 
 # ---- encoding
 
-ENCODING = {"product, compiled": 120, "product, eager": 60, "peers, compiled": 150,
-            "peers, eager": 60}
+def encoder(name, peer, tiny, dtype):
+    """(a frozen network of ENCODERS on the device, ours or the peer's; its method that encodes)."""
+    ours, theirs, method = ENCODERS[name]
+    with device_here():
+        net = (theirs if peer else ours)(tiny)
+    engine.convert(net)
+    net.to(dtype=dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
+    return net, getattr(net, method)
 
 
 @torch.no_grad()
 def measure_encoding(variant, batch, tiny, where=False, without=()):
     """Yields views/s of the VAE and of CLIP, of both one after the other, and memory."""
-    engine.kernels.enabled.update(dict.fromkeys(without, False))
-    torch.backends.cudnn.benchmark = True
-    device, seconds = device_here(), []
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # CPUs are slow in bf16
-    side = 32 if tiny else SIDE
-    for name, (ours, theirs, method) in ENCODERS.items():
-        with device:
-            network = (theirs if variant.startswith("peers") else ours)(tiny)
-            views = torch.rand(batch, 3, side, side) * 2 - 1
-        engine.convert(network)
-        network.to(device, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
-        views = views.to(dtype=dtype, memory_format=torch.channels_last)
-        encode = getattr(network, method)
+    leave_out(without)
+    seconds, side = [], 32 if tiny else SIDE
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32  # CPUs are slow in bf16
+    views = (torch.rand(batch, 3, side, side, device=device_here()) * 2 - 1).to(
+        dtype=dtype, memory_format=torch.channels_last)
+    how = variant + names_of(without)
+    for name in ENCODERS:
+        encode = encoder(name, variant.startswith("peers"), tiny, dtype)[1]
         work = cost.flops_of(lambda: encode(views[:1]))
         if "compiled" in variant:
             encode = torch.compile(encode, dynamic=False)
-        first = median_seconds(lambda: encode(views), 1)
+        function = functools.partial(encode, views)
+        first = seconds_of_one(function)
         if where:
-            yield from profile(f"{variant}, {name}", lambda: encode(views))
+            yield from profile(f"{how}, {name}", function)
             continue
-        taken = seconds_in_a_row(lambda: encode(views), *((1, 0) if tiny else (RUNS, SECONDS)))
-        seconds.append(taken / batch)
-        yield row(variant, name, batch / taken, "views/s", flops=batch / taken * work)
-        yield row(variant, f"{name}: first call", first, "s")
-        yield row(variant, f"{name}: peak memory", peak_gb(), "GB")
+        seconds.append(seconds_of(function, SECONDS[tiny], IN_A_ROW) / batch)
+        yield row(how, name, 1 / seconds[-1], "views/s", flops=work / seconds[-1])
+        yield row(how, f"{name}: first call", first, "s")
+        yield row(how, f"{name}: peak memory", peak_gb(), "GB")
     if seconds:
-        yield row(variant, "both", 1 / sum(seconds), "views/s")
+        yield row(how, "both", 1 / sum(seconds), "views/s")
 
 
 def run_encode(args):
     """Views through the frozen encoders, in bf16."""
-    jobs = [("ceilings", 60, ceilings, args.tiny)] * args.ceilings
-    jobs += [(variant, ENCODING[variant], measure_encoding, variant,
-              TINY_VIEWS if args.tiny else args.batch, args.tiny, bool(args.where))
-             for variant in ([args.where] if args.where else args.variants)]
-    return finish(collect(jobs, args.seconds_limit),
-                  {"product, compiled": ["peers, compiled"], "product, eager": ["peers, eager"]})
+    rows = collect(jobs_of(args, measure_encoding, args.batch), args.seconds_limit)
+    return finish(rows, {variant: [variant.replace("product", "peers")]
+                         for variant in args.variants if variant.startswith("product")})
 
 
 # ---- the engine part by part
 
 def run_engine(args):
     """Rates with and without each part of the engine, and what a hundred lines of it earn."""
-    jobs = []
+    jobs, peer_of = [], {}
     for part in ("", *args.without):
-        without = [part] if part else []
-        label = f"without {part}" if part else "all"
-        wanted = [rate for rate in args.rates if not part or rate in PARTS[part][1]]
-        for batch in args.batch * ("train" in wanted):
-            jobs.append((f"{label}: a compiled step of {batch}", 240, measure_training, "compiled",
-                         batch, args.tiny, False, without))
-        if "sample" in wanted:
-            jobs.append((f"{label}: sampling", 150, measure_sampling, "product", args.views,
-                         args.tiny, False, without))
-        if "encode" in wanted:
-            jobs.append((f"{label}: encoding", 120, measure_encoding, "product, compiled",
-                         TINY_VIEWS if args.tiny else VIEWS, args.tiny, False, without))
-    rates, rows = {}, []
-    end = time.monotonic() + args.seconds_limit
-    for label, *job in jobs:
-        part = label.partition(":")[0]
-        for entry in collect([(label, *job)], end - time.monotonic()):
-            if entry["unit"] not in ("pairs/s", "s/view", "views/s") or "graph" in entry["what"]:
-                continue
-            rate = 1 / entry["value"] if entry["unit"] == "s/view" else entry["value"]
-            rates[part, entry["what"]] = rate
-            rows.append(row(part, entry["what"], rate, "/s"))
-    for (part, what), rate in rates.items():
-        if part != "all" and ("all", what) in rates:
-            name = part.removeprefix("without ")
-            gain = 100 * (rates["all", what] / rate - 1)
-            rows.append(row(f"gain by {name}", what, gain, "%"))
-            path = ROOT / PARTS[name][0]
-            if path.is_file():
-                lines = len(path.read_text(encoding="utf-8").splitlines())
-                rows.append(row(f"gain by {name}, a hundred of {lines} lines", what,
-                                100 * gain / lines, "%"))
-    return finish(rows, {entry["variant"]: ["all"] for entry in rows
-                         if entry["variant"].startswith("without")})
+        more = args.tiny, False, [part] if part else []
+        for rate, variant, measure, sizes in (
+                ("train", "compiled", measure_training, args.batch),
+                ("sample", "product", measure_sampling, [args.views]),
+                ("encode", "product, compiled", measure_encoding, [2 if args.tiny else 64])):
+            if rate in args.rates and (not part or rate in PARTS[part]):
+                jobs += [(f"{rate}{names_of(more[2])}", measure, variant, size, *more)
+                         for size in sizes]
+                peer_of[variant + names_of(more[2])] = [variant] * bool(part)
+    rows = finish(collect(jobs, args.seconds_limit), peer_of)
+    for entry in [entry for entry in rows if entry["unit"] in ("pairs/s", "s/view", "views/s")]:
+        part = entry["variant"].partition(" without ")[2]
+        if part and "ratio" in entry:
+            slower = entry["ratio"] if entry["unit"] == "s/view" else 1 / entry["ratio"]
+            lines = (ROOT / "engine" / f"{part}.py").read_text(encoding="utf-8").count("\n")
+            rows += [row(f"gain by {part}", entry["what"], 100 * (slower - 1), "%"),
+                     row(f"gain by {part}, a hundred of its {lines} lines", entry["what"],
+                         100 * (slower - 1) * 100 / lines, "%")]
+    return rows

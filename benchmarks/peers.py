@@ -1,31 +1,32 @@
-"""The same work by others: diffusers, transformers, torch.load, webdataset.
+"""The networks of diffusers and transformers, of our networks' sizes and called as ours are.
 
-Networks are of our networks' sizes, in our loss and samplers. What is not installed raises
-ImportError.
+What is not installed raises ImportError.
 """
-
-import json
-import random
 
 import torch
 import torch.nn as nn
 
 import clip
-from shards.scenes import decode_depth, decode_image, images
 
-RATE, SHUFFLE, BATCH = 0.025, 500, 16       # the reference's: pairs of a scene's views, its buffer
 VAE_WIDTHS = {False: (128, 256, 512, 512), True: (32, 64)}      # of its levels; small if tiny
 TINY_CLIP = {"embed_dim": 32, "image_resolution": 32, "vision_layers": 1, "vision_width": 64,
              "vision_patch_size": 16}       # of ours
 
 
-# ---- networks
-
 class UNet(nn.Module):
-    """diffusers' UNet, called as ours is."""
-    def __init__(self, unet):
+    """diffusers' UNet of a Config, for latents of so many channels."""
+    def __init__(self, config, channels):
         super().__init__()
-        self.unet = unet
+        from diffusers import UNet2DConditionModel
+        attends = [2**level in config.attention_resolutions
+                   for level in range(len(config.channel_mult))]
+        self.unet = UNet2DConditionModel(
+            sample_size=config.image_size // 8, in_channels=2 * channels, out_channels=channels,
+            down_block_types=[("CrossAttn" if a else "") + "DownBlock2D" for a in attends],
+            up_block_types=[("CrossAttn" if a else "") + "UpBlock2D" for a in reversed(attends)],
+            block_out_channels=[mult * config.model_channels for mult in config.channel_mult],
+            layers_per_block=config.num_res_blocks, attention_head_dim=config.num_heads,
+            cross_attention_dim=config.context_dim, norm_num_groups=config.norm_groups)
         self.register_buffer("nothing", torch.zeros(()))
 
     def forward(self, x, t, context):
@@ -35,22 +36,8 @@ class UNet(nn.Module):
         return {"nothing": self.nothing}    # all get a gradient; the optimizer needs some to decay
 
 
-def unet(config, channels):
-    """diffusers' UNet of a Config, for latents of so many channels."""
-    from diffusers import UNet2DConditionModel
-    attends = [2**level in config.attention_resolutions
-               for level in range(len(config.channel_mult))]
-    return UNet(UNet2DConditionModel(
-        sample_size=config.image_size // 8, in_channels=2 * channels, out_channels=channels,
-        down_block_types=[("CrossAttn" if a else "") + "DownBlock2D" for a in attends],
-        up_block_types=[("CrossAttn" if a else "") + "UpBlock2D" for a in reversed(attends)],
-        block_out_channels=[mult * config.model_channels for mult in config.channel_mult],
-        layers_per_block=config.num_res_blocks, attention_head_dim=config.num_heads,
-        cross_attention_dim=config.context_dim, norm_num_groups=config.norm_groups))
-
-
 class Autoencoder(nn.Module):
-    """diffusers' autoencoder, called as ours is."""
+    """diffusers' autoencoder."""
     def __init__(self, tiny=False):
         super().__init__()
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -85,46 +72,3 @@ class Clip(nn.Module):
 
     def encode_image(self, x):
         return self.tower(self.before.preprocess(x)).image_embeds
-
-
-# ---- files
-
-def load_into(module, path, mmap):
-    """Fills a module from a checkpoint as torch.load gives it."""
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)["state_dict"]
-    module.load_state_dict(state, strict=False, assign=True)
-
-
-def webdataset_batches(urls, suffix, side):
-    """An endless loader of batches of BATCH pairs as the reference reads them: webdataset's tar
-    stream, a whole scene at a time, of which int(RATE * views) pairs are kept, and a shuffle
-    buffer."""
-    import webdataset
-
-    def scenes(samples):
-        frames, current = {}, None
-        for sample in samples:
-            scene, _, frame = sample["__key__"].rpartition("/")
-            if current not in (None, scene):
-                yield frames
-                frames = {}
-            current = scene
-            frames[frame] = sample
-        yield frames
-
-    def pairs(groups):
-        for frames in groups:
-            names = sorted(name for name in frames if "_" not in name)
-            for _ in range(int(RATE * len(names))):
-                item = {}
-                for which, name in zip(("cond", "target"), random.sample(names, 2)):
-                    item[f"image_{which}"] = images(torch.from_numpy(decode_image(
-                        frames[name][suffix], side).copy()))
-                    item[f"depth_{which}"] = decode_depth(frames[name + "_depth"]["png"], side, 1.0)
-                    item[f"camera_{which}"] = json.loads(frames[name + "_metadata"]["json"])["T"]
-                yield item
-
-    return webdataset.WebLoader(webdataset.DataPipeline(
-        webdataset.ResampledShards(urls), webdataset.tarfile_to_samples(), scenes, pairs,
-        webdataset.shuffle(SHUFFLE, initial=1), webdataset.batched(BATCH, partial=False)),
-        num_workers=0, batch_size=None)

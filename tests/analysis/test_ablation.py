@@ -30,7 +30,7 @@ def run(folder, *more):
 def finished(tmp_path_factory):
     """An ablation that was cut short at once, and then went to its end."""
     folder = tmp_path_factory.mktemp("ablation")
-    return folder, run(folder, "--minutes", "0.001"), run(folder, "--jobs", "2")
+    return folder, run(folder, "--minutes", "0.001"), run(folder)
 
 
 def test_an_ablation_that_was_cut_short_goes_on_to_its_table(finished):
@@ -138,9 +138,8 @@ def test_the_picture_names_every_curve_and_what_cannot_be_drawn_is_one_line(tmp_
     a = logged(tmp_path / "a", [{"step": k, "val_psnr": 14 + k / 3} for k in range(2, 9)])
     b = logged(tmp_path / "b", [{"step": 5, "val_psnr": 0.0}])
     for name in ("c.svg", "c.png"):
-        with pytest.raises(SystemExit) as end:
-            draw(a, b, "--out", tmp_path / name)
-        assert not end.value.code and (tmp_path / name).stat().st_size > 1000
+        draw(a, b, "--out", tmp_path / name)
+        assert (tmp_path / name).stat().st_size > 1000
     text = (tmp_path / "c.svg").read_text()
     assert "<!-- a -->" in text and "<!-- b -->" in text and "<!-- pairs seen -->" in text
     for arguments, message in (([tmp_path / "none"], "no run of train.py"),

@@ -15,17 +15,18 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from runtime import checkpoint
 import clip
 import configs
 import data
+import depth
 import evaluate
-from analysis import metrics, score
 import model
 import prepare
-from runtime import command
-from shards import scenes, files as shards_file
+from analysis import metrics, score
 from captures import synth
+from runtime import checkpoint, command
+from shards import files as shards_file
+from shards import scenes
 
 ROOT = Path(__file__).parents[2]
 SOURCES = (configs.Source("co3d", "co3d", "co3d/train-*.tar", 0.5, "co3d/held-out-*.tar"),
@@ -74,10 +75,12 @@ def a_run(shards, tmp_path_factory):
 def run(checkpoint, *arguments, data=""):
     """The command in this process, on the run's own patterns in the folder `data`."""
     more = ["--data", str(data)] if data else []
-    with pytest.raises(SystemExit) as end:
+    try:
         command.run("evaluate.py", evaluate.main, *evaluate.parser().parse_known_args(
             [str(checkpoint), *more, *map(str, arguments)]))
-    return end.value.code or 0
+    except SystemExit as end:
+        return end.code
+    return 0
 
 
 def metrics_of(folder):
@@ -119,7 +122,7 @@ def test_an_evaluation_leaves_figures_pairs_and_cases(evaluated, shards, a_run, 
 
 def test_the_warp_is_better_than_what_knows_no_camera(evaluated):
     mean = {m: figures["psnr"]["mean"] for m, figures in metrics_of(evaluated)["methods"].items()}
-    assert mean["warp by depth"] > mean["repeat the view"] + 1 > mean["its mean colour"] + 1
+    assert mean["warp by depth"] > max(mean["repeat the view"], mean["its mean colour"]) + 1
     assert metrics_of(evaluated)["methods"]["warp by depth"]["camera_found"]["mean"] == 1
 
 
@@ -172,10 +175,10 @@ def test_nothing_that_a_checkpoint_names_is_opened(shards, tmp_path, capsys):
         sources = (configs.Source("co3d", "co3d", "train-*.tar", 1.0, pattern),)
         folder = saved(tmp_path / "run", small(shards, sources=sources))
         assert run(folder, "--pairs", 4) == 2
-        assert "--config FILE or --data FOLDER" in capsys.readouterr().err
+        assert "--data FOLDER or --config FILE" in capsys.readouterr().err
         assert run(folder, "--pairs", 4, data=shards) == 2
         said = capsys.readouterr().err
-        assert "is no place inside --data" in said and said.count("\n") == 1
+        assert "do not lie inside of a --data FOLDER" in said and said.count("\n") == 1
     assert not touched.exists()
 
 
@@ -208,7 +211,7 @@ def test_a_full_disk_is_named_and_leaves_no_half_of_a_file(a_run, shards, tmp_pa
     (["--pairs", "5000"], "5000 held-out pairs are asked for, but there are 384"),
     (["--clip", "/nowhere.pt"], "/nowhere.pt"),
     (["--mode=3dof"], "--mode belongs to the training of the run"),
-    (["--sampel_steps=3"], "Did you mean 'sample_steps'?"),
+    (["--sampel_steps=3"], "did you mean --sample_steps?"),
     (["--data=/nowhere"], "no shards at /nowhere"),
     (["--pairs", "1"], "1 is not possible"),
 ])
@@ -224,7 +227,7 @@ def test_a_missing_checkpoint_and_shards_of_another_size_are_one_line(shards, tm
     folder = saved(tmp_path / "large", small(shards, image_size=64))
     assert run(folder, "--pairs", 4, data=shards) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "32x32, the short side must be 64" in said
+    assert "a short side of 32 pixels, and image_size is 64" in said
 
 
 # ---- pairs and figures
@@ -232,15 +235,15 @@ def test_a_missing_checkpoint_and_shards_of_another_size_are_one_line(shards, tm
 def test_what_is_known_of_a_pair_that_replaces_a_damaged_one_is_its_own(shards, monkeypatch):
     config = small(shards, mode="7dof_quantile_scale")      # its pairs bring their depth
     pairs = score.held_out_pairs(config, 8)
-    right, fails = scenes.RawScenes.fill, set()
+    right, fails = scenes.RawScenes.pair, set()
 
-    def fill(reader, batch, i, mode, *place):
+    def pair(reader, mode, *place):
         if len(fails) < 8 and place not in fails:
             fails.add(place)
             raise shards_file.Damaged("here", "damaged")
-        return right(reader, batch, i, mode, *place)
+        return right(reader, mode, *place)
 
-    monkeypatch.setattr(scenes.RawScenes, "fill", fill)
+    monkeypatch.setattr(scenes.RawScenes, "pair", pair)
     replaced = 0
     for place in range(8):
         item, known = score.case(pairs, place)
@@ -257,14 +260,6 @@ def test_the_standard_error_is_the_usual_one_for_one_pair_a_scene_and_not_fooled
     assert error == pytest.approx(values.std(ddof=1) / 40**0.5)
     copied = score.mean_and_error(values.tolist() * 5, [*range(40)] * 5)
     assert copied[:2] == pytest.approx((mean, error))
-
-
-def test_cases_are_the_best_the_median_and_the_worst():
-    rows = [{"scores": {"this model": {"psnr": float(p)}}} for p in (3, 9, 1, 7, 5, 2, 8, 4, 6)]
-    shown = [(label, rows[place]["scores"]["this model"]["psnr"])
-             for label, place in score.chosen(rows, 2)]
-    assert shown == [("best", 9), ("best", 8), ("median", 6), ("median", 5), ("worst", 2),
-                     ("worst", 1)]
 
 
 def rows_with(**psnr):
@@ -289,7 +284,7 @@ def test_one_scene_has_no_error_and_no_verdict():
     found = score.summarize(rows)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert found["methods"]["this model"]["psnr"] == {"mean": 10.5, "se": None, "n": 2}
-    lines = "\n".join(score.screen(found, rows))
+    lines = "\n".join([*score.screen(found), score.verdict(rows)])
     assert "is -2.00 dB from the best baseline (repeat the view) on one scene" in lines
     assert "nan" not in lines
     alone = rows_with(this_model=[10.0], repeat_the_view=[12.0])
@@ -301,7 +296,7 @@ def test_one_scene_has_no_error_and_no_verdict():
 def oracle(broken):
     """Views of a perfect model that believes what `broken` makes of its pose vectors, mode 7dof."""
     def views_of(net, batch, config, depth_net=None):
-        T = broken(model.pose_vector(batch, config.mode), batch["radius"])
+        T = broken(depth.pose_vector(batch, config.mode), batch["radius"])
         pose = T[:, :16].view(-1, 4, 4).double()
         views = []
         for i, uid in enumerate(batch["uid"]):
@@ -335,7 +330,7 @@ def test_broken_runs_are_told_apart_by_the_epipolar_figure(shards, monkeypatch):
         return score.score(net_of(config), pairs, config, {"psnr": metrics.psnr}, follows=True)
 
     right = rows(in_unit)
-    assert score.figure(right, "this model", "camera_found")[0] > 0.9
+    assert score.means_of(right)["this model"]["camera_found"] > 0.9
     ways = {"camera negated": negated, "scale ignored": lambda T, unit: T,
             "conditions shuffled": lambda T, unit: in_unit(T, unit).roll(1, 0)}
     for name, broken in ways.items():
@@ -394,4 +389,5 @@ def test_a_validation_takes_few_steps_and_says_what_the_log_needs(shards, monkey
     assert all(isinstance(value, float) and np.isfinite(value) for value in found.values())
     repeated = score.means_of(score.score(net, score.held_out_pairs(config, 12), config,
                                           score.FAST))
-    assert found["val_baseline_psnr"] == pytest.approx(repeated["repeat the view"]["psnr"], rel=1e-5)
+    best = max(repeated[name]["psnr"] for name in ("repeat the view", "its mean colour"))
+    assert found["val_baseline_psnr"] == pytest.approx(best, rel=1e-5)
