@@ -58,7 +58,23 @@ def parser():
     add("--data", type=words, metavar="FOLDER", help="where its shards lie instead")
     add("--out", type=words, default="out/sample", metavar="FOLDER",
         help="where to write (%(default)s)")
+    add_path(p)
+    add_photo(p)
+    add_sampling(p)
+    add = p.add_argument_group("machine").add_argument
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
+        help="auto: cuda, then mps, then cpu")
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
+        help="of the network (auto: bf16 on cuda, else fp32)")
+    add("--compile", action="store_true",
+        help="torch.compile it: a minute, kept for later runs; then faster")
+    add("--batch", type=numbers_of(int, 1, MOST_BATCH), default=16, metavar="N",
+        help="views made together; fewer need less memory (%(default)s)")
+    return p
 
+
+def add_path(p):
+    """The options of where the camera goes."""
     group = p.add_argument_group(f"camera path, one of (--{DEFAULT_MOTION})")
     add = group.add_mutually_exclusive_group().add_argument
     for name, (_, line) in MOTIONS.items():
@@ -78,6 +94,9 @@ def parser():
     add("--views", type=numbers_of(int, 1, MOST_VIEWS), default=VIEWS, metavar="N",
         help="views along the path (%(default)s)")
 
+
+def add_photo(p):
+    """The options of what the views start from."""
     add = p.add_argument_group("the photo").add_argument
     add("--crop", default="", metavar="LEFT,TOP,SIDE",
         help="the square of it that is used, in pixels (the largest in the middle)")
@@ -98,6 +117,9 @@ def parser():
     add("--scene", type=numbers_of(int, 0), default=0, metavar="N",
         help="which held-out scene, where IMAGE is left out (%(default)s)")
 
+
+def add_sampling(p):
+    """The options of how a view comes out of the noise."""
     add = p.add_argument_group("sampling (the run's own choices, and for published models ddim, 50 "
                                "steps, guidance 3, eta 1)").add_argument
     add("--sampler", choices=("ddim", "reference", "dpm++", "unipc"),
@@ -121,17 +143,6 @@ def parser():
         help="all views from the same noise, which is steadier, or each from its own (same)")
     add("--progress", action="store_true",
         help="also a strip that shows how one view comes out of the noise")
-
-    add = p.add_argument_group("machine").add_argument
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
-        help="auto: cuda, then mps, then cpu")
-    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
-        help="of the network (auto: bf16 on cuda, else fp32)")
-    add("--compile", action="store_true",
-        help="torch.compile it: a minute, kept for later runs; then faster")
-    add("--batch", type=numbers_of(int, 1, MOST_BATCH), default=16, metavar="N",
-        help="views made together; fewer need less memory (%(default)s)")
-    return p
 
 
 ARGS = command.parse(parser()) if __name__ == "__main__" else None      # before torch is imported

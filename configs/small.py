@@ -4,9 +4,9 @@
     python train.py configs/small.py
     python -m runtime.checkpoint convert out/small weights/small.safetensors --ema --dtype fp16
 
-4.35 M parameters. weights/small.safetensors was made on one H200 (torch 2.11) in two goes: 1,500 steps
-while another run shared the GPU, then 3,300 more from there by --init (--lr=8e-4
---lr_projection=4e-3 --warmup_steps=50 --seed=7), at 12,000 pairs/s: 1.23 M pairs, 2 minutes alone.
+4.35 M parameters. weights/small.safetensors was made on one H200 (torch 2.11) in two goes: 1,500
+steps while another run shared the GPU, then 3,300 more from there by --init (--lr=8e-4
+--lr_projection=4e-3 --warmup_steps=50 --seed=7) at 12,000 pairs/s; 1.23 M pairs in all.
 weights/small.jsonl is the log of the second go.
 """
 

@@ -8,15 +8,15 @@ A tag is a comment of one line or several, and ends with the name of its test in
 import re
 import subprocess
 
-HEADS = {"quirk": "## Quirks kept\n\nBecause released weights expect them (`# quirk:` in the code).\n",
+HEADS = {"quirk": "## Quirks kept\n\nReleased weights expect them (`# quirk:` in the code).\n",
          "departs": "## Departures made\n\nOn purpose (`# departs:` in the code).\n"}
 TAG = re.compile(r"# (quirk|departs): (.*?) \[(test_\w+)\]", re.S)
 
 
 def tags():
     """Yields (kind, what the comment says, file, test) of every tag of the product."""
-    files = subprocess.run(["git", "ls-files", "*.py", ":!tests", ":!docs"], capture_output=True, text=True,
-                           check=True).stdout.split()
+    command = ["git", "ls-files", "*.py", ":!tests", ":!docs"]
+    files = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     for name in files:
         text = open(name, encoding="utf-8").read()
         for kind, words, test in TAG.findall(text):
@@ -25,7 +25,8 @@ def tags():
 
 def table(kind):
     """The table of one kind of tag, in Markdown."""
-    rows = [f"| {words} | `{name}` | `{test}` |" for found, words, name, test in tags() if found == kind]
+    rows = [f"| {words} | `{name}` | `{test}` |"
+            for found, words, name, test in tags() if found == kind]
     return "\n".join([HEADS[kind], f"| {kind} | file | test |", "|---|---|---|", *rows])
 
 

@@ -208,7 +208,8 @@ def scale_of(picture, weights):
     if not Path(weights).is_file():
         raise FileNotFoundError(f"no file of depth weights {weights}")
     with torch.no_grad():
-        disparity = networks.load_depth(weights)(pictures.tensor(picture.resize((DEPTH_SIZE, DEPTH_SIZE))))
+        square = pictures.tensor(picture.resize((DEPTH_SIZE, DEPTH_SIZE)))
+        disparity = networks.load_depth(weights)(square)
     far = 1 / disparity.clamp(min=1e-3 * disparity.max().item())
     return (camera.quantile_scale(far)[0] / middle(far[0]).median()).item()
 
