@@ -22,7 +22,7 @@ import engine
 import model
 import vae
 from benchmarks import peers
-from benchmarks.measure import (GB, ceiling, collect, device_here, finish, peak_gb, profile, row,
+from benchmarks.measure import (ceiling, collect, device_here, finish, peak_gb, profile, row,
                                 seconds_of, seconds_of_one)
 from configs import Config, Source
 from runtime import cost
