@@ -60,7 +60,7 @@ from analysis import score
 from runtime import checkpoint, cost, files, lock, resume
 from runtime import ranks as group
 from runtime.log import Log, Meter, check_finite, peak_memory, revision, summary
-from runtime.optimizer import Ema, Optimizer, learning_rate
+from runtime.optimizer import learning_rate
 
 GRID_PAIRS = 8
 # Save and end; sent again they change nothing.
@@ -93,6 +93,7 @@ def train(run):
         else:
             # departs: the reference's average moves once a micro-step, all but the last on the same
             # weights; here where ema_per asks for it
+            # [test_the_average_moves_once_a_step_or_once_a_micro_step]
             for _ in range(run.micro_steps - 1 if config.ema_per == "micro_step" else 0):
                 run.ema.update()
             norm = run.optimizer.step(done, run.ema)
