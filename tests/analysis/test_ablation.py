@@ -73,7 +73,7 @@ def test_a_run_that_fails_is_named_with_its_reason(finished):
     (["--modes", "3dof,8dof"], "mode 8dof is not known"),
     (["--modes", "7dof"], "at least two"),
     (["--pairs", "5000"], "5000 held-out pairs are asked for"),
-    (["--stepz=3"], "Did you mean 'steps'?"),
+    (["--stepz=3"], "did you mean --steps?"),
 ])
 def test_bad_input_is_one_clear_line(finished, capsys, arguments, message):
     folder = finished[0]

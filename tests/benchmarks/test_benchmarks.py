@@ -26,7 +26,8 @@ def rows_of(monkeypatch, tmp_path, capsys):
     for module in (files, networks):
         monkeypatch.setattr(module, "collect", here)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "0")           # and so they are restored
+        monkeypatch.setenv(name, "0")
+        monkeypatch.delenv(name)                # and so what a benchmark sets is removed again
     yield run
     torch.set_num_threads(threads)
     networks.engine.kernels.enabled.update(enabled)
