@@ -91,12 +91,7 @@ def train(run):
                 losses = run.forward_backward(*given, *vars(draws).values())
             meter.add(losses, draws.t)
         else:
-<<<<<<< HEAD
             # departs: the average moves once a step; ema_per="micro_step" is the reference's rule
-=======
-            # departs: the reference's average moves once a micro-step, all but the last on the same
-            # weights; here where ema_per asks for it
->>>>>>> cut-run
             # [test_the_average_moves_once_a_step_or_once_a_micro_step]
             for _ in range(run.micro_steps - 1 if config.ema_per == "micro_step" else 0):
                 run.ema.update()

@@ -36,12 +36,7 @@ OWN = {"data", "out", "device", "workers", "threads", "web_patience"}
 
 
 def check_files(config, dry_run=False):
-<<<<<<< HEAD
     """Raises where a file of weights is missing, before anything takes time, but in a dry run."""
-=======
-    """Raises where a file of weights is missing, before anything takes time; a dry run needs none.
-    """
->>>>>>> cut-run
     for name in (config.init, config.depth_weights * camera.MODES[config.mode].needs_depth):
         if name and not dry_run and not Path(name).exists():
             raise FileNotFoundError(f"no checkpoint {name}")

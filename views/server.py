@@ -14,7 +14,6 @@ from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
 from views import photos
-from views.cameras import json_of
 from views.studio import Stopped, line_of
 
 PAGE = Path(__file__).with_name("page.html")
@@ -113,7 +112,10 @@ class Handler(BaseHTTPRequestHandler):
 
 def parsed(data):
     """The dict of a JSON text. Raises ValueError."""
-    asked = json_of(data, "the request")
+    try:
+        asked = json.loads(data)
+    except (ValueError, RecursionError) as err:
+        raise ValueError("the request is no JSON") from err
     if not isinstance(asked, dict):
         raise ValueError("the request is no JSON object")
     return asked
