@@ -124,11 +124,12 @@ sys.exit(10 if heavy else 0 if time.process_time() < 0.5 else 11)
 
 def test_ctrl_c_is_one_line_during_imports_too():
     code = """
-import sys
+import signal, sys
 from runtime import command
 sys.argv = ["x.py"]
+signal.signal(signal.SIGINT, signal.default_int_handler)
 command.parse(command.Parser("x.py"))
-raise KeyboardInterrupt
+signal.raise_signal(signal.SIGINT)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, capture_output=True,
                           check=False)
