@@ -133,8 +133,8 @@ def test_missing_vocabulary_is_said_with_the_remedy(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("content", [
-    b"<html>not found</html>", gzip.compress(b"i n\nt h\n", mtime=0), gzip.compress(b"i n\n" * 60000)[:80],
-    gzip.compress(b"\xff\xfe" * 9, mtime=0), gzip.compress(b"one two three\n" * 60000), b"",
+    b"<html>not found</html>", gzip.compress(b"i n\nt h\n", mtime=0), gzip.compress(b"i n\n" * 60000, mtime=0)[:80],
+    gzip.compress(b"\xff\xfe" * 9, mtime=0), gzip.compress(b"one two three\n" * 60000, mtime=0), b"",
     gzip.compress(b"", mtime=0)[:10] + b"\xff" * 50])
 def test_broken_vocabulary_is_refused_in_one_line(content, tmp_path):
     path = tmp_path / captions.VOCABULARY

@@ -72,7 +72,7 @@ def test_shards_that_cannot_be_found_are_one_clear_line(tmp_path, pattern, error
 # ---- tar
 
 @pytest.mark.parametrize("content, what", [
-    (gzip.compress(bytes(range(256)) * 9), "compressed by gzip: gunzip it, or read it as `pipe:gunzip"),
+    (gzip.compress(bytes(range(256)) * 9, mtime=0), "compressed by gzip: gunzip it, or read it as `pipe:gunzip"),
     (b"BZh91AY&SY" * 99, "compressed by bzip2: bunzip2 it"),
     (b"\n<!DOCTYPE html><html>Quota exceeded</html>" * 20, "an HTML or XML page: a download that"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS: `git lfs"),
