@@ -4,7 +4,8 @@
 
 The held-out scenes of `prepare.py synth` can be rendered from everywhere: a little way along every
 path the model's views are compared with the true ones. Beside them stands the photo itself, the
-answer of a model that does not follow at all. Writes `paths.png` into the run's folder.
+answer of a model that does not follow at all. Writes `paths.png` into the run's folder, or beside a
+file.
 """
 
 import json
@@ -114,7 +115,8 @@ def main(args):
         model, still = (sum(each) / len(pairs) for each in zip(*pairs))
         mean, error, _ = score.mean_and_error([a - b for a, b in pairs], range(len(pairs)))
         print(f"{name:10}{HOW_FAR[name]:6g}{model:8.2f}{still:8.2f}   {mean:+.2f} +- {error:.2f}")
-    path = Path(args.run) / "paths.png"
+    run = Path(args.run)
+    path = (run if run.is_dir() else run.parent) / "paths.png"
     with unfinished(path) as partial:
         pictures.sheet(list(rows.values())).save(partial, "png")
     print(f"{path}: photo, truth and model along every path")
