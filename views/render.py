@@ -113,10 +113,8 @@ def config_of(tensors, data="", named=None):
         raise ValueError(f"{tensors.path} does not tell its configuration, and is not as zero123 "
                          f"or ZeroNVS: {checkpoint.POSE} takes {CLIP_WIDTH + width} numbers, "
                          f"theirs {theirs}")
-    if data and named is None:
-        raise ValueError(f"{tensors.path} does not say which shards were held out: --config FILE "
-                         "names them")
-    return configs.stored({"mode": MODE_OF_WIDTH[width], "sources": []}, data, named)
+    # a published file does not say which shards were held out: a Config of the user's has to
+    return configs.stored({"mode": MODE_OF_WIDTH[width], "sources": []}, data if named else "", named)
 
 
 def pose_vectors(mode, cond_c2w, c2w, fov, scale):

@@ -775,5 +775,5 @@ def test_every_config_file_loads_and_survives_being_stored(path):
 
 
 def test_sources_whose_probabilities_do_not_sum_to_one_are_refused():
-    with pytest.raises(ValueError, match="sum to 0.5, not 1: co3d 0.5"):
+    with pytest.raises(ValueError, match="sum to 0.5, not 1"):
         configs.Config(SOURCES[:1])

@@ -201,7 +201,7 @@ def test_only_the_page_with_its_token_from_this_host_is_answered(server):
 
 @pytest.mark.parametrize("name, asked, said", [
     ("file", {"name": "../../secret"}, "no such file"),
-    ("view", {"c2w": [[1]], "fov": 1}, "it must be 3x4 or 4x4"),
+    ("view", {"c2w": [[1]], "fov": 1}, "no 3x4 or 4x4 matrix"),
     ("view", {"c2w": [[0, 0, 0, 0]] * 4, "fov": 9}, "fov is 9"),
     ("path", {"keys": [], "views": 3}, "cameras can be asked for"),
     ("model", {"model": "/etc/passwd"}, "must be a number"),

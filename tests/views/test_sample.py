@@ -21,6 +21,7 @@ import camera
 from runtime import checkpoint
 import clip
 import configs
+import data
 import golden
 import depth
 import model
@@ -106,6 +107,11 @@ def test_views_depend_on_seed_and_number_and_not_on_the_batch():
 
 # ---- a small run to sample from
 
+def run_config(run):
+    """The Config of a run, as its own file has it, its data too."""
+    return configs.from_dict(checkpoint.read(run).meta["config"])
+
+
 @pytest.fixture(scope="module", name="run")
 def small_run(tmp_path_factory):
     """A folder like out/synth, of a small random network, with scenes of its own."""
@@ -163,7 +169,7 @@ def test_a_bare_command_makes_views_of_a_scene_that_was_held_out(run, tmp_path, 
     cameras = paths.read(tmp_path / "cameras.json", 1.0)
     assert len(cameras) == 4
     # the conditioning view is a stored image of the shards, and truth.png shows others
-    reader = scenes.open_source(render.load(run, "cpu", "fp32")[1].sources[0],
+    reader = scenes.open_source(run_config(run).sources[0],
                                 run.parent / "data", SIZE, held_out=True)
     cond = torch.from_numpy(np.array(Image.open(tmp_path / "cond.png"))).permute(2, 0, 1)
     assert torch.equal(cond, torch.as_tensor(reader.image(0, 2)))
@@ -373,7 +379,7 @@ def test_what_stands_in_the_way_of_a_file_is_found_before_the_views_are_made(
 
 
 def test_held_out_scenes_of_all_sources_are_reached(run):
-    config = render.config_of(checkpoint.read(run))
+    config = run_config(run)
     names = [(photo.reader.name, photo.number) for photo in
              (photos.held_out(config, number) for number in range(4))]
     assert names == [("co3d", 0), ("co3d", 1), ("re10k", 0), ("re10k", 1)]
@@ -382,7 +388,7 @@ def test_held_out_scenes_of_all_sources_are_reached(run):
 
 
 def test_a_3dof_model_is_asked_for_what_it_knows_alone(run, tmp_path, capsys):
-    config = render.load(run, "cpu", "fp32")[1]
+    config = run_config(run)
     config = replace(config, mode="3dof", out=str(tmp_path / "run"))
     save(config, golden.fill(model.build(config)))
     for motion in ("orbit", "swing", "spiral", "dolly", "grid"):
@@ -445,7 +451,7 @@ def test_a_photo_for_a_model_without_a_scale_has_none(tmp_path):
     for mode, scale in (("3dof", 1.0), ("7dof_unscaled", 1.0), ("7dof_quantile_scale", 0.7)):
         config = configs.Config(sources=(source,), mode=mode)
         args = sample.parser().parse_args([str(tmp_path / "photo.png")])
-        assert sample.photo_of(args, config, "").scale == scale
+        assert sample.photo_of(args, config).scale == scale
 
 
 def test_the_scale_of_a_held_out_view_is_that_of_training(monkeypatch):
@@ -548,12 +554,12 @@ def test_scale_divides_lengths_in_every_mode(mode):
 @pytest.mark.parametrize("mode", ["3dof", "7dof", "7dof_unscaled", "7dof_stereomag_scale",
                                   "7dof_quantile_scale"])
 def test_a_held_out_view_has_the_pose_vectors_of_training(run, mode):
-    config = replace(render.load(run, "cpu", "fp32")[1], mode=mode)
+    config = replace(run_config(run), mode=mode)
     photo = next(photo for photo in (photos.held_out(config, number) for number in range(2))
                  if (photo.reader.depth(photo.number, photo.view) > 0).all())
-    batch = photo.reader.empty(1, mode)
-    photo.reader.fill(batch, 0, mode, photo.number, photo.view, 4)
-    batch = {name: torch.from_numpy(values) for name, values in batch.items()}
+    pairs = data.Pairs([photo.reader], [1.0], 0, SIZE, mode)
+    pairs.draw = lambda k, attempt=0: (0, photo.number, photo.view, 4)
+    batch = torch.utils.data.default_collate([pairs[0]])
     trained = depth.pose_vector(batch, mode)
     c2w = photo.reader.scene(photo.number).c2w
     fov = torch.tensor([photo.fov], dtype=torch.float64)
@@ -577,7 +583,7 @@ def test_shards_that_a_checkpoint_names_are_neither_run_nor_fetched(tmp_path, ca
                                                                     run, pattern):
     mark = tmp_path / "mark"
     source = configs.Source("co3d", "co3d", "none", 1.0, pattern.format(mark))
-    config = replace(render.load(run, "cpu", "fp32")[1], sources=(source,),
+    config = replace(run_config(run), sources=(source,),
                      out=str(tmp_path / "run"))
     save(config, golden.fill(model.build(config)))
     monkeypatch.setattr(scenes, "open_source", None)
@@ -586,7 +592,8 @@ def test_shards_that_a_checkpoint_names_are_neither_run_nor_fetched(tmp_path, ca
             sample.main(["--checkpoint", config.out, "--out", str(tmp_path / "out"),
                          *map(str, options)])
         said = capsys.readouterr().err
-        assert "are not opened" in said and "--config FILE" in said and said.count("\n") == 1
+        assert "is opened" in said or "not inside of --data" in said
+        assert "--config FILE" in said and said.count("\n") == 1
     assert not mark.exists()
 
 
@@ -600,7 +607,7 @@ config = Config(sources=(Source("re10k", "re10k", "x", 1.0, "re10k/held-out-*.ta
 """)
     for name, value in (("RUN", str(run)), ("CONFIG", str(file))):
         monkeypatch.setattr(sample, name, value)
-    wanted = photos.held_out(replace(render.load(run, "cpu", "fp32")[1],
+    wanted = photos.held_out(replace(run_config(run),
                                      sources=configs.load([str(file)]).sources), 0)
     for options in ([], ["--checkpoint", str(run), "--config", str(file)]):
         sample.main(["--out", str(tmp_path / "out"), "--views=1", "--steps=1", *options])
@@ -609,7 +616,7 @@ config = Config(sources=(Source("re10k", "re10k", "x", 1.0, "re10k/held-out-*.ta
 
 def test_commands_among_held_out_shards_are_refused(run):
     source = configs.Source("s", "co3d", "none", 1.0, "pipe:cat x.tar")
-    config = replace(render.load(run, "cpu", "fp32")[1], sources=(source,))
+    config = replace(run_config(run), sources=(source,))
     with pytest.raises(ValueError, match="files, not commands"):
         photos.held_out(config, 0)
 
