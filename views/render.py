@@ -114,7 +114,8 @@ def config_of(tensors, data="", named=None):
                          f"or ZeroNVS: {checkpoint.POSE} takes {CLIP_WIDTH + width} numbers, "
                          f"theirs {theirs}")
     # a published file does not say which shards were held out: a Config of the user's has to
-    return configs.stored({"mode": MODE_OF_WIDTH[width], "sources": []}, data if named else "", named)
+    own = {"mode": MODE_OF_WIDTH[width], "sources": []}
+    return configs.stored(own, data if named else "", named)
 
 
 def pose_vectors(mode, cond_c2w, c2w, fov, scale):
