@@ -80,7 +80,7 @@ def test_a_file_fills_a_model_and_what_other_tools_leave_in_files_is_no_misfit(t
     report = checkpoint.load_model(module, path)
     for name, value in module.state_dict().items():
         assert torch.equal(value, state[name])
-    assert (report.step, report.num_updates) == (12, 7)
+    assert report.num_updates == 7
     assert torch.equal(report.ema[INPUT_CONV], state[ema_name(INPUT_CONV)])
 
 
@@ -90,7 +90,7 @@ def test_ema_fills_the_unet_alone_with_the_average(tmp_path):
     report = checkpoint.load_model(module, saved(tmp_path / "x.ckpt", state), ema=True)
     for name, value in module.state_dict().items():
         assert torch.equal(value, state[ema_name(name) if name.startswith(UNET) else name])
-    assert (report.step, report.num_updates) == (12, 7)
+    assert report.num_updates == 7
 
 
 def test_ema_of_a_file_without_it_is_refused(tmp_path):
@@ -467,7 +467,7 @@ def test_a_writer_saves_what_was_at_the_time_and_lets_the_caller_go_on(tmp_path,
     release.set()
     writer.wait()
     assert_is_step(checkpoint.latest(tmp_path), 10)
-    assert (writer.step, writer.problem) == (10, "")
+    assert writer.problem == ""
 
 
 def test_a_writer_writes_one_step_at_a_time_into_memory_that_it_keeps(tmp_path, monkeypatch):
@@ -504,10 +504,10 @@ def test_a_writer_tells_that_a_write_failed_and_goes_on(tmp_path, monkeypatch):
         broken.setattr(os, "fsync", full)
         save_step(20)
     assert said == [f"step 20 could not be saved, training goes on: {writer.problem}"]
-    assert "No space left on device" in writer.problem and writer.step == 10
+    assert "No space left on device" in writer.problem
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000010"]
     save_step(30)
-    assert (writer.step, writer.problem) == (30, "") and len(said) == 1
+    assert writer.problem == "" and len(said) == 1
     assert_is_step(checkpoint.latest(tmp_path), 30)
 
 
@@ -758,7 +758,7 @@ def test_command_line_refuses_bad_input_in_one_line(tmp_path):
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="folder without a checkpoint"):
+    with pytest.raises(ValueError, match="no folder with a checkpoint"):
         checkpoint.read(tmp_path)
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         checkpoint.read(tmp_path / "missing")

@@ -23,7 +23,7 @@ from test_train import (ONE_THREAD, ROOT, assert_same_state, command, kill_one_r
                         one_thread, run, shards, tiny)
 
 import configs
-from runtime import checkpoint, lock, log, resume, threads, workers
+from runtime import checkpoint, files, log, resume, threads, workers
 from runtime import ranks as group
 
 __all__ = ["one_thread", "shards"]      # fixtures
@@ -265,36 +265,58 @@ def test_workers_of_a_killed_process_end(tmp_path):
 # ---- one run in a folder
 
 HOLDER = """
-import sys, time
-from runtime import lock
-with lock.held(sys.argv[1], print):
+import errno, sys, time
+from runtime import files
+def refuse(*arguments):
+    raise OSError(errno.ENOLCK, "No locks available")
+if sys.argv[2]:
+    files.fcntl.lockf = refuse
+with files.held(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)
 """
 
 
-def test_a_second_run_in_a_folder_is_refused_and_a_killed_one_starts_again_at_once(tmp_path):
-    with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], cwd=ROOT, text=True,
-                          stdout=subprocess.PIPE) as other:
+@contextlib.contextmanager
+def another_run(folder, without_locks=""):
+    """The process of another run in the folder, which is killed at the end."""
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(folder), without_locks], cwd=ROOT,
+                          text=True, stdout=subprocess.PIPE) as other:
         try:
             assert other.stdout.readline() == "held\n"
-            with pytest.raises(ValueError, match=rf"host \S+, process {other.pid}, since \d{{4}}-"):
-                with lock.held(tmp_path, print):
-                    pass
+            yield other
         finally:
             other.kill()
+
+
+def test_a_second_run_in_a_folder_is_refused_and_a_killed_one_starts_again_at_once(tmp_path):
+    with another_run(tmp_path) as other:
+        with pytest.raises(ValueError, match=rf"host \S+, process {other.pid}, since \d{{4}}-"):
+            with files.held(tmp_path):
+                pass
     began = time.monotonic()
-    with lock.held(tmp_path, pytest.fail):
+    with files.held(tmp_path):
         assert time.monotonic() - began < 5
 
 
-def test_where_locks_do_not_work_a_line_says_so(tmp_path, monkeypatch):
+def test_on_a_disk_without_locks_a_sign_of_life_tells_which_goes_stale(tmp_path, monkeypatch):
     def refuse(*arguments):
         raise OSError(errno.ENOLCK, "No locks available")
-    monkeypatch.setattr(lock.fcntl, "lockf", refuse)
-    said = []
-    with lock.held(tmp_path, said.append):
-        assert len(said) == 1 and "cannot be locked here" in said[0]
+    monkeypatch.setattr(files.fcntl, "lockf", refuse)
+    with another_run(tmp_path, "without locks") as other:
+        with pytest.raises(ValueError, match=rf"process {other.pid}, .* sign of life \d+ s ago"):
+            with files.held(tmp_path):
+                pass
+    monkeypatch.setattr(files, "STALE", 0.4)
+    time.sleep(0.5)
+    with files.held(tmp_path):          # the other was killed
+        first, end = (tmp_path / ".running").stat().st_mtime_ns, time.monotonic() + 20
+        while (tmp_path / ".running").stat().st_mtime_ns == first:
+            assert time.monotonic() < end, "no sign of life"
+            time.sleep(0.05)
+    monkeypatch.setattr(files, "STALE", 60.0)
+    with files.held(tmp_path):          # this one ended
+        pass
 
 
 # ---- the screen, and files that cannot be written
