@@ -289,7 +289,7 @@ def run(config, traced=0, dry_run=False):
     try:
         ready = Run(config, ranks, device, log, dry_run)
         if not dry_run:
-            ranks.on_rank_0(stack.enter_context, files.held(config.out))
+            ranks.on_rank_0(stack.enter_context, files.locked(config.out))
         saved = ready.find_start(dry_run)
         if dry_run:
             return

@@ -79,9 +79,10 @@ def convert(source, target, ema=False, dtype=None, init=""):
     with unfinished(target, "converting") as partial:
         left = write(partial, StateDict(tensors.path, entries, tensors.meta)) or []
         found = checkpoint.read(partial).entries
-        lost = [name for name in sorted(entries.keys() - {*left, EMA + "decay", EMA + "num_updates"})
-                if name not in found or tuple(found[name].shape) != tuple(entries[name].shape)
-                or found[name].dtype != entries[name].dtype]
+        wanted = entries.keys() - {*left, EMA + "decay", EMA + "num_updates"}
+        lost = [name for name in sorted(wanted) if name not in found
+                or (*found[name].shape, found[name].dtype) != (*entries[name].shape,
+                                                               entries[name].dtype)]
         if lost:
             raise ValueError(f"{len(lost)} tensors were not written whole, like {lost[0]}")
     return [*left, *tensors.others]

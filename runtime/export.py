@@ -31,9 +31,9 @@ PREPROCESSOR = {"image_processor_type": "CLIPImageProcessor"}       # its defaul
 
 # ------------------------------------------------------------------------------ names
 
-# Modules of checkpoints and of diffusers. For each level i and block j of it: `down` and `up` number
-# the UNet's blocks on its way in and out, `last` and `end` are a level's last ones, `conv` follows
-# the attention that is there or not, `back` counts levels from the other end.
+# Modules of checkpoints and of diffusers. For each level i and block j of it: `down` and `up`
+# number the UNet's blocks on its way in and out, `last` and `end` are a level's last ones, `conv`
+# follows the attention that is there or not, `back` counts levels from the other end.
 UNET_RULES = (
     ("time_embed.0", "time_embedding.linear_1"), ("time_embed.2", "time_embedding.linear_2"),
     ("input_blocks.0.0", "conv_in"), ("out.0", "conv_norm_out"), ("out.2", "conv_out"),
@@ -47,7 +47,7 @@ UNET_RULES = (
     ("output_blocks.{end}.{conv}.conv", "up_blocks.{i}.upsamplers.0.conv"))
 VAE_RULES = (
     ("quant_conv", "quant_conv"), ("post_quant_conv", "post_quant_conv"),
-    *((half + here, half + there) for half in ("encoder.", "decoder.") for here, there in (
+    *((half + ours, half + theirs) for half in ("encoder.", "decoder.") for ours, theirs in (
         ("conv_in", "conv_in"), ("norm_out", "conv_norm_out"), ("conv_out", "conv_out"),
         ("mid.block_1", "mid_block.resnets.0"), ("mid.attn_1", "mid_block.attentions.0"),
         ("mid.block_2", "mid_block.resnets.1"))),
@@ -88,7 +88,7 @@ def table_of(rules, names):
                    or f"up_blocks.{i}.attentions.0.norm.weight" in names)
         at = {"i": i, "j": j, "back": levels - 1 - i, "up": first + j, "down": first + j + 1,
               "end": first + blocks, "last": first + blocks + 1, "conv": 2 if attends else 1}
-        table |= {here.format(**at): there.format(**at) for here, there in rules}
+        table |= {ours.format(**at): theirs.format(**at) for ours, theirs in rules}
     return table
 
 
@@ -193,8 +193,8 @@ NETWORKS = {
 
 def from_diffusers(network, found):
     """Entries by checkpoint names; a name that no table knows stays under its part."""
-    back = {there: here for here, there in table_of(network.rules, found).items()}
-    inside = {there: here for here, there in network.inside.items()} | OLD_ATTENTION
+    back = {theirs: ours for ours, theirs in table_of(network.rules, found).items()}
+    inside = {theirs: ours for ours, theirs in network.inside.items()} | OLD_ATTENTION
     entries = {rename(name, back, inside) or name: entry for name, entry in found.items()
                if not name.endswith("position_ids")}
     for name, entry in list(entries.items()):
@@ -283,7 +283,7 @@ def write_diffusers(folder, tensors):
     folder, run, written = Path(folder), tensors.meta.get("config", {}), set()
     size = run.get("image_size", 256)
     more = {"vae": {"sample_size": size}, "unet": {
-        "attention_head_dim": run.get("num_heads", 8),      # diffusers' name for the number of heads
+        "attention_head_dim": run.get("num_heads", 8),      # diffusers' name for their number
         "norm_num_groups": run.get("norm_groups", 32),
         "sample_size": size // 8 if run.get("latent", "vae") == "vae" else size}}
     index = {"_class_name": "Zero1to3StableDiffusionPipeline", "requires_safety_checker": False,

@@ -87,7 +87,7 @@ def write_text(path, text):
 
 
 @contextmanager
-def held(folder):
+def locked(folder):
     """Makes a run's folder and keeps it to this process. ValueError names another that has it.
 
     The system lets go of a lock when its process ends, however that came, so a run that was killed

@@ -67,8 +67,9 @@ class Meter:
         bands = losses.new_zeros(BANDS, 2).index_add_(
             0, torch.cat(self.timesteps[:ours]) * BANDS // TIMESTEPS,
             torch.stack([losses, torch.ones_like(losses)], dim=1))
+        bad = (~losses.isfinite()).sum().view(1)
         bad, *sums = ranks.all_reduce(torch.cat([
-            (~losses.isfinite()).sum().view(1), losses.new_tensor(counts), bands.flatten()])).tolist()
+            bad, losses.new_tensor(counts), bands.flatten()])).tolist()
         counts, bands = sums[:len(counts)], np.reshape(sums[len(counts):], (BANDS, 2))
         seconds, width = time.perf_counter() - self.since, TIMESTEPS // BANDS
         loss, pairs = bands.sum(axis=0)

@@ -109,8 +109,8 @@ def write_step(final, step, parts, meta):
 
 def checksum(meta):
     """CRC-32 of what meta.json says, however it is spaced."""
-    told = {name: value for name, value in meta.items() if name != "crc32"}
-    return zlib.crc32(json.dumps(told, sort_keys=True).encode())
+    fields = {name: value for name, value in meta.items() if name != "crc32"}
+    return zlib.crc32(json.dumps(fields, sort_keys=True).encode())
 
 
 def superfluous(out, step, keep, keep_every):
@@ -125,18 +125,18 @@ def clear(out, say, old=()):
     """Removes the `old` steps of a run, and what killed saves and removals left in its folder, and
     nothing else. What cannot be removed is said, and stays."""
     @contextmanager
-    def told(path):
+    def tolerant(path):
         try:
             yield
         except OSError as err:
             say(f"{path} cannot be removed: {err.strerror or err}")
 
     for folder in old:
-        with told(folder):      # first out of the way at once: cut short, it is no step any more
+        with tolerant(folder):      # out of the way at once: cut short, it is no step any more
             folder.rename(folder.with_name(f".removed_{folder.name}"))
     for path in out.iterdir():
         if LEFTOVER.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
-            with told(path):
+            with tolerant(path):
                 shutil.rmtree(path)
 
 

@@ -257,7 +257,7 @@ def refuse(*arguments):
     raise OSError(errno.ENOLCK, "No locks available")
 if sys.argv[2]:
     files.fcntl.lockf = refuse
-with files.held(sys.argv[1]):
+with files.locked(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -278,10 +278,10 @@ def another_run(folder, without_locks=""):
 def test_a_second_run_in_a_folder_is_refused_and_a_killed_one_starts_again_at_once(tmp_path):
     with another_run(tmp_path) as other:
         with pytest.raises(ValueError, match=rf"host \S+, process {other.pid}, since \d{{4}}-"):
-            with files.held(tmp_path):
+            with files.locked(tmp_path):
                 pass
     began = time.monotonic()
-    with files.held(tmp_path):
+    with files.locked(tmp_path):
         assert time.monotonic() - began < 5
 
 
@@ -291,17 +291,17 @@ def test_on_a_disk_without_locks_a_sign_of_life_tells_which_goes_stale(tmp_path,
     monkeypatch.setattr(files.fcntl, "lockf", refuse)
     with another_run(tmp_path, "without locks") as other:
         with pytest.raises(ValueError, match=rf"process {other.pid}, .* sign of life \d+ s ago"):
-            with files.held(tmp_path):
+            with files.locked(tmp_path):
                 pass
     monkeypatch.setattr(files, "STALE", 0.4)
     time.sleep(0.5)
-    with files.held(tmp_path):          # the other was killed
+    with files.locked(tmp_path):          # the other was killed
         first, end = (tmp_path / ".running").stat().st_mtime_ns, time.monotonic() + 20
         while (tmp_path / ".running").stat().st_mtime_ns == first:
             assert time.monotonic() < end, "no sign of life"
             time.sleep(0.05)
     monkeypatch.setattr(files, "STALE", 60.0)
-    with files.held(tmp_path):          # this one ended
+    with files.locked(tmp_path):          # this one ended
         pass
 
 

@@ -72,6 +72,9 @@ def logging_backend(events):
                         bw_compiler=backward)
 
 
+ONE_LEVEL = {"model_channels": 96, "channel_mult": (1,), "image_size": 8}     # compiled within seconds
+
+
 def compiled_rank(rank, port, box):
     """Puts, with activations kept and recomputed, the order in which graphs end and gradients go,
     and how much was compiled."""
@@ -98,11 +101,11 @@ def compiled_steps(rank, ranks, recompute):
     whose gradients must be those of one that is not."""
     torch._dynamo.reset()
     counters.clear()
-    _, net, _ = made(1, checkpoint_activations=recompute)
+    _, net, _ = made(1, checkpoint_activations=recompute, **ONE_LEVEL)
     engine.channels_last(net)
     twin, events = copy.deepcopy(net), []
     torch.manual_seed(rank)
-    _, _, given = made(1)
+    _, _, given = made(1, **ONE_LEVEL)
     given = [values + rank for values in given[:-1]] + [given[-1]]
     net.model.diffusion_model.compile(backend=logging_backend(events))
     wrapped, plain = ranks.wrap(net), ranks.wrap(twin)
@@ -137,7 +140,7 @@ def test_a_compiled_network_sends_gradients_while_the_rest_of_its_backward_pass_
     box = torch.multiprocessing.get_context("spawn").SimpleQueue()
     torch.multiprocessing.spawn(compiled_rank, (port, box), 2)
     for order, stats in (*box.get(), *box.get()):
-        # 3 MB of gradients in buckets of 1 MB, and cc_projection's outside of the graphs
+        # buckets of 1 MB, and cc_projection's outside of the graphs
         assert order.count("graph") >= 3 and order.count("sent") >= 3
         last = len(order) - 1 - order[::-1].index("graph")
         assert order[:last].count("sent") >= 2, order
