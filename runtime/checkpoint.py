@@ -73,8 +73,8 @@ def read(path, init=""):
 
 
 def merge(found, init):
-    """The StateDict of low-rank updates with the weights of the file `init`, which are averaged ones
-    where it has them. Raises ValueError where it is not the file that they were trained on."""
+    """The StateDict of low-rank updates with the weights of the file `init`, averaged ones where it
+    has them. Raises ValueError where it is not the file that they were trained on."""
     if not init:
         raise ValueError(f"{found.path} holds low-rank updates of another file's weights: name it "
                          f"with --init={started_from(found) or 'FILE'}")

@@ -1,4 +1,4 @@
-"""Low-rank updates (LoRA, arXiv:2106.09685): a layer's weight is W + up @ down, of which W is frozen.
+"""Low-rank updates (LoRA, arXiv:2106.09685): a layer's weight is W + up @ down, and W is frozen.
 
 `add` gives layers of the UNet their factors, under names of their own beside W's, so all other
 names stay the checkpoint's. Whoever reads `weight`, the engine's forms too, reads the sum. `merged`

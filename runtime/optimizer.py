@@ -26,8 +26,8 @@ def learning_rate(step, config):
 
 
 class Ema:
-    """Exponential moving average of the UNet's parameters, or of its low-rank updates alone where it
-    has any, whose decay grows from .1 to `decay`."""
+    """Exponential moving average of the UNet's parameters, or of its low-rank updates where it has
+    any; its decay grows from .1 to `decay`."""
     def __init__(self, unet, decay, ranks=ALONE, divided=False):
         averaged = lora.updates(unet) or dict(unet.named_parameters())
         self.division = Division(averaged, ranks, divided)

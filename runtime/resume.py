@@ -194,7 +194,7 @@ def save(writer, config, step, net, ema, optimizer, ranks):
     if ranks.rank == 0:
         meta = {"step": step, "ema_updates": ema.updates, "config": asdict(config)}
         meta |= {"base": base_checksum(config.init)} if config.lora_rank else {}
-        writer.save(config.out, step, saved_weights(net).items(), averages, moments, meta, config.keep,
-                    config.keep_every)
+        writer.save(config.out, step, saved_weights(net).items(), averages, moments, meta,
+                    config.keep, config.keep_every)
     for _ in itertools.chain(averages, moments):        # the other ranks give their part
         pass
