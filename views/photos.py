@@ -222,8 +222,9 @@ def middle(image):
 
 # ---- a held-out view
 
-def held_out(config, number):
-    """The HeldOut view in the middle of a held-out scene of a Config, whose sources the user named.
+def held_out(config, number, view=None):
+    """A HeldOut view, the middle one unless told, of a scene of a Config whose sources the user
+    named.
 
     Raises ValueError or FileNotFoundError where there is no such scene.
     """
@@ -242,7 +243,7 @@ def held_out(config, number):
     else:
         raise ValueError(f"held-out scene {asked}: there are scenes 0 to {known - 1}")
     scene = reader.scene(number)
-    view = len(scene.c2w) // 2
+    view = len(scene.c2w) // 2 if view is None else view
     known = torch.from_numpy(reader.depth(number, view))
     image = scenes.images(reader.image(number, view))
     scene_scale = scale_in_scene(config, reader, number, known, image)
