@@ -14,17 +14,15 @@ are compared with the other photos. Steadiness is how well neighbouring views al
 agree after a warp by true depth.
 """
 
-import json
 from pathlib import Path
 
-from analysis import add_data_options
 from runtime import command
+from views import add_data_options
 
 # How far, as --by says it: about as far as the views of a scene go by default
 HOW_FAR = {"orbit": 10, "swing": 10, "spiral": 0.1, "dolly": 0.15, "truck": 0.12, "pedestal": 0.1,
            "pan": 10, "tilt": 8, "zoom": 1.3}
 VIEWS = 5               # along a path, the photo's own among them, which does not count
-SAME = 40               # dB by which a rendered photo is known to be the photo
 SHOWN = 2               # scenes in the picture
 
 
@@ -62,31 +60,15 @@ def path_from(photo, name):
     return paths.motion(name, VIEWS, HOW_FAR[name], photo.fov, photo.elevation)
 
 
-def truth_of(photo, cameras, seed):
-    """The true views (n, 3, s, s) in [-1, 1], and depths (n, s, s) in the paths' unit, of
-    paths.Cameras whose first is a HeldOut photo's. ValueError where its scene is not one of
-    synth.scene(seed, ...)."""
-    known, size = photo.reader.scene(photo.number), photo.picture.width
-    scene = synth.scene(seed, int(Path(known.name).name))
-    motion = torch.linalg.inv(cameras.cond_c2w) @ cameras.c2w
-    motion[:, :3, 3] *= photo.scene_scale / photo.scale     # from the paths' unit to the scene's
-    c2w = known.c2w[photo.view] @ motion
-    views, depths = (torch.cat(parts) for parts in zip(*(
-        synth.render(scene, pose[None], angle, size) for pose, angle in zip(c2w, cameras.fov))))
-    if psnr(views[:1], pictures.tensor(photo.picture)) < SAME:
-        raise ValueError(f"{known.name} does not look as `prepare.py synth` renders it")
-    return views, depths * photo.scale / photo.scene_scale
-
-
 @torch.no_grad()
-def follow(net, config, photo, name, seed):
+def follow(net, config, photo, name):
     """(true views, the model's) along a path from a HeldOut photo: two of (n, 3, s, s)."""
     cameras = path_from(photo, name)
     T = render.pose_vectors(config.mode, cameras.cond_c2w, cameras.c2w, cameras.fov, photo.scale)
     images = torch.cat([pictures.tensor(photo.closer(share)) for share in cameras.shares()])
     views = novel_views(net, images.to(net.betas.device), T, [0] * VIEWS, config.seed,
                         config.sampler, config.sample_steps, config.eta, config.guidance)
-    return truth_of(photo, cameras, seed)[0], views.cpu()
+    return synth.truth_of(photo, config.data)(cameras.c2w, cameras.fov), views.cpu()
 
 
 # ---- from several photos
@@ -99,8 +81,7 @@ def views_of(config, number):
     found = [photos.held_out(config, number, view) for view in range(len(c2w))]
     for each in found:
         each.scale = each.scene_scale / unit
-    here = paths.around(0.0, photo.elevation, 1.0)
-    return found, paths.moved(c2w, c2w[photo.view], here, 1 / unit), photo
+    return found, paths.moved(c2w, c2w[photo.view], photo.camera(), 1 / unit), photo
 
 
 def chosen_of(views, counts):
@@ -123,71 +104,58 @@ def drawn_from(drawn, views, c2w, places, wanted):
     return torch.cat([*map(pictures.tensor, drawn(cameras, label=""))])
 
 
-def steadiness(drawn, views, c2w, places, photo, seed):
+def steadiness(drawn, views, c2w, places, truth):
     """dB by which neighbouring views along a scene's path agree after a warp by true depth, all of
     one noise and each of its own."""
-    way, fov = paths.smooth(c2w, torch.full((len(c2w),), photo.fov, dtype=torch.float64), VIEWS,
-                            False)
-    here = paths.around(0.0, photo.elevation, 1.0)[None]    # truth_of wants the photo's first
-    along = paths.Cameras(here[0], torch.cat([here, way]), torch.cat([fov[:1], fov]), photo.fov)
-    depths, pose = truth_of(photo, along, seed)[1][1:], camera.relative_pose(way[:-1], way[1:])
+    fov = torch.full((len(c2w),), views[0].fov, dtype=torch.float64)
+    way, fov = paths.smooth(c2w, fov, VIEWS, False)
+    depths, pose = truth(way, fov, depths=True), camera.relative_pose(way[:-1], way[1:])
     for drawn.same_noise in (False, True):
         seen = drawn_from(drawn, views, c2w, places, way)
         warped = warp(seen[:-1], depths[:-1], pose, fov[1:], depths[1:])
         yield agreement(seen[1:], *warped).nanmean()[None]
 
 
-def several(net, config, args, seed):
+def several(net, config, args):
     """Prints the PSNR of views that start from several photos, and of the nearest of them; errors
     are over scenes, of a capture over its views."""
-    drawn, rows = render.Render(net, config), {}
+    drawn, rows, counts = render.Render(net, config), {}, args.photos or [1]
     for number in command.progress(range(1 if args.capture else args.scenes), "follow", "scenes"):
         if args.capture:
-            album, photo = own.Album(args.capture), None
+            album, truth = own.Album(args.capture), None
             views, c2w = [album.photo(i, config.image_size)
                           for i in range(len(album.views))], album.c2w
         else:
             views, c2w, photo = views_of(config, number)
-        chosen, others = chosen_of(views, args.photos)
-        truth = torch.cat([pictures.tensor(views[i].picture) for i in others])
+            truth = synth.truth_of(photo, config.data)
+        chosen, others = chosen_of(views, counts)
+        real = torch.cat([pictures.tensor(views[i].picture) for i in others])
         for count, places in chosen.items():
             near = paths.nearness(c2w[places], c2w[others]).argmax(0)
             still = torch.cat([pictures.tensor(views[places[i]].picture) for i in near])
-            cells = [psnr(drawn_from(drawn, views, c2w, places, c2w[others]), truth),
-                     psnr(still, truth)]
-            cells += steadiness(drawn, views, c2w, places, photo, seed) if photo else []
+            cells = [psnr(drawn_from(drawn, views, c2w, places, c2w[others]), real),
+                     psnr(still, real)]
+            cells += steadiness(drawn, views, c2w, places, truth) if truth else []
             for i, cell in enumerate(cells):
                 rows.setdefault((count, i), []).extend(cell if args.capture else [cell.mean()])
     print(f"{'photos':6}{'model':>16}{'nearest photo':>16}   steady, of own noises, of one noise")
-    for count in args.photos:
+    for count in counts:
         found = [score.mean_and_error(rows[count, i], range(len(rows[count, i])))
                  for i in range(4) if (count, i) in rows]
         print(f"{count:<6}" + "".join(f"{mean:.2f} +- {error:.2f}".rjust(16)
                                       for mean, error, _ in found))
 
 
-def seed_of(note):
-    """The seed in the note of `prepare.py synth`. Raises FileNotFoundError, ValueError."""
-    if not note.is_file():
-        raise FileNotFoundError(f"{note} is missing: only scenes of `prepare.py synth` are known "
-                                "from everywhere")
-    try:
-        return int(json.loads(note.read_text(encoding="utf-8"))["seed"])
-    except (ValueError, KeyError, TypeError) as err:
-        raise ValueError(f"{note} is not what `prepare.py synth` writes") from err
-
-
 def main(args):
     """The command, options parsed. Raises ValueError or OSError with one line."""
     tensors, config = render.open_run(args.run, args.data, args.config, args.init,
                                       needs_data=not args.capture)
-    seed = None if args.capture else seed_of(Path(config.data) / "synth.json")
-    if seed is not None:
+    if not args.capture:
         photo = photos.held_out(config, args.scenes - 1)    # before anything is spent on the others
+        synth.truth_of(photo, config.data)
     net = render.load(tensors, device_of(args.device), "fp32")[0]
     if args.photos or args.capture:
-        args.photos = args.photos or [1]
-        several(net, config, args, seed)
+        several(net, config, args)
         return
     names = [name for name in HOW_FAR
              if camera.MODES[config.mode].pose == "matrix" or path_from(photo, name).centred()]
@@ -196,7 +164,7 @@ def main(args):
         photo = photos.held_out(config, number)
         image = pictures.tensor(photo.picture)
         for name in names:
-            truth, views = follow(net, config, photo, name, seed)
+            truth, views = follow(net, config, photo, name)
             found[name].append((psnr(views, truth)[1:].mean().item(),
                                 psnr(image.expand_as(truth), truth)[1:].mean().item()))
             if number < SHOWN:

@@ -7,8 +7,8 @@ is of latents. Two ways of guiding that cost less stand beside: at the middle ti
 with the difference of the two branches evaluated at every second step.
 """
 
-from analysis import add_data_options
 from runtime import command
+from views import add_data_options
 
 LIMIT, FEW, GUIDANCES = 1000, (8, 10, 15, 20, 25), (1.0, 3.0)
 SOLVERS = {("ddim", "trailing"): (LIMIT, 20, 50, 100),

@@ -7,6 +7,7 @@ What a run saves is in runs.py, whose names are to be had here too.
 """
 
 import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from runtime import lora
 from runtime.export import is_diffusers, read_diffusers
 from runtime.foreign import LazyTensor, StateDict, read_file
 from runtime.runs import (FILES, Run, Writer, damage, latest, load_run, misfit, save, step_of,
@@ -23,6 +25,7 @@ UNET, EMA, PROJECTION = "model.diffusion_model.", "model_ema.", "cc_projection."
 FROZEN = ("first_stage_model.", "cond_stage_model.")
 EMA_DECAY = 0.9999          # the reference's, where a run does not name its own
 INPUT_CONV = UNET + "input_blocks.0.0.weight"
+CHECKED = 256               # numbers of each weight that a checksum of it has
 LATENT_CHANNELS = 4         # which the input convolution had before zero123
 POSE = PROJECTION + "weight"
 CONFIG = "zeronvs_config"       # in a file, as JSON, beside the weights of a run
@@ -53,10 +56,13 @@ def read(path, init=""):
     Averaged weights have the reference's names, `model_ema.*`. A run saves what it trains; its
     frozen networks are those of `init`, the file that it started from, which the caller names:
     what a checkpoint says of other files is never followed. `meta["config"]` is the run's
-    configuration, a dict, where there is one. What was read already is given back. Raises
-    FileNotFoundError, or ValueError with one line for what is no checkpoint, or a damaged one.
+    configuration, a dict, where there is one. What was read already is given back. Low-rank updates
+    are added to the weights of `init`. Raises FileNotFoundError, or ValueError with one line for
+    what is no checkpoint, or a damaged one.
     """
     found = path if isinstance(path, StateDict) else read_any(Path(path))
+    if any(map(lora.is_update, found)):
+        return merge(found, init)
     if not init:
         return found
     frozen = {name: entry for name, entry in read_any(Path(init)).entries.items()
@@ -64,6 +70,49 @@ def read(path, init=""):
     if not frozen:
         raise ValueError(f"{init} has no autoencoder and no CLIP, which {found.path} starts from")
     return StateDict(found.path, frozen | found.entries, found.meta, found.others)
+
+
+def merge(found, init):
+    """The StateDict of low-rank updates with the weights of the file `init`, averaged ones where it
+    has them. Raises ValueError where it is not the file that they were trained on."""
+    if not init:
+        raise ValueError(f"{found.path} holds low-rank updates of another file's weights: name it "
+                         f"with --init={started_from(found) or 'FILE'}")
+    base = read_any(Path(init))
+    weights = unet_of(base)
+    check_base(found.meta, checksum(weights), found.path, init)
+    others = {name: entry for name, entry in base.entries.items() if not name.startswith(EMA)}
+    own = {name: entry for name, entry in found.entries.items() if not lora.is_update(name)}
+    live = {name: entry for name, entry in found.entries.items()
+            if lora.is_update(name) and not name.startswith(EMA)}
+    averages = {name: found.entries[ema_name(name)] for name in live if ema_name(name) in found}
+    entries = others | lora.merged(weights, live, found.path) | own
+    if averages:
+        entries |= {ema_name(name): entry for name, entry in
+                    lora.merged(weights, averages, found.path).items()}
+    return StateDict(found.path, entries, found.meta, found.others)
+
+
+def unet_of(tensors):
+    """{name: entry} of a UNet's weights, averaged where a StateDict has averages."""
+    return {name: tensors.entries.get(ema_name(name), entry)
+            for name, entry in tensors.entries.items() if name.startswith(UNET)}
+
+
+def checksum(weights):
+    """CRC-32, as text, of the shapes and first CHECKED numbers of {name: entry}."""
+    crc = 0
+    for name in sorted(weights):
+        first = weights[name].read().reshape(-1)[:CHECKED].float().numpy().tobytes()
+        crc = zlib.crc32(f"{name} {tuple(weights[name].shape)}".encode() + first, crc)
+    return f"{crc:08x}"
+
+
+def check_base(meta, crc, run, init):
+    """Raises ValueError unless low-rank updates were trained on weights of that checksum."""
+    if meta.get("base") != crc:
+        raise ValueError(f"{init} is not what the updates in {run} were trained on: its weights' "
+                         f"checksum is {crc}, theirs is {meta.get('base')}")
 
 
 def read_any(path):

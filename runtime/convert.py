@@ -28,7 +28,7 @@ GROUPS = {      # part of a checkpoint: how its names begin, its use
 
 def info(path):
     """What is in a checkpoint, as text: facts, then a line for each part."""
-    tensors, parts = checkpoint.read(path), {group: [] for group in GROUPS}
+    tensors, parts = checkpoint.read_any(Path(path)), {group: [] for group in GROUPS}
     for name, entry in tensors.entries.items():
         group = next(group for group, (starts, _) in GROUPS.items() if name.startswith(starts))
         parts[group].append(entry)

@@ -31,6 +31,10 @@ def main(run, *arguments, data=""):
     return 0
 
 
+def truth_of(photo, cameras, data=None):
+    return synth.truth_of(photo, data or SCENES["data"])(cameras.c2w, cameras.fov)
+
+
 @pytest.fixture
 def photo(run):
     return photos.held_out(render.open_run(run, str(SCENES["data"]))[1], 2)
@@ -38,7 +42,7 @@ def photo(run):
 
 def test_the_truth_of_a_pan_is_the_view_of_the_turned_camera(photo):
     cameras = paths.motion("pan", 3, 20, photo.fov, photo.elevation)
-    found, _ = follow.truth_of(photo, cameras, 0)
+    found = truth_of(photo, cameras)
     known = photo.reader.scene(photo.number)
     scene = synth.scene(0, int(known.name.split("/")[1]))
     c2w = known.c2w[photo.view].clone()
@@ -55,19 +59,19 @@ def test_the_truth_of_a_dolly_goes_towards_what_is_in_the_middle_of_the_photo(ph
     c2w = known.c2w[photo.view].clone()
     c2w[:3, 3] -= 0.5 * depth[depth > 0].median() * c2w[:3, 2]
     wanted = synth.render([scene], c2w[None, None], torch.tensor([scene.fov]), 16)[0][0]
-    assert psnr(follow.truth_of(photo, cameras, 0)[0][1:], wanted) > 40
+    assert psnr(truth_of(photo, cameras)[1:], wanted) > 40
 
 
-def test_scenes_of_another_seed_are_told_from_these(photo):
-    cameras = paths.motion("orbit", 2, 5, photo.fov, photo.elevation)
+def test_scenes_of_another_seed_are_told_from_these(photo, tmp_path):
+    (tmp_path / "synth.json").write_text('{"seed": 1}')
     with pytest.raises(ValueError, match="does not look as `prepare.py synth` renders it"):
-        follow.truth_of(photo, cameras, 1)
+        synth.truth_of(photo, tmp_path)
 
 
 def test_every_path_is_measured_and_drawn(run, tmp_path, capsys, monkeypatch):
-    def perfect(net, config, photo, name, seed):
+    def perfect(net, config, photo, name):
         cameras = paths.motion(name, follow.VIEWS, follow.HOW_FAR[name], photo.fov, photo.elevation)
-        truth, _ = follow.truth_of(photo, cameras, seed)
+        truth = truth_of(photo, cameras)
         return truth, truth + 0.02      # 40 dB, of a range of 2
     assert main(run, "--scenes", "3") == 0
     lines = capsys.readouterr().out.splitlines()
@@ -94,16 +98,17 @@ def test_a_3dof_model_is_measured_along_what_it_knows(run, tmp_path, capsys):
     assert [line.split()[0] for line in lines] == ["orbit", "swing", "spiral", "dolly"]
 
 
-@pytest.mark.parametrize("content", ["{", "{}", '{"seed": "a"}', "[]"])
-def test_a_spoilt_note_of_the_scenes_is_named(tmp_path, content):
-    (tmp_path / "synth.json").write_text(content)
-    with pytest.raises(ValueError, match="synth.json is not what"):
-        follow.seed_of(tmp_path / "synth.json")
+@pytest.mark.parametrize("content", ["", "{", "{}", '{"seed": "a"}', "[]"])
+def test_a_spoilt_or_missing_note_of_the_scenes_is_named(photo, tmp_path, content):
+    if content:
+        (tmp_path / "synth.json").write_text(content)
+    with pytest.raises(ValueError if content else FileNotFoundError, match="synth.json is (not what|missing)"):
+        synth.truth_of(photo, tmp_path)
 
 
 def test_other_data_are_refused_in_a_line(run, tmp_path, capsys):
     assert main(run, data=tmp_path) == 2
-    assert "synth.json is missing" in capsys.readouterr().err
+    assert "no shards at" in capsys.readouterr().err
 
 
 def test_views_from_several_photos_are_measured(run, capsys):
@@ -123,13 +128,13 @@ def test_a_capture_is_measured_against_its_own_photos(run, tmp_path, capsys):
 def test_true_views_are_steady_and_those_of_a_still_camera_are_not(run, photo, monkeypatch):
     views, c2w, photo = follow.views_of(render.open_run(run, str(SCENES["data"]))[1], 2)
 
+    truth = synth.truth_of(photo, SCENES["data"])
+
     def true(drawn, views, c2w, places, wanted):
-        here = paths.around(0.0, photo.elevation, 1.0)[None]
-        fov = torch.full((len(wanted) + 1,), photo.fov, dtype=torch.float64)
-        return follow.truth_of(photo, paths.Cameras(here[0], torch.cat([here, wanted]), fov, photo.fov), 0)[0][1:]
+        return truth(wanted, [photo.fov] * len(wanted))
 
     found = []
     for drawn_from in (true, lambda *given: true(*given)[:1].expand(follow.VIEWS, -1, -1, -1)):
         monkeypatch.setattr(follow, "drawn_from", drawn_from)
-        found += follow.steadiness(SimpleNamespace(), views, c2w, [0], photo, 0)
+        found += follow.steadiness(SimpleNamespace(), views, c2w, [0], truth)
     assert min(found[:2]) > max(found[2:]) + 1
