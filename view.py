@@ -18,7 +18,7 @@ from runtime import command
 from runtime.command import Parser, numbers_of, words
 
 RUN, CONFIG = "out/synth", "configs/synth.py"       # where the command line names neither
-MOST_SCENES, MOST_REAL, PHOTO_SIDE = 200, 48, 512
+MOST_SCENES, MOST_REAL = 200, 48
 SYNTH_NAME = re.compile(r"\w+/(\d{10})")            # of a scene that prepare.py synth rendered
 
 
@@ -56,11 +56,8 @@ import functools
 import json
 from dataclasses import replace
 
-import torch
-from PIL import Image
-
 import camera
-from captures import own, resample, synth
+from captures import own, synth
 from runtime.ranks import device_of
 from shards import scenes
 from views import paths, photos, pictures
@@ -123,29 +120,10 @@ def renderer(config, scene, in_scene):
 
 def capture(path, size):
     """The Subject of a capture, whose middle view is the photo. Raises ValueError, OSError."""
-    if path.is_file() or (path / "transforms.json").is_file():
-        [found], _ = own.find_nerfstudio([path], False)
-    else:
-        [found], _ = own.find_colmap([path], "images", False)
-    views, half, left_out = resample.one_camera(found.read()[0])
-    views = pictures.evenly_spaced(views, MOST_REAL)
-    if not views:
-        raise ValueError(f"{path}: no photo has a camera that can be used: "
-                         + "; ".join(map(str, left_out[:1])))
-    c2w, middle = torch.stack([torch.as_tensor(view.c2w) for view in views]), len(views) // 2
-    position, back = c2w[middle, :3, 3], c2w[middle, :3, 2]
-    # the page's length 1 is the way to what the cameras look at, where they look at one thing
-    unit = ((position - camera.focus_point(c2w)) @ back).item()
-    unit = unit if unit > 0 else (c2w[:, :3, 3] - position).norm(dim=1).mean().item() or 1.0
-
-    def real(place, side=size):
-        with Image.open(views[place].photo) as picture:
-            return Image.fromarray(resample.square(views[place], picture, half, side)[0])
-
-    fov, rise = 2 * math.atan(half), photos.elevation_of(c2w, middle)
-    photo = photos.Photo(real(middle, PHOTO_SIDE), size, fov, rise, photos.SCALE)
-    here = paths.around(0.0, rise, 1.0)
-    return Subject(photo, str(path), b"", paths.moved(c2w, c2w[middle], here, 1 / unit), fov, real)
+    album = own.Album(path)
+    places = pictures.evenly_spaced(range(len(album.views)), MOST_REAL)
+    return Subject(album.photo(album.first, size), str(path), b"", album.c2w[places], album.fov,
+                   lambda place, side=size: album.picture(places[place], side))
 
 
 def serve(args):
