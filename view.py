@@ -3,8 +3,6 @@
     python view.py                                       the model in out/synth
     python view.py photo.jpg --checkpoint zeronvs.ckpt
     python view.py FOLDER                                a capture with its real cameras
-
-The server is views/server.py, what it does views/studio.py, the page views/page.html.
 """
 
 import os
@@ -49,13 +47,13 @@ from views.server import Server
 from views.studio import Studio, Subject
 
 MOST_SCENES, MOST_REAL = 200, 48        # that the page offers, or shows in its map
-FILES = (".ckpt", ".safetensors")
 
 
 def models_of(args):
     """The paths of the models that the page offers, the command line's first."""
     found = sorted(Path(args.models).iterdir()) if args.models else []
-    found = [path for path in found if path.suffix in FILES or any(path.glob("step_*"))]
+    found = [path for path in found if path.suffix in (".ckpt", ".safetensors")
+             or any(path.glob("step_*"))]
     return list(dict.fromkeys([Path(args.checkpoint), *found]))
 
 
@@ -86,11 +84,11 @@ def serve(args):
              for reader in (photos.held_out_sources(config) if Path(config.data).is_dir()
                             or args.config or args.data else [])
              for i in range(min(len(reader), MOST_SCENES))]
-    options = [word for name in ("device", "precision", "init") if getattr(args, name)
-               for word in (f"--{name}", getattr(args, name))]
     studio = Studio(lambda path: Render(*load(path, device, args.precision, args.init)),
-                    models_of(args), args.out, options, names[:MOST_SCENES],
-                    functools.partial(held_out, config))
+                    models_of(args), args.out,
+                    ["--device", device.type, "--precision", args.precision]
+                    + ["--init", args.init] * bool(args.init),
+                    names[:MOST_SCENES], functools.partial(held_out, config))
     path = Path(args.photo)
     if args.photo and (path.is_dir() or path.suffix == ".json"):
         studio.start(capture(path, studio.render.size))
@@ -98,7 +96,7 @@ def serve(args):
         photos.read(path)               # what is no image is told before the whole of it is read
         studio.photo({"data": path.read_bytes(), "name": path.name})
     elif names:
-        studio.scene({"scene": 0})
+        studio.choose({"scene": 0})
     server = Server(studio, args.host, args.port)
     command.say(f"open {server.address}\nCtrl-C ends it")
     # without a screen, Python would open the page in the terminal

@@ -21,6 +21,7 @@ from views.cameras import RIGID, read as read_cameras
 SPIRAL_TURNS = 2
 GRID_AZIMUTHS = (-40.0, -20.0, 0.0, 20.0, 40.0)
 GRID_ELEVATIONS = (20.0, 0.0, -20.0)
+SAME_PLACE = 1e-6                   # squared distance of two cameras that counts as none
 SHARE_DIGITS = 5                    # of a share of the photo's side, less than a pixel
 
 
@@ -46,13 +47,15 @@ class Cameras:
         return (torch.allclose(c2w, look_at(position, torch.zeros_like(position)), 0, RIGID)
                 and torch.allclose(self.fov, self.fov[:1]))
 
-    def check_mode(self, mode):
-        """Raises ValueError unless a model of this camera.Mode can follow the path."""
-        if mode.pose == "angles" and not self.centred():
+    def check_mode(self, mode, others=0):
+        """Itself. Raises ValueError unless a model of this camera.Mode can follow the path, from so
+        many other photos."""
+        if mode.pose == "angles" and (others or not self.centred()):
             raise ValueError(
                 "a 3DoF model knows of azimuth, elevation and distance alone: its cameras look at "
                 "the centre with one field of view, as those of orbit, swing, spiral, dolly, grid "
-                "and pose do")
+                "and pose do, and start from one photo")
+        return self
 
     def after_photo(self):
         """The Cameras without the first, if that is the photo's."""
@@ -64,6 +67,15 @@ class Cameras:
         """How much of the photo's side each view would see from the photo's place: n floats."""
         sides = torch.tan(self.fov / 2) / math.tan(self.cond_fov / 2)
         return [round(side, SHARE_DIGITS) for side in sides.tolist()]
+
+
+def nearness(cond_c2w, c2w):
+    """How near cameras cond_c2w (k, 4, 4) stand to the views c2w (n, 4, 4): weights (k, n), of sum
+    1 over the cameras, that fall with the square of the distance, in units and radians alike."""
+    pose = relative_pose(cond_c2w[:, None], c2w)
+    angle = ((pose.diagonal(dim1=-2, dim2=-1)[..., :3].sum(-1) - 1) / 2).clamp(-1, 1).acos()
+    weights = 1 / (pose[..., :3, 3].square().sum(-1) + angle**2).clamp(min=SAME_PLACE)
+    return weights / weights.sum(0)
 
 
 # ---- named motions

@@ -1,9 +1,7 @@
 """The http server of view.py's page: who is answered, and how.
 
-    Server(Studio(...), "127.0.0.1", 0).serve_forever()
-
-A request is POST /NAME of JSON (of a photo: its bytes, with the rest in the address), answered by
-the method of that name of a studio.Studio; an error is {"error": one line}.
+A request is POST /NAME of JSON (of a photo: its bytes, the rest in the address), answered by the
+method of that name of a studio.Studio; an error is {"error": one line}.
 """
 
 import hmac
@@ -18,9 +16,7 @@ from views.render import Stopped
 from views.studio import line_of
 
 PAGE = Path(__file__).with_name("page.html")
-LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
-WITHOUT_PHOTO = ("open", "photo", "scene", "model")
-REQUESTS = (*WITHOUT_PHOTO, "picture", "view", "path", "film", "progress")
+REQUESTS = ("open", "photo", "choose", "picture", "view", "path", "film", "progress")
 MOST_JSON = 2**20               # bytes of a request that is no photo
 HEADERS = {"Cache-Control": "no-store", "Referrer-Policy": "no-referrer",
            "X-Content-Type-Options": "nosniff"}
@@ -38,9 +34,7 @@ class Refused(ValueError):
 class Handler(BaseHTTPRequestHandler):
     """A connection. Only pages that this server has served, to who knew its token, are answered."""
     protocol_version, timeout = "HTTP/1.1", 60.0        # seconds that a silent connection is kept
-
-    def log_message(self, *words):
-        """Says nothing."""
+    log_message = staticmethod(lambda *words: None)
 
     def do_GET(self):
         """Answers a request of either kind; whoever has gone away meanwhile misses it."""
@@ -95,8 +89,6 @@ class Handler(BaseHTTPRequestHandler):
         data = self.rfile.read(size)
         if name != "open" and self.headers.get("X-Session") != studio.session:
             raise Refused(410, "another tab has taken over")
-        if studio.subject is None and name not in WITHOUT_PHOTO:
-            raise Refused(400, "there is no photo yet: drop one into the page")
         asked = {**query, "data": data} if name == "photo" else json.loads(data)
         return getattr(studio, name)(asked)
 
@@ -104,12 +96,10 @@ class Handler(BaseHTTPRequestHandler):
 class Server(ThreadingHTTPServer):
     """Serves a Studio's page at `address`, which has the token that it asks for."""
     daemon_threads = True
+    handle_error = staticmethod(lambda *connection: None)   # one that broke ends alone
 
     def __init__(self, studio, host, port):
         super().__init__((host, port), Handler)
         self.studio, self.token = studio, secrets.token_urlsafe(16)
-        self.hosts = {*LOOPBACK, host}
+        self.hosts = {"127.0.0.1", "localhost", "[::1]", host}
         self.address = f"http://{host}:{self.server_port}/?token={self.token}"
-
-    def handle_error(self, request, address):
-        """A connection that broke ends alone, without a word."""

@@ -1,7 +1,6 @@
 """What answers the page of view.py: a model, a photo, and the one thread that draws.
 
-    studio = Studio(load, models, out)          # load: path of a model -> views.render.Render
-    studio.start(Subject(photo, "photo.jpg"))
+    Studio(load, models, out).start(Subject(photo, "photo.jpg"))
 
 server.py hands a request, a dict, to the method of its name.
 """
@@ -37,7 +36,6 @@ SHOWN_SIDE = 768                # pixels a side of the photo that the page shows
 PRESETS = {**MOTIONS, "grid": (0.0, "to the sides, from above and from below")}
 PRESET_KEYS = {"orbit": 8, "swing": 8, "spiral": 16, "pan": 4, "tilt": 4}       # others have 2
 OF_3DOF = ("orbit", "swing", "spiral", "dolly", "grid")
-PLAYED = {".gif": "image/gif", ".mp4": "video/mp4"}
 
 
 class Subject(NamedTuple):
@@ -104,8 +102,8 @@ class Studio:
     def take_model(self, place):
         self.render, self.place = self.load(self.models[place]), place
         self.mode = camera.MODES[self.render.mode]
-        self.motions = {name: about for name, about in PRESETS.items()
-                        if self.mode.pose != "angles" or name in OF_3DOF}
+        self.motions = {name: PRESETS[name] for name in
+                        (OF_3DOF if self.mode.pose == "angles" else PRESETS)}
 
     def start(self, subject):
         """Makes a Subject what is shown. Returns the state."""
@@ -116,18 +114,15 @@ class Studio:
 
     def state(self):
         """All that the page shows of the model, the photo and the choices that there are."""
-        shown, subject = None, self.subject
-        if subject:
-            photo, c2w = subject.photo, subject.photo.camera().tolist()
-            shown = {"name": subject.name, "c2w": c2w, "fov": photo.fov, "scale": photo.scale,
-                     "elevation": photo.elevation, "real": subject.c2w.tolist(),
-                     "truth": bool(subject.truth), "whole": bool(subject.data)}
+        subject = self.subject
+        shown = subject and {
+            "name": subject.name, "c2w": subject.photo.camera().tolist(), "fov": subject.photo.fov,
+            "scale": subject.photo.scale, "elevation": subject.photo.elevation,
+            "real": subject.c2w.tolist(), "truth": bool(subject.truth), "whole": bool(subject.data)}
         return {"session": self.session, "models": [str(path) for path in self.models],
                 "model": self.place, "angles": self.mode.pose == "angles", "photo": shown,
                 "options": self.render.options, "samplers": diffusion.SAMPLERS,
                 "scenes": self.scenes, "motions": self.motions}
-
-    # ---- requests
 
     def open(self, asked):
         """Begins a session; the page of an earlier one is answered no more."""
@@ -143,14 +138,12 @@ class Studio:
         photo.scale = 1.0 if self.mode.unscaled else photo.scale
         return self.start(Subject(photo, asked.get("name", "")[:80], asked["data"]))
 
-    def scene(self, asked):
-        """A held-out scene's view."""
-        return self.start(self.open_scene(asked["scene"], self.render))
-
-    def model(self, asked):
-        """Another model for the same photo."""
-        self.submit(self.take_model, asked["model"]).result()
-        return self.start(self.subject) if self.subject else self.state()
+    def choose(self, asked):
+        """Another model for the same photo, or another held-out scene."""
+        if "model" in asked:
+            self.submit(self.take_model, asked["model"]).result()
+        subject = self.open_scene(asked["scene"], self.render) if "scene" in asked else self.subject
+        return self.start(subject) if subject else self.state()
 
     def picture(self, asked):
         """The `whole` photo's file, a `file` of the newest film, the photo of a `real` camera, the
@@ -162,7 +155,8 @@ class Studio:
             if not self.last or name not in self.last.out.written:
                 raise ValueError("the film has no such file")
             path = self.last.out.path / name
-            return path.read_bytes(), PLAYED.get(path.suffix, "application/octet-stream"), {}
+            kind = "video/mp4" if path.suffix == ".mp4" else "application/octet-stream"
+            return path.read_bytes(), kind, {}
         if "real" in asked:
             return png(subject.real(asked["real"]))
         if "c2w" in asked and subject.truth:
@@ -176,9 +170,8 @@ class Studio:
         c2w = torch.stack([matrix(each["c2w"], "a camera") for each in asked])
         c2w[:, :3, :3] = paths.nearest_rotation(c2w[:, :3, :3])     # rounding has its way in pages
         fov = torch.tensor([number(each, "fov", *OF_PHOTO["fov"]) for each in asked]).double()
-        cameras = paths.Cameras(self.subject.photo.camera(), c2w, fov, self.subject.photo.fov)
-        cameras.check_mode(self.mode)
-        return cameras
+        photo = self.subject.photo
+        return paths.Cameras(photo.camera(), c2w, fov, photo.fov).check_mode(self.mode)
 
     def smooth(self, asked):
         """The Cameras of the smooth path through the key frames of a request."""
@@ -214,9 +207,9 @@ class Studio:
         """Begins to draw a film, which `progress` follows, into a new folder. Its first view is
         the photo's camera, as in sample.py's --path."""
         cameras, own = self.smooth(asked), self.own_render(asked)
-        folder = next(path for i in count(1) if not (path := self.out / f"film-{i:03d}").exists())
-        folder.mkdir(parents=True)
-        photo, path, rest = folder / "photo.png", folder / "path.json", cameras.after_photo()
+        out = Folder(next(path for i in count(1)
+                          if not (path := self.out / f"film-{i:03d}").exists()))
+        photo, path, rest = out.path / "photo.png", out.path / "path.json", cameras.after_photo()
         own.photo.square.save(photo)
         paths.write(path, rest, own.photo.square.width,
                     [f"views/{i + 1:03d}.png" for i in range(len(rest))], photo.name)
@@ -226,11 +219,10 @@ class Studio:
                  self.models[self.place], *self.words, "--scale", own.photo.scale,
                  "--same-noise" if own.same_noise else "--no-same-noise"]
         words += [word for name, value in own.options.items() for word in (f"--{name}", value)]
-        command, out = shlex.join(map(str, words)), Folder(folder)
-        write_text(folder / "command.txt", command + "\n")
-        future = self.submit(out.follow, own, cameras, "path", False)
+        command = shlex.join(map(str, words))
+        write_text(out.path / "command.txt", command + "\n")
         self.last = SimpleNamespace(own=own, out=out, command=command, total=len(cameras),
-                                    future=future)
+                                    future=self.submit(out.follow, own, cameras, "path", False))
         return self.progress(asked)
 
     def progress(self, asked):

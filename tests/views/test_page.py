@@ -2,7 +2,7 @@
 
 The page's model is the small random one of a run, or an oracle that draws the truth of the synthetic
 scene, so that what a drag does can be compared with it. With PICTURES=docs the last test takes the
-pictures of docs/, of the model in out/synth.
+pictures of docs/, of weights/small.safetensors and the scenes of `prepare.py synth`.
 """
 
 import base64
@@ -202,8 +202,8 @@ def test_only_the_page_with_its_token_from_this_host_is_answered(server):
     ("view", {"c2w": [[1]], "fov": 1}, "no 3x4 or 4x4 matrix"),
     ("view", {"c2w": [[0, 0, 0, 0]] * 4, "fov": 9}, "fov is 9"),
     ("path", {"motion": "orbit", "by": "far"}, "by is far, not a number"),
-    ("model", {"model": "/etc/passwd"}, "a fault of the program"),
-    ("scene", {"scene": 99}, "there are scenes 0 to 1"),
+    ("choose", {"model": "/etc/passwd"}, "a fault of the program"),
+    ("choose", {"scene": 99}, "there are scenes 0 to 1"),
     ("view", 3, "a fault of the program"),
 ])
 def test_what_makes_no_sense_is_answered_in_one_line(server, name, asked, said):
@@ -477,7 +477,8 @@ def test_a_smooth_path_passes_its_key_frames_and_an_orbit_is_round():
 
 @pytest.mark.skipif("PICTURES" not in os.environ, reason="PICTURES=FOLDER takes the pictures of the page there")
 def test_pictures_of_the_page(browser):
-    command = [sys.executable, "view.py", "--no-browser", "--device", "cpu"]
+    command = [sys.executable, "view.py", "--no-browser", "--device", "cpu", "--checkpoint",
+               "weights/small.safetensors", "--config", "configs/synth.py"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         try:
             address = re.search(r"http://\S+", process.stdout.readline())[0]
