@@ -63,25 +63,23 @@ class Meter:
         over the ranks of `counts`) of the last `steps` whole steps. All ranks meet here, and the
         host waits for its device once. norm: of the gradients, the same on all ranks."""
         ours = steps * micro_steps                  # a micro-step of a step not done is left out
-        losses = torch.cat(self.losses[:ours]).view(steps, -1)
-        band = torch.cat(self.timesteps[:ours]) * BANDS // TIMESTEPS
-        bands = losses.new_zeros(2, BANDS)
-        bands[0].index_add_(0, band, losses.flatten())
-        bands[1].index_add_(0, band, torch.ones_like(losses).flatten())
-        means = torch.stack([losses.mean(), losses.new_zeros(()) if norm is None else norm])
-        loss, norm_sum, bad, *sums = ranks.all_reduce(torch.cat([
-            means / ranks.world, (~losses.isfinite()).sum().view(1), bands.flatten(),
-            losses.new_tensor(counts)])).tolist()
-        seconds = time.perf_counter() - self.since
-        of_bands, pairs = np.reshape(sums[:2 * BANDS], (2, BANDS))
-        width = TIMESTEPS // BANDS
-        numbers = {"loss": loss, "pairs_per_s": losses.numel() * ranks.world / seconds,
+        losses = torch.cat(self.losses[:ours])
+        bands = losses.new_zeros(BANDS, 2).index_add_(
+            0, torch.cat(self.timesteps[:ours]) * BANDS // TIMESTEPS,
+            torch.stack([losses, torch.ones_like(losses)], dim=1))
+        bad = (~losses.isfinite()).sum().view(1)
+        bad, *sums = ranks.all_reduce(torch.cat([
+            bad, losses.new_tensor(counts), bands.flatten()])).tolist()
+        counts, bands = sums[:len(counts)], np.reshape(sums[len(counts):], (BANDS, 2))
+        seconds, width = time.perf_counter() - self.since, TIMESTEPS // BANDS
+        loss, pairs = bands.sum(axis=0)
+        numbers = {"loss": loss / pairs, "pairs_per_s": pairs / seconds,
                    "data_wait": min(1.0, self.waited / seconds),
-                   "loss_by_timestep": {f"{i * width}-{(i + 1) * width - 1}": of_bands[i] / pairs[i]
-                                        for i in range(BANDS) if pairs[i]}}
+                   "loss_by_timestep": {f"{i * width}-{(i + 1) * width - 1}": total / count
+                                        for i, (total, count) in enumerate(bands) if count}}
         if norm is not None:
-            numbers["grad_norm"] = norm_sum
-        return numbers, losses, int(bad), list(map(int, sums[2 * BANDS:]))
+            numbers["grad_norm"] = norm.item()
+        return numbers, losses.view(steps, -1), int(bad), list(map(int, counts))
 
 
 def check_finite(bad, losses, first_step, pairs, config, ranks):
