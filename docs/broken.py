@@ -14,6 +14,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+import model
+from analysis import score
+from views import render
+
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "docs" / "walk"
 MEASURED = OUT / "broken.json"
@@ -25,10 +29,10 @@ BREAKS = {
     "mirrored cameras": (("camera.py", "torch.linalg.inv(cond_c2w) @ target_c2w",
                           "torch.linalg.inv(target_c2w) @ cond_c2w"), ()),
     "wrong scale": (("camera.py", "if not mode.unscaled:", "if mode.unscaled:"), ()),
-    "sound, longer": ((), LONGER),
-    "no dropout": ((), ("--drop_clip=0", "--drop_both=0", "--drop_latent=0", *LONGER)),
     "leaking scenes": (("configs/synth.py", "/held-out-", "/train-"), ("--data=data/few",)),
     "high rate": ((), ("--lr=2e-2",)),
+    "sound, longer": ((), LONGER),
+    "no dropout": ((), ("--drop_clip=0", "--drop_both=0", "--drop_latent=0", *LONGER)),
 }
 SMALL_RUN = ("--data=data/walk --image_size=32 --steps=100 --batch_size=8 --micro_batch=8 "
              "--lr=5e-4 --lr_projection=5e-3 --warmup_steps=10 --ema_decay=0.9 --sample_steps=5 "
@@ -41,6 +45,17 @@ SCORED = 16                     # held-out pairs of a score
 
 def python(*arguments, cwd=ROOT):
     subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, check=True)
+
+
+def without_conditions(out):
+    """{band of timesteps: held-out loss} of a run's network that gets neither photo nor camera: of
+    the branch that guidance starts from."""
+    tensors, config = render.open_run(out, str(ROOT / "data" / "walk"),
+                                      str(ROOT / "configs" / "synth.py"))
+    net = render.load(tensors, "cpu", "fp32")[0]
+    net.predict = lambda z_t, t, z_cond, context: model.ZeroNVS.predict(
+        net, z_t, t, 0 * z_cond, 0 * context)
+    return score.validation_loss(net, score.held_out_pairs(config, SCORED), config)
 
 
 def measure(name):
@@ -68,6 +83,7 @@ def measure(name):
         methods = json.loads((scores / "metrics.json").read_text())["methods"]
         found["scored"][f"{guidance:g}"] = {key: round(cell["mean"], 3)
                                             for key, cell in methods["this model"].items()}
+    found["without"] = {band: round(loss, 4) for band, loss in without_conditions(out).items()}
     return found
 
 

@@ -322,10 +322,9 @@ def broken():
         draw(panel, run, "val_loss_750-999", RED)
         panel.set(title=f"{run}: loss of t 750-999")
     for run, color in (("sound, longer", BLUE), ("no dropout", RED)):
-        scored = found[run]["scored"]
-        axes[1, 0].plot(scored.keys(), [each["psnr"] for each in scored.values()], "o-",
+        axes[1, 0].plot(found[run]["without"].keys(), found[run]["without"].values(), "o-",
                         color=color, label=run)
-    axes[1, 0].set(title="no dropout: PSNR by guidance")
+    axes[1, 0].set(title="no dropout: loss without conditions", ylim=0)
     draw(axes[1, 1], "sound", "val_psnr", BLUE)
     draw(axes[1, 1], "leaking scenes", "val_psnr", RED, "leaking scenes, as it logs")
     last = found["leaking scenes"]["log"][-1]["step"]

@@ -3,6 +3,7 @@
 Blocks of Python run in order, those of a section in one namespace. What stands behind `<!-- long -->` runs with
 `--long`."""
 
+import code
 import importlib
 import json
 import os
@@ -63,16 +64,27 @@ def test_every_file_and_line_exists():
         assert line in (ROOT / file).read_text(), f"{file}: {line}"
 
 
+class Pasted(code.InteractiveConsole):
+    """What `python` does with lines that are pasted into it, but that errors are errors."""
+    def showtraceback(self):
+        raise
+
+    def showsyntaxerror(self, *args, **options):
+        raise
+
+
 @pytest.mark.parametrize("title, text", SECTIONS, ids=[title for title, _ in SECTIONS])
 def test_every_block_runs(title, text, request, monkeypatch):
     monkeypatch.chdir(ROOT)
     torch.manual_seed(0)
-    names = {}
+    console = Pasted()
     for long, language, block in BLOCK.findall(text):
         if long and not request.config.getoption("--long"):
             continue
         if language == "python":
-            exec(compile(block, f"walkthrough.md, section {title}", "exec"), names)
+            for line in [*block.splitlines(), ""]:
+                more = console.push(line)
+            assert not more, block
         else:
             subprocess.run(["bash", "-ec", block], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
