@@ -26,7 +26,7 @@ from views import pictures, render
 
 SIZE, VIEWS, MOTION = 64, 6, 0.5        # of the scenes: what the small weights have learnt of
 INK, BLUE, RED, GREEN, PALE = "#1f2328", "#0969da", "#cf222e", "#1a7f37", "#eaeef2"
-COLORS = 96                 # of a PNG's palette
+COLORS = 64                 # of a PNG's palette
 GUIDED = 0, 1, 1.5, 2, 3, 4, 6, 8
 
 
@@ -316,7 +316,8 @@ def broken():
         axes[0, 0].plot([line["step"] for line in right if "loss_by_timestep" in line],
                         [line["loss_by_timestep"][band] for line in right
                          if "loss_by_timestep" in line], color=color, lw=1, label=f"t {band}")
-    axes[0, 0].set(title="right: configs/small.py, loss by timestep", yscale="log")
+    axes[0, 0].set(title="right: configs/small.py, loss by timestep", yscale="log",
+                   ylim=(0.008, 0.3))
     for panel, run in ((axes[0, 1], "mirrored cameras"), (axes[0, 2], "wrong scale")):
         draw(panel, "sound", "val_loss_750-999", BLUE)
         draw(panel, run, "val_loss_750-999", RED)
@@ -341,8 +342,8 @@ def broken():
 
 
 FIGURES = {"whole.png": whole, "schedule.png": schedule, "cameras.svg": cameras,
-           "modes.svg": modes, "guidance.png": guidance, "profile.svg": profile,
-           "samplers.svg": samplers, "broken.svg": broken}
+           "modes.png": modes, "guidance.png": guidance, "profile.svg": profile,
+           "samplers.svg": samplers, "broken.png": broken}
 
 
 def main(argv):
