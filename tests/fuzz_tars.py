@@ -27,6 +27,7 @@ import numpy as np
 from captures import encode
 from data import Pairs
 from made import SIDE, encoded_scene, re10k_metadata, scene_members, write_tar
+from runtime.command import progress
 from shards import scenes
 from shards.files import LocalFile
 
@@ -97,7 +98,7 @@ def fuzz(count, seed, folder):
     """Counts of what came of `count` files: (read, refused). Raises what must not be."""
     rng, sources, outcomes = random.Random(seed), originals(), [0, 0]
     path = Path(folder) / "fuzz.tar"
-    for _ in range(count):
+    for _ in progress(range(count), "mutated tars", "files"):
         format, side, content = rng.choice(sources)
         path.write_bytes(mutated(content, rng))
         began = time.monotonic()
