@@ -14,6 +14,7 @@ are compared with the other photos. Steadiness is how well neighbouring views al
 agree after a warp by true depth.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from runtime import command
@@ -92,24 +93,23 @@ def chosen_of(views, counts):
     return chosen, others
 
 
-def drawn_from(drawn, views, c2w, places, wanted):
-    """A Render's views (n, 3, s, s) at cameras `wanted` (n, 4, 4), from the photos at `places`."""
+def drawn_from(drawn, views, cameras, places, wanted):
+    """A Render's views (n, 3, s, s) at the cameras `wanted`, from the photos at `places`."""
     first, *more = places
-    drawn.start_from(views[first], [(views[i], c2w[i]) for i in more])
-    fov = torch.full((len(wanted),), views[0].fov, dtype=torch.float64)
-    cameras = paths.Cameras(c2w[first], wanted, fov, views[0].fov)
-    return torch.cat([*map(pictures.tensor, drawn(cameras, label=""))])
+    drawn.start_from(views[first], [(views[i], cameras.c2w[i]) for i in more])
+    wanted = replace(wanted, cond_c2w=cameras.c2w[first])
+    return torch.cat([*map(pictures.tensor, drawn(wanted, label=""))])
 
 
-def steadiness(drawn, views, c2w, places, truth):
-    """dB by which neighbouring views along a scene's path agree after a warp by true depth, all of
-    one noise and each of its own."""
-    fov = torch.full((len(c2w),), views[0].fov, dtype=torch.float64)
-    way, fov = paths.smooth(c2w, fov, VIEWS, False)
-    depths, pose = truth(way, fov, depths=True), camera.relative_pose(way[:-1], way[1:])
+def steadiness(drawn, views, cameras, places, truth):
+    """dB by which neighbouring views along a scene's path agree after a warp by true depth, each of
+    its own noise and all of one."""
+    way = paths.smooth(cameras, VIEWS, False)
+    depths = truth(way.c2w, way.fov, depths=True)
+    pose = camera.relative_pose(way.c2w[:-1], way.c2w[1:])
     for drawn.same_noise in (False, True):
-        seen = drawn_from(drawn, views, c2w, places, way)
-        warped = warp(seen[:-1], depths[:-1], pose, fov[1:], depths[1:])
+        seen = drawn_from(drawn, views, cameras, places, way)
+        warped = warp(seen[:-1], depths[:-1], pose, way.fov[1:], depths[1:])
         yield agreement(seen[1:], *warped).nanmean()[None]
 
 
@@ -125,18 +125,20 @@ def several(drawn, config, args):
         else:
             views, c2w, photo = views_of(config, number)
             truth = synth.truth_of(photo, config.data)
+        fov = torch.full((len(c2w),), views[0].fov, dtype=torch.float64)
+        cameras = paths.Cameras(c2w[0], c2w, fov, views[0].fov)
         chosen, others = chosen_of(views, counts)
         real = torch.cat([pictures.tensor(views[i].picture) for i in others])
         for count, places in chosen.items():
             near = paths.nearness(c2w[places], c2w[others]).argmax(0)
             still = torch.cat([pictures.tensor(views[places[i]].picture) for i in near])
-            cells = [psnr(drawn_from(drawn, views, c2w, places, c2w[others]), real),
+            cells = [psnr(drawn_from(drawn, views, cameras, places, cameras[others]), real),
                      psnr(still, real)]
-            cells += steadiness(drawn, views, c2w, places, truth) if truth else []
+            cells += steadiness(drawn, views, cameras, places, truth) if truth else []
             for i, cell in enumerate(cells):
                 rows.setdefault((count, i), []).extend(cell if args.capture else [cell.mean()])
-    print(f"{'photos':6}{'model':>16}{f'over {counts[0]}':>16}{'nearest photo':>16}   steady, of own"
-          " noises, of one noise")
+    print(f"{'photos':6}{'model':>16}{f'over {counts[0]}':>16}{'nearest photo':>16}   steady, own"
+          " noises, one noise")
     for count in counts:
         cells = [rows[count, i] for i in range(4) if (count, i) in rows]
         cells.insert(1, [a - b for a, b in zip(cells[0], rows[counts[0], 0])])

@@ -130,11 +130,12 @@ def test_true_views_are_steady_and_those_of_a_still_camera_are_not(run, photo, m
 
     truth = synth.truth_of(photo, SCENES["data"])
 
-    def true(drawn, views, c2w, places, wanted):
-        return truth(wanted, [photo.fov] * len(wanted))
+    def true(drawn, views, cameras, places, wanted):
+        return truth(wanted.c2w, wanted.fov)
 
-    found = []
+    fov = torch.full((len(c2w),), photo.fov, dtype=torch.float64)
+    cameras, found = paths.Cameras(c2w[0], c2w, fov, photo.fov), []
     for drawn_from in (true, lambda *given: true(*given)[:1].expand(follow.VIEWS, -1, -1, -1)):
         monkeypatch.setattr(follow, "drawn_from", drawn_from)
-        found += follow.steadiness(SimpleNamespace(), views, c2w, [0], truth)
+        found += follow.steadiness(SimpleNamespace(), views, cameras, [0], truth)
     assert min(found[:2]) > max(found[2:]) + 1
