@@ -2,6 +2,7 @@
 
     python sample.py                                     the model in out/synth, a view it never saw
     python sample.py photo.jpg --checkpoint zeronvs.ckpt --swing --by 20
+    python sample.py --capture FOLDER --photos 3,17,25 --path FOLDER/transforms.json
     python sample.py --help
 
 The model's views are made in views/render.py, the samplers are in diffusion.py, camera paths in
@@ -16,9 +17,8 @@ from pathlib import Path
 
 from runtime import command
 from runtime.command import Parser, is_number, numbers_of, words
-from views import FOV, MOTIONS, SCALE, STEEPEST
+from views import FOV, MOTIONS, SCALE, STEEPEST, add_model_options
 
-RUN, CONFIG = "out/synth", "configs/synth.py"       # where the command line names neither
 DEFAULT_MOTION, VIEWS, MOST_VIEWS = "swing", 16, 10_000
 FAR, MOST_BATCH, TIMESTEPS = 1_000_000, 1024, 1000
 BY = "how far a path goes is told by --by"
@@ -39,6 +39,11 @@ def interval(text):
     return low, high
 
 
+def places(text):
+    """Numbers of photos: 3,17,25."""
+    return [numbers_of(int, 0)(part) for part in text.split(",")]
+
+
 def scale_or_auto(text):
     return text if text == "auto" else numbers_of(float, 1 / FAR, FAR)(text)
 
@@ -49,27 +54,16 @@ def parser():
     add = p.add_argument
     add("image", nargs="?", metavar="IMAGE", default="",
         help="the photo; without one, a held-out view of --config's scenes")
-    add("--checkpoint", type=words, metavar="PATH",
-        help=f"a run's folder (its newest step), or a zero123 or ZeroNVS file ({RUN})")
-    add("--init", type=words, metavar="FILE",
-        help="the file that a run started from, which has the networks that it did not train")
-    add("--config", type=words, metavar="FILE",
-        help=f"whose held-out scenes are used ({CONFIG}, where --checkpoint is left out)")
-    add("--data", type=words, metavar="FOLDER", help="where its shards lie instead")
     add("--out", type=words, default="out/sample", metavar="FOLDER",
         help="where to write (%(default)s)")
-    add_path(p)
-    add_photo(p)
-    add_sampling(p)
-    add = p.add_argument_group("machine").add_argument
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
-        help="auto: cuda, then mps, then cpu")
-    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
-        help="of the network (auto: bf16 on cuda, else fp32)")
+    add_model_options(p)
     add("--compile", action="store_true",
         help="torch.compile it: a minute, kept for later runs; then faster")
     add("--batch", type=numbers_of(int, 1, MOST_BATCH), default=16, metavar="N",
         help="views made together; fewer need less memory (%(default)s)")
+    add_path(p)
+    add_photo(p)
+    add_sampling(p)
     return p
 
 
@@ -98,6 +92,12 @@ def add_path(p):
 def add_photo(p):
     """The options of what the views start from."""
     add = p.add_argument_group("the photo").add_argument
+    add("--capture", type=words, metavar="FOLDER",
+        help="instead of IMAGE, photos with cameras: a transforms.json, or a folder with one or "
+             "with COLMAP's model; a --path is then one of its world")
+    add("--photos", type=places, default=[], metavar="N,N,...",
+        help="which of a capture's photos, from 0, the first of them as IMAGE: each view starts "
+             "from those nearest to it, mixed by their nearness (the middle one)")
     add("--crop", default="", metavar="LEFT,TOP,SIDE",
         help="the square of it that is used, in pixels (the largest in the middle)")
     add("--object", action="store_true",
@@ -152,10 +152,11 @@ import torch
 import camera
 import diffusion
 import engine
+from captures import own
 from runtime.ranks import device_of
 from views import paths, photos
 from views.folder import Folder
-from views.render import Render, load, open_run
+from views.render import Render, load, open_named
 
 
 def cameras_of(args, fov, elevation):
@@ -171,18 +172,26 @@ def cameras_of(args, fov, elevation):
     return paths.motion(name, args.views, by, fov, elevation), name
 
 
-def photo_of(args, config):
-    """The Photo that the command line asks for. Raises ValueError, FileNotFoundError."""
-    if args.image:
+def photo_of(args, config, album=None):
+    """The Photo that the command line asks for, of the own.Album of a capture where there is one.
+    Raises ValueError, FileNotFoundError."""
+    if album:
+        if args.image or args.crop or args.object or args.fov or args.elevation is not None:
+            raise ValueError("--capture tells its photos and how they were taken: leave out IMAGE, "
+                             "--crop, --object, --fov and --elevation")
+        photo = album.photo(album.first, config.image_size)
+    elif args.photos:
+        raise ValueError("--photos are those of a --capture FOLDER")
+    elif args.image:
         if args.motion and not Path(args.image).exists() and is_number(args.image):
             raise ValueError(f"{args.image} is no image: {BY}")
         photo = photos.from_file(args.image, config.image_size, args.crop, args.object)
-        if camera.MODES[config.mode].unscaled:
-            photo.scale = 1.0
     else:
         photo = photos.held_out(config, args.scene)
         scene = photo.reader.scene(photo.number).name
         command.say(f"no IMAGE given: view {photo.view} of the held-out scene {scene}")
+    if (album or args.image) and camera.MODES[config.mode].unscaled:
+        photo.scale = 1.0
     if args.fov is not None:
         photo.fov = math.radians(args.fov)
     if args.elevation is not None:
@@ -197,21 +206,18 @@ def photo_of(args, config):
 
 def draw(args):
     """The command, options parsed. Raises ValueError or OSError with one line."""
-    path = args.checkpoint or RUN
-    if not Path(path).exists():
-        raise FileNotFoundError(f"no checkpoint {path}: --checkpoint names another, and "
-                                f"`python train.py {CONFIG}` makes {RUN}")
-    # without a word of the user's, the run and the scenes of the first commands of the README
-    tensors, config = open_run(path, args.data, args.config or CONFIG * (not args.checkpoint),
-                               args.init, needs_data=not args.image)
+    tensors, config = open_named(args, needs_data=not (args.image or args.capture))
     if args.depth_weights:
         config = replace(config, depth_weights=args.depth_weights)
-    photo = photo_of(args, config)
+    album = own.Album(args.capture, args.photos) if args.capture else None
+    photo = photo_of(args, config, album)
     cameras, name = cameras_of(args, photo.fov, photo.elevation)
-    if camera.MODES[config.mode].pose == "angles" and not cameras.centred():
-        raise ValueError("a 3DoF model knows of azimuth, elevation and distance alone: its cameras "
-                         "look at the centre with one field of view, as those of --orbit, --swing, "
-                         "--spiral, --dolly, --grid and --pose do")
+    if album and args.path:
+        cameras = replace(cameras, cond_c2w=album.c2w[album.first], cond_fov=album.fov,
+                          c2w=album.moved(cameras.c2w))
+    others = [(album.photo(place, config.image_size, photo.scale), album.c2w[place])
+              for place in args.photos[1:]]
+    cameras.check_mode(camera.MODES[config.mode], len(others))
     if max(cameras.shares()) > 1 + paths.RIGID:
         command.say("sample.py: some views are wider than the photo: models have learnt of none "
                     "such and may show no more than the photo does", sys.stderr)
@@ -224,14 +230,11 @@ def draw(args):
     device = device_of(args.device)
     if args.compile:
         engine.check_compiler(device, "leaving --compile out")
-    precision = args.precision
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "fp32"
-    net, _ = load(tensors, device, precision)
+    net, _ = load(tensors, device, args.precision)
     out = Folder(args.out, [args.image, args.path], args.scale_sweep)
     render = Render(net, config, options, args.batch, args.same_noise, args.compile,
                     graphs=args.scale_sweep or len(cameras) > args.batch)
-    render.start_from(photo)
+    render.start_from(photo, others)
     if args.scale_sweep:
         out.sweep(render, cameras)
     else:

@@ -32,7 +32,7 @@ BOUNDS = {name: (low, high) for low, high, names in (
     (0, MOST, "warmup_steps eval_pairs validate_every"),
     (0, 2**63 - 1, "seed"),
     (1, 1024, "window"),
-    (0, 1024, "workers threads"),
+    (0, 1024, "workers threads lora_rank"),
     (0, 1, "betas ema_decay drop_clip drop_both drop_latent max_damaged probability"),
     (0, 1e6, "lr lr_projection eps weight_decay grad_clip guidance eta web_patience"),
 ) for name in names.split()}
@@ -104,6 +104,9 @@ class Config:
     weight_decay: float = 0.01              # AdamW
     grad_clip: float = 0.0                  # largest gradient norm; 0 does not clip
     ema_decay: float = 0.9999               # of the average of the UNet's weights
+    lora_rank: int = 0                      # of low-rank updates that train instead of the UNet's
+                                            # weights, see runtime/lora.py; 0 trains the weights
+    lora_convs: bool = False                # updates of 3x3 convolutions too
     ema_per: Literal["step", "micro_step"] = "step"     # micro_step is the reference's
     drop_clip: float = 0.05                 # share of samples that lose the image embedding, alone
     drop_both: float = 0.05                 # share of samples that lose embedding and latent
@@ -195,6 +198,8 @@ class Config:
         if self.latent == "vae" and not self.init:
             raise ValueError("latent='vae' needs --init=FILE, a checkpoint that brings the "
                              "autoencoder and CLIP, such as zero123-xl.ckpt")
+        if self.lora_rank and not self.init:
+            raise ValueError("lora_rank trains updates of the weights of a file: --init=FILE")
         for source in self.sources:
             if "pipe:" in source.held_out:
                 raise ValueError(f"source {source.name!r}: a command has no fixed order: held_out "

@@ -7,13 +7,14 @@ What a run saves is in runs.py, whose names are to be had here too.
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from runtime import lora
 from runtime.export import is_diffusers, read_diffusers
 from runtime.foreign import LazyTensor, StateDict, read_file
 from runtime.runs import (FILES, Run, Writer, damage, latest, load_run, misfit, save, step_of,
@@ -23,6 +24,7 @@ UNET, EMA, PROJECTION = "model.diffusion_model.", "model_ema.", "cc_projection."
 FROZEN = ("first_stage_model.", "cond_stage_model.")
 EMA_DECAY = 0.9999          # the reference's, where a run does not name its own
 INPUT_CONV = UNET + "input_blocks.0.0.weight"
+CHECKED = 256               # numbers of each weight that a checksum of it has
 LATENT_CHANNELS = 4         # which the input convolution had before zero123
 POSE = PROJECTION + "weight"
 CONFIG = "zeronvs_config"       # in a file, as JSON, beside the weights of a run
@@ -53,10 +55,13 @@ def read(path, init=""):
     Averaged weights have the reference's names, `model_ema.*`. A run saves what it trains; its
     frozen networks are those of `init`, the file that it started from, which the caller names:
     what a checkpoint says of other files is never followed. `meta["config"]` is the run's
-    configuration, a dict, where there is one. What was read already is given back. Raises
-    FileNotFoundError, or ValueError with one line for what is no checkpoint, or a damaged one.
+    configuration, a dict, where there is one. What was read already is given back. Low-rank updates
+    are added to the weights of `init`. Raises FileNotFoundError, or ValueError with one line for
+    what is no checkpoint, or a damaged one.
     """
     found = path if isinstance(path, StateDict) else read_any(Path(path))
+    if any(map(lora.is_update, found)):
+        return merge(found, init)
     if not init:
         return found
     frozen = {name: entry for name, entry in read_any(Path(init)).entries.items()
@@ -66,23 +71,63 @@ def read(path, init=""):
     return StateDict(found.path, frozen | found.entries, found.meta, found.others)
 
 
+def merge(found, init):
+    """The StateDict of low-rank updates with the weights of the file `init`, averaged ones where it
+    has them. Raises ValueError where it is not the file that they were trained on."""
+    if not init:
+        raise ValueError(f"{found.path} holds low-rank updates of another file's weights: name it "
+                         f"with --init={started_from(found) or 'FILE'}")
+    base = read_any(Path(init))
+    weights = unet_of(base)
+    check_base(found.meta, checksum(weights), found.path, init)
+    others = {name: entry for name, entry in base.entries.items() if not name.startswith(EMA)}
+    own = {name: entry for name, entry in found.entries.items() if not lora.is_update(name)}
+    live = {name: entry for name, entry in found.entries.items()
+            if lora.is_update(name) and not name.startswith(EMA)}
+    averages = {name: found.entries[ema_name(name)] for name in live if ema_name(name) in found}
+    entries = others | lora.merged(weights, live, found.path) | own
+    if averages:
+        entries |= {ema_name(name): entry for name, entry in
+                    lora.merged(weights, averages, found.path).items()}
+    return StateDict(found.path, entries, found.meta, found.others)
+
+
+def unet_of(tensors):
+    """{name: entry} of a UNet's weights, averaged where a StateDict has averages."""
+    return {name: tensors.entries.get(ema_name(name), entry)
+            for name, entry in tensors.entries.items() if name.startswith(UNET)}
+
+
+def checksum(weights):
+    """CRC-32, as text, of the shapes and first CHECKED numbers of {name: entry}."""
+    crc = 0
+    for name in sorted(weights):
+        first = weights[name].read().reshape(-1)[:CHECKED].float().numpy().tobytes()
+        crc = zlib.crc32(f"{name} {tuple(weights[name].shape)}".encode() + first, crc)
+    return f"{crc:08x}"
+
+
+def check_base(meta, crc, run, init):
+    """Raises ValueError unless low-rank updates were trained on weights of that checksum."""
+    if meta.get("base") != crc:
+        raise ValueError(f"{init} is not what the updates in {run} were trained on: its weights' "
+                         f"checksum is {crc}, theirs is {meta.get('base')}")
+
+
 def read_any(path):
-    """See read."""
+    """The StateDict of what `read` reads, as it is. Raises FileNotFoundError, ValueError."""
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint {path}")
     if path.is_file() or is_diffusers(path):
         return with_config(read_file(path) if path.is_file() else read_diffusers(path))
-    if not path.is_dir():
-        raise ValueError(f"{path} is neither a file nor a folder")
     folder = path if (path / "meta.json").exists() else latest(path)
-    if folder is None and steps(path):
-        raise ValueError(f"{path}: every checkpoint in it is damaged")
-    if folder is None:
-        raise ValueError(f"{path} is a folder without a checkpoint: in it is neither a meta.json, "
-                         "nor a complete step_... folder, nor a unet folder of diffusers")
     problem = damage(folder) if folder == path else ""
     if problem:
         raise ValueError(f"{path} is damaged: {problem}")
+    if folder is None:
+        raise ValueError(f"{path}: every checkpoint in it is damaged" if steps(path) else
+                         f"{path} is no file and no folder with a checkpoint: neither a meta.json, "
+                         "nor a complete step_... folder, nor diffusers' unet is in it")
     run = load_run(folder)
     entries = run.model.entries | {ema_name(name): entry for name, entry in run.ema.entries.items()}
     if run.ema:
@@ -117,13 +162,11 @@ def updates_of(tensors):
 
 # ------------------------------------------------------------------------------ into a model
 
-@dataclass
-class Report:
+class Report(NamedTuple):
     """What `load_model` found beside the weights."""
-    step: int = 0                                           # optimizer steps, as the file says
-    fresh: list[str] = field(default_factory=list)          # names in the model that the file lacks
-    ema: Mapping = field(default_factory=dict)              # name in the model -> its average, lazy
-    num_updates: int = 0                                    # of the average
+    fresh: list[str]            # names in the model that the file lacks
+    ema: StateDict              # name in the model -> its average, lazy
+    num_updates: int            # of the average
 
 
 def load_model(module, path, ema=False, finetune=False):
@@ -162,33 +205,30 @@ def load_model(module, path, ema=False, finetune=False):
             assign(module, name, torch.zeros(current[name].shape))
     fresh = [name for name, key in stored.items() if key not in entries and name not in LEFTOVERS]
     shadows = {name: entries[key] for name, key in averages.items() if key in entries}
-    return Report(tensors.step, fresh, StateDict(tensors.path, shadows), updates_of(tensors))
+    return Report(fresh, StateDict(tensors.path, shadows), updates_of(tensors))
 
 
 def port(name, entry, current):
     """The entry by the reference's fine-tuning rules, for the module's tensor `current`."""
     old, new = tuple(entry.shape), tuple(current.shape)
-    if name == INPUT_CONV and old == (new[0], LATENT_CHANNELS, *new[2:]) and old[1] < new[1]:
-        def widened():
-            weight = torch.zeros(new, dtype=entry.dtype)
-            weight[:, :old[1]] = entry.read()
-            return weight
-        return LazyTensor(entry.dtype, new, widened)
-    if name == POSE and old != new and len(old) == 2 and old[0] == new[0]:
-        # as many columns of the embedding come first as there are rows; in pixels there are none
-        kept = new[0] if new[0] <= min(old[1], new[1]) else 0
-        if current.is_meta:
-            raise ValueError(f"{POSE} has no values for its new columns: build the model on a "
-                             "real device to fine-tune it")
+    widened = name == INPUT_CONV and old == (new[0], LATENT_CHANNELS, *new[2:]) and old < new
+    grown = name == POSE and old != new and len(old) == 2 and old[0] == new[0]
+    if not widened and not grown:
+        return entry
+    if grown and current.is_meta:
+        raise ValueError(f"{POSE} has no values for its new columns: build the model on a real "
+                         "device to fine-tune it")
+    # as many columns of the embedding come first as there are rows; in pixels there are none
+    kept = old[1] if widened else new[0] if new[0] <= min(old[1], new[1]) else 0
 
-        def grown():
-            # quirk: fine-tuning drops the file's pose columns, all new ones keep their random start
-            # [test_new_pose_columns_keep_the_models_random_start]
-            weight = current.detach().to("cpu", entry.dtype, copy=True)
-            weight[:, :kept] = entry.read()[:, :kept]
-            return weight
-        return LazyTensor(entry.dtype, new, grown)
-    return entry
+    def ported():
+        # quirk: fine-tuning drops the file's pose columns, all new ones keep their random start
+        # [test_new_pose_columns_keep_the_models_random_start]
+        weight = (torch.zeros(new, dtype=entry.dtype) if widened else
+                  current.detach().to("cpu", entry.dtype, copy=True))
+        weight[:, :kept] = entry.read()[:, :kept]
+        return weight
+    return LazyTensor(entry.dtype, new, ported)
 
 
 def is_unused(key, current):

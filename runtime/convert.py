@@ -9,9 +9,9 @@ import torch
 from runtime import checkpoint, command, runs
 from runtime.checkpoint import (CONFIG, EMA, FROZEN, INPUT_CONV, LEFTOVERS, POSE, PROJECTION,
                                 SCHEDULE, UNET, UNUSED, ema_name)
-from runtime.export import write_diffusers
+from runtime.export import changed, write_diffusers
 from runtime.files import unfinished
-from runtime.foreign import SPARE, LazyTensor, StateDict, nbytes, write_safetensors
+from runtime.foreign import SPARE, StateDict, nbytes, write_safetensors
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 GROUPS = {      # part of a checkpoint: how its names begin, its use
@@ -28,7 +28,7 @@ GROUPS = {      # part of a checkpoint: how its names begin, its use
 
 def info(path):
     """What is in a checkpoint, as text: facts, then a line for each part."""
-    tensors, parts = checkpoint.read(path), {group: [] for group in GROUPS}
+    tensors, parts = checkpoint.read_any(Path(path)), {group: [] for group in GROUPS}
     for name, entry in tensors.entries.items():
         group = next(group for group, (starts, _) in GROUPS.items() if name.startswith(starts))
         parts[group].append(entry)
@@ -72,25 +72,20 @@ def convert(source, target, ema=False, dtype=None, init=""):
     entries = folded(tensors) if ema else dict(tensors.entries)
     for name, entry in entries.items():
         if dtype and entry.dtype.is_floating_point and name not in (*SCHEDULE, EMA + "decay"):
-            entries[name] = cast(entry, dtype)
+            entries[name] = changed(entry, entry.shape, lambda w: w.to(dtype), dtype)
     size = sum(map(nbytes, entries.values()))
     if tensors.path.is_file() and size > 2 * tensors.path.stat().st_size + SPARE:
         raise ValueError(f"{tensors.path} repeats its numbers: written out they are {size:,} bytes")
     with unfinished(target, "converting") as partial:
         left = write(partial, StateDict(tensors.path, entries, tensors.meta)) or []
-        check(partial, entries, left)
+        found = checkpoint.read(partial).entries
+        wanted = entries.keys() - {*left, EMA + "decay", EMA + "num_updates"}
+        lost = [name for name in sorted(wanted) if name not in found
+                or (*found[name].shape, found[name].dtype) != (*entries[name].shape,
+                                                               entries[name].dtype)]
+        if lost:
+            raise ValueError(f"{len(lost)} tensors were not written whole, like {lost[0]}")
     return [*left, *tensors.others]
-
-
-def check(partial, entries, left):
-    """Raises ValueError unless what was written holds every tensor, in its shape and dtype."""
-    found = checkpoint.read(partial).entries
-    lost = [name for name, entry in entries.items()
-            if name not in left and not name.startswith((EMA + "decay", EMA + "num_updates"))
-            and (name not in found or tuple(found[name].shape) != tuple(entry.shape)
-                 or found[name].dtype != entry.dtype)]
-    if lost:
-        raise ValueError(f"{len(lost)} tensors were not written whole, the first is {lost[0]}")
 
 
 def folded(tensors):
@@ -102,10 +97,6 @@ def folded(tensors):
         raise ValueError(f"{tensors.path} has no averaged weights (EMA) beside the UNet's own, "
                          f"which tell their names: {(missing or [UNET])[0]} is missing")
     return entries | {name: tensors.entries[average] for name, average in averages.items()}
-
-
-def cast(entry, dtype):
-    return LazyTensor(dtype, entry.shape, lambda: entry.read().to(dtype))
 
 
 def meta_of(tensors):
@@ -127,37 +118,33 @@ def write_file(path, tensors):
     write_safetensors(path, tensors, {key: str(value) for key, value in meta_of(tensors).items()})
 
 
-def write_folder(path, tensors):
-    path.mkdir()
-    return write_diffusers(path, tensors)
-
-
 def write_run(path, tensors):
-    """A step folder of a run, without the optimizer's moments."""
+    """Writes a step folder of a run, without the optimizer's moments."""
     weights = {name: entry for name, entry in tensors.entries.items() if not name.startswith(EMA)}
     ema = {name: tensors.entries[ema_name(name)] for name in weights
            if name.startswith(UNET) and ema_name(name) in tensors}
-    meta = {**tensors.meta, "ema_updates": checkpoint.updates_of(tensors)}
-    step = int(path.name.rpartition("_")[2])
-    runs.write_step(path, step, (StateDict(path, weights), StateDict(path, ema), {}), meta)
+    runs.write_step(path, int(path.name.rpartition("_")[2]),
+                    (StateDict(path, weights), StateDict(path, ema), {}),
+                    {**tensors.meta, "ema_updates": checkpoint.updates_of(tensors)})
 
 
-WRITERS = {".ckpt": write_ckpt, ".pt": write_ckpt, ".safetensors": write_file, "": write_folder}
+WRITERS = {".ckpt": write_ckpt, ".pt": write_ckpt, ".safetensors": write_file, "": write_diffusers}
 
 
 def main(argv=None):
     parser = command.Parser("checkpoint.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="info | convert")
-    told = commands.add_parser("info", help="parts, dtypes, sizes, steps, what is unused")
-    told.add_argument("file", help="a file, a run, a step_... folder of it, a diffusers folder")
-    made = commands.add_parser("convert", help="write the weights in another form")
-    made.add_argument("source", metavar="IN", help="a checkpoint, as for info")
-    made.add_argument("target", metavar="OUT", help="NAME.ckpt, structured as the reference's; "
-                      "NAME.safetensors; step_00005000, of a run; NAME, a diffusers folder")
-    made.add_argument("--ema", action="store_true", help="write the UNet's average as the UNet")
-    made.add_argument("--dtype", choices=PRECISIONS, help="of the weights; default: as they are")
-    made.add_argument("--init", default="", metavar="FILE",
-                      help="the file that a run started from: its frozen networks are written too")
+    add = commands.add_parser(
+        "info", help="parts, dtypes, sizes, steps, what is unused").add_argument
+    add("file", help="a file, a run, a step_... folder of it, a diffusers folder")
+    add = commands.add_parser("convert", help="write the weights in another form").add_argument
+    add("source", metavar="IN", help="a checkpoint, as for info")
+    add("target", metavar="OUT", help="NAME.ckpt, structured as the reference's; NAME.safetensors; "
+        "step_00005000, of a run; NAME, a diffusers folder")
+    add("--ema", action="store_true", help="write the UNet's average as the UNet")
+    add("--dtype", choices=PRECISIONS, help="of the weights; default: as they are")
+    add("--init", default="", metavar="FILE",
+        help="the file that a run started from: its frozen networks are written too")
     args = parser.parse_args(argv)
     if args.command == "info":
         print(info(args.file))
@@ -166,5 +153,5 @@ def main(argv=None):
     print(f"wrote {args.target}")
     if left:
         print(f"{len(left)} tensors have no place in it: {', '.join(left[:5])}"
-              + (", ..." if len(left) > 5 else "")
-              + ("; --ema writes averaged weights as the UNet" if left[0].startswith(EMA) else ""))
+              + ", ..." * (len(left) > 5)
+              + "; --ema writes averaged weights as the UNet" * left[0].startswith(EMA))

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import engine
 import model
+from runtime import lora
 
 GB = 1e9
 FLOAT = 4                           # bytes
@@ -74,12 +75,15 @@ def of(config, ranks, micro_batch):
     with torch.device("meta"):
         net = model.build(config).train()
         engine.convert(net)
+    if config.lora_rank:
+        lora.add(net, config)
     with FakeTensorMode(allow_non_fake_inputs=True):
         net.to_empty(device="cpu")
         activations, flops = of_forward(config, net, micro_batch)
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in net.parameters() if not p.requires_grad)
-    averaged = sum(p.numel() for p in net.model.diffusion_model.parameters())
+    unet = net.model.diffusion_model
+    averaged = sum(p.numel() for p in lora.updates(unet).values() or unet.parameters())
     # with micro-steps also those that are summed up, beside what ranks send and what a graph writes
     summed = (ranks.world > 1 or config.graph) and config.batch_size > ranks.world * micro_batch
     depth, share = Path(config.depth_weights), ranks.world if config.divide_optimizer else 1

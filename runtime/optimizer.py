@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from runtime import checkpoint
+from runtime import checkpoint, lora
 from runtime.ranks import ALONE, Division
 
 MOMENTS = "exp_avg", "exp_avg_sq"       # torch.optim.AdamW's names of them
@@ -26,9 +26,11 @@ def learning_rate(step, config):
 
 
 class Ema:
-    """Exponential moving average of the UNet's parameters, whose decay grows from .1 to `decay`."""
+    """Exponential moving average of the UNet's parameters, or of its low-rank updates where it has
+    any; its decay grows from .1 to `decay`."""
     def __init__(self, unet, decay, ranks=ALONE, divided=False):
-        self.division = Division(dict(unet.named_parameters()), ranks, divided)
+        averaged = lora.updates(unet) or dict(unet.named_parameters())
+        self.division = Division(averaged, ranks, divided)
         self.live = self.division.mine
         self.average = {name: p.detach().clone() for name, p in self.live.items()}
         self.decay, self.updates = decay, 0
@@ -83,7 +85,8 @@ class Optimizer:
     context token leaves without a gradient, as AdamW does with a gradient of zero."""
     def __init__(self, net, config, ranks=ALONE):
         self.config, self.count = config, 0
-        self.idle = list(net.model.diffusion_model.idle_parameters().values())
+        unet = net.model.diffusion_model
+        self.idle = [] if lora.updates(unet) else list(unet.idle_parameters().values())
         self.trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
         self.division = Division(self.trained, ranks, config.divide_optimizer)
         groups = [{"params": [p for name, p in self.division.mine.items()
@@ -109,7 +112,7 @@ class Optimizer:
         self.division.broadcast()
         for p in self.trained.values():
             p.grad = None
-        if self.config.weight_decay:
+        if self.config.weight_decay and self.idle:
             torch._foreach_mul_(self.idle, 1 - rate * self.config.lr * self.config.weight_decay)
         self.count += 1
         if ema is not None:

@@ -4,6 +4,7 @@ Rank 0 alone reads the run's folder and sends the others what they need: with se
 rank 0's disk needs it. What all must have alike is compared before anything is trained.
 """
 
+import functools
 import itertools
 import socket
 import warnings
@@ -20,7 +21,7 @@ import depth
 import diffusion
 import engine
 import model
-from runtime import checkpoint
+from runtime import checkpoint, lora
 from runtime.optimizer import MOMENTS, Ema, Optimizer
 
 CHECKED_PAIRS = 4       # of each source, at start
@@ -125,10 +126,24 @@ def build(config, device):
     return net.train()
 
 
+def saved_weights(net):
+    """{name: tensor} of what a run saves of a network: what is not in the file it starts from."""
+    low_rank = lora.updates(net)
+    return {name: tensor for name, tensor in net.state_dict().items()
+            if not name.startswith(checkpoint.FROZEN)
+            and (not low_rank or lora.is_update(name) or name.startswith(checkpoint.PROJECTION))}
+
+
+@functools.cache
+def base_checksum(path):
+    """The checksum of what low-rank updates are trained on. Once: later the file may be gone."""
+    return checkpoint.checksum(checkpoint.unet_of(checkpoint.read(path)))
+
+
 def check_fits(run, net):
     """Raises ValueError unless a saved step holds just what a run of `net` saves."""
-    weights = {name: tensor for name, tensor in net.state_dict().items()
-               if name in run.model or not name.startswith(checkpoint.FROZEN)}
+    weights = {name: tensor for name, tensor in net.state_dict().items() if name in run.model}
+    weights |= saved_weights(net)
     unet = {name: p for name, p in weights.items() if name.startswith(checkpoint.UNET)}
     moments = {f"{name}.{kind}": () if kind == "step" else p.shape
                for name, p in net.named_parameters() if p.requires_grad
@@ -144,7 +159,15 @@ def restore_or_init(config, net, run, ranks, device):
     `init` is read in both cases: a run's checkpoints leave out the frozen networks.
     """
     # filled before anything refers to the parameters: loading may put others in their place
-    loaded = checkpoint.load_model(net, config.init, finetune=True) if config.init else None
+    loaded = None
+    if config.init:
+        tensors = checkpoint.read(config.init)
+        averaged = config.lora_rank > 0 and any(n.startswith(checkpoint.EMA) for n in tensors)
+        loaded = checkpoint.load_model(net, tensors, averaged, finetune=True)
+    if config.lora_rank:
+        lora.add(net, config)
+        if run is not None:
+            checkpoint.check_base(run.meta, base_checksum(config.init), run.folder, config.init)
     net.to(device)
     if run is not None:
         ranks.on_rank_0(check_fits, run, net)
@@ -158,7 +181,7 @@ def restore_or_init(config, net, run, ranks, device):
     if run is not None:
         optimizer.restore(run.optimizer)
         ema.restore(run.ema, run.meta.get("ema_updates", 0))
-    elif loaded is not None:
+    elif loaded is not None and not config.lora_rank:
         ema.restore(loaded.ema, loaded.num_updates)
     return ema, optimizer
 
@@ -167,12 +190,11 @@ def save(writer, config, step, net, ema, optimizer, ranks):
     """Hands the state after `step` to the writer: what trains, its average and AdamW's moments."""
     writer.wait()
     ranks.any_rank(False)        # nobody enters a transfer while rank 0 still waits for its disk
-    weights = ((name, tensor) for name, tensor in net.state_dict().items()
-               if not name.startswith(checkpoint.FROZEN))
     averages, moments = ema.tensors(), optimizer.tensors()
     if ranks.rank == 0:
         meta = {"step": step, "ema_updates": ema.updates, "config": asdict(config)}
-        writer.save(config.out, step, weights, averages, moments, meta, config.keep,
-                    config.keep_every)
+        meta |= {"base": base_checksum(config.init)} if config.lora_rank else {}
+        writer.save(config.out, step, saved_weights(net).items(), averages, moments, meta,
+                    config.keep, config.keep_every)
     for _ in itertools.chain(averages, moments):        # the other ranks give their part
         pass

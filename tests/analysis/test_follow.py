@@ -1,6 +1,7 @@
 """follow.py: the truth along a path is what the renderer shows from there, and its figures."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from views import render
 from captures import synth
 from analysis.metrics import psnr
 from runtime import command
-from test_sample import SCENES, save, small_run
+from test_sample import SCENES, capture_of, save, small_run
 
 __all__ = ["small_run"]      # the fixture `run`
 
@@ -30,6 +31,10 @@ def main(run, *arguments, data=""):
     return 0
 
 
+def truth_of(photo, cameras, data=None):
+    return synth.truth_of(photo, data or SCENES["data"])(cameras.c2w, cameras.fov)
+
+
 @pytest.fixture
 def photo(run):
     return photos.held_out(render.open_run(run, str(SCENES["data"]))[1], 2)
@@ -37,7 +42,7 @@ def photo(run):
 
 def test_the_truth_of_a_pan_is_the_view_of_the_turned_camera(photo):
     cameras = paths.motion("pan", 3, 20, photo.fov, photo.elevation)
-    found = follow.truth_of(photo, cameras, 0)
+    found = truth_of(photo, cameras)
     known = photo.reader.scene(photo.number)
     scene = synth.scene(0, int(known.name.split("/")[1]))
     c2w = known.c2w[photo.view].clone()
@@ -54,21 +59,21 @@ def test_the_truth_of_a_dolly_goes_towards_what_is_in_the_middle_of_the_photo(ph
     c2w = known.c2w[photo.view].clone()
     c2w[:3, 3] -= 0.5 * depth[depth > 0].median() * c2w[:3, 2]
     wanted = synth.render([scene], c2w[None, None], torch.tensor([scene.fov]), 16)[0][0]
-    assert psnr(follow.truth_of(photo, cameras, 0)[1:], wanted) > 40
+    assert psnr(truth_of(photo, cameras)[1:], wanted) > 40
 
 
-def test_scenes_of_another_seed_are_told_from_these(photo):
-    cameras = paths.motion("orbit", 2, 5, photo.fov, photo.elevation)
+def test_scenes_of_another_seed_are_told_from_these(photo, tmp_path):
+    (tmp_path / "synth.json").write_text('{"seed": 1}')
     with pytest.raises(ValueError, match="does not look as `prepare.py synth` renders it"):
-        follow.truth_of(photo, cameras, 1)
+        synth.truth_of(photo, tmp_path)
 
 
 def test_every_path_is_measured_and_drawn(run, tmp_path, capsys, monkeypatch):
-    def perfect(net, config, photo, name, seed):
+    def perfect(drawn, truth, photo, name):
         cameras = paths.motion(name, follow.VIEWS, follow.HOW_FAR[name], photo.fov, photo.elevation)
-        truth = follow.truth_of(photo, cameras, seed)
-        return truth, truth + 0.02      # 40 dB, of a range of 2
-    assert main(run, "--scenes", "3") == 0
+        true = truth(cameras.c2w, cameras.fov)
+        return true, true + 0.02        # 40 dB, of a range of 2
+    assert main(run, "--scenes", "2") == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[2:-1]] == list(paths.MOTIONS) == list(follow.HOW_FAR)
     assert (run / "paths.png").is_file()
@@ -93,13 +98,44 @@ def test_a_3dof_model_is_measured_along_what_it_knows(run, tmp_path, capsys):
     assert [line.split()[0] for line in lines] == ["orbit", "swing", "spiral", "dolly"]
 
 
-@pytest.mark.parametrize("content", ["{", "{}", '{"seed": "a"}', "[]"])
-def test_a_spoilt_note_of_the_scenes_is_named(tmp_path, content):
-    (tmp_path / "synth.json").write_text(content)
-    with pytest.raises(ValueError, match="synth.json is not what"):
-        follow.seed_of(tmp_path / "synth.json")
+@pytest.mark.parametrize("content", ["", "{", "{}", '{"seed": "a"}', "[]"])
+def test_a_spoilt_or_missing_note_of_the_scenes_is_named(photo, tmp_path, content):
+    if content:
+        (tmp_path / "synth.json").write_text(content)
+    with pytest.raises(ValueError if content else FileNotFoundError, match="synth.json is (not what|missing)"):
+        synth.truth_of(photo, tmp_path)
 
 
 def test_other_data_are_refused_in_a_line(run, tmp_path, capsys):
     assert main(run, data=tmp_path) == 2
-    assert "synth.json is missing" in capsys.readouterr().err
+    assert "no shards at" in capsys.readouterr().err
+
+
+def test_views_from_several_photos_are_measured(run, capsys):
+    assert main(run, "--photos", "1", "2", "--scenes", "2") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["photos", "1", "2"] and lines[2].count("+-") == 5
+    assert main(run, "--photos", "5", "--scenes", "2") == 2
+    assert "of 5 photos, others have to be left" in capsys.readouterr().err
+
+
+def test_a_capture_is_measured_against_its_own_photos(run, tmp_path, capsys):
+    folder, _ = capture_of(run, tmp_path / "capture")
+    assert main(run, "--capture", str(folder), data=tmp_path) == 0
+    assert capsys.readouterr().out.splitlines()[1].count("+-") == 3
+
+
+def test_true_views_are_steady_and_those_of_a_still_camera_are_not(run, photo, monkeypatch):
+    views, c2w, photo = follow.views_of(render.open_run(run, str(SCENES["data"]))[1], 2)
+
+    truth = synth.truth_of(photo, SCENES["data"])
+
+    def true(drawn, views, cameras, places, wanted):
+        return truth(wanted.c2w, wanted.fov)
+
+    fov = torch.full((len(c2w),), photo.fov, dtype=torch.float64)
+    cameras, found = paths.Cameras(c2w[0], c2w, fov, photo.fov), []
+    for drawn_from in (true, lambda *given: true(*given)[:1].expand(follow.VIEWS, -1, -1, -1)):
+        monkeypatch.setattr(follow, "drawn_from", drawn_from)
+        found += follow.steadiness(SimpleNamespace(), views, cameras, [0], truth)
+    assert min(found[:2]) > max(found[2:]) + 1
