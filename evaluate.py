@@ -13,9 +13,9 @@ import os
 from dataclasses import fields, replace
 from pathlib import Path
 
-from analysis import add_data_options
 from runtime import command
 from runtime.files import unfinished, write_text
+from views import add_data_options
 
 # Fields of the run that an evaluation may change; the network's own are those it was trained with.
 FIELDS = ("device", "micro_batch", "sampler", "sample_steps", "guidance", "eta", "depth_weights",

@@ -16,9 +16,8 @@ from pathlib import Path
 
 from runtime import command
 from runtime.command import Parser, is_number, numbers_of, words
-from views import FOV, MOTIONS, SCALE, STEEPEST
+from views import FOV, MOTIONS, SCALE, STEEPEST, add_model_options
 
-RUN, CONFIG = "out/synth", "configs/synth.py"       # where the command line names neither
 DEFAULT_MOTION, VIEWS, MOST_VIEWS = "swing", 16, 10_000
 FAR, MOST_BATCH, TIMESTEPS = 1_000_000, 1024, 1000
 BY = "how far a path goes is told by --by"
@@ -49,27 +48,16 @@ def parser():
     add = p.add_argument
     add("image", nargs="?", metavar="IMAGE", default="",
         help="the photo; without one, a held-out view of --config's scenes")
-    add("--checkpoint", type=words, metavar="PATH",
-        help=f"a run's folder (its newest step), or a zero123 or ZeroNVS file ({RUN})")
-    add("--init", type=words, metavar="FILE",
-        help="the file that a run started from, which has the networks that it did not train")
-    add("--config", type=words, metavar="FILE",
-        help=f"whose held-out scenes are used ({CONFIG}, where --checkpoint is left out)")
-    add("--data", type=words, metavar="FOLDER", help="where its shards lie instead")
     add("--out", type=words, default="out/sample", metavar="FOLDER",
         help="where to write (%(default)s)")
-    add_path(p)
-    add_photo(p)
-    add_sampling(p)
-    add = p.add_argument_group("machine").add_argument
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
-        help="auto: cuda, then mps, then cpu")
-    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
-        help="of the network (auto: bf16 on cuda, else fp32)")
+    add_model_options(p)
     add("--compile", action="store_true",
         help="torch.compile it: a minute, kept for later runs; then faster")
     add("--batch", type=numbers_of(int, 1, MOST_BATCH), default=16, metavar="N",
         help="views made together; fewer need less memory (%(default)s)")
+    add_path(p)
+    add_photo(p)
+    add_sampling(p)
     return p
 
 
@@ -155,7 +143,7 @@ import engine
 from runtime.ranks import device_of
 from views import paths, photos
 from views.folder import Folder
-from views.render import Render, load, open_run
+from views.render import Render, load, open_named
 
 
 def cameras_of(args, fov, elevation):
@@ -197,21 +185,12 @@ def photo_of(args, config):
 
 def draw(args):
     """The command, options parsed. Raises ValueError or OSError with one line."""
-    path = args.checkpoint or RUN
-    if not Path(path).exists():
-        raise FileNotFoundError(f"no checkpoint {path}: --checkpoint names another, and "
-                                f"`python train.py {CONFIG}` makes {RUN}")
-    # without a word of the user's, the run and the scenes of the first commands of the README
-    tensors, config = open_run(path, args.data, args.config or CONFIG * (not args.checkpoint),
-                               args.init, needs_data=not args.image)
+    tensors, config = open_named(args, needs_data=not args.image)
     if args.depth_weights:
         config = replace(config, depth_weights=args.depth_weights)
     photo = photo_of(args, config)
     cameras, name = cameras_of(args, photo.fov, photo.elevation)
-    if camera.MODES[config.mode].pose == "angles" and not cameras.centred():
-        raise ValueError("a 3DoF model knows of azimuth, elevation and distance alone: its cameras "
-                         "look at the centre with one field of view, as those of --orbit, --swing, "
-                         "--spiral, --dolly, --grid and --pose do")
+    cameras.check_mode(camera.MODES[config.mode])
     if max(cameras.shares()) > 1 + paths.RIGID:
         command.say("sample.py: some views are wider than the photo: models have learnt of none "
                     "such and may show no more than the photo does", sys.stderr)
@@ -224,10 +203,7 @@ def draw(args):
     device = device_of(args.device)
     if args.compile:
         engine.check_compiler(device, "leaving --compile out")
-    precision = args.precision
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "fp32"
-    net, _ = load(tensors, device, precision)
+    net, _ = load(tensors, device, args.precision)
     out = Folder(args.out, [args.image, args.path], args.scale_sweep)
     render = Render(net, config, options, args.batch, args.same_noise, args.compile,
                     graphs=args.scale_sweep or len(cameras) > args.batch)

@@ -6,6 +6,7 @@ three tensors (x, y, z), so that every step is one flat pass.
 """
 
 import functools
+import json
 import os
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from captures import make
 from captures.solids import BOX, CYLINDER, FACES, MATERIAL, SPHERE, Scene, cameras, scene
 from captures.writer import raw_scene
 from runtime.ranks import device_of
+from views import pictures
 
 LAYOUTS = ("co3d", "re10k")
 VERSION = 2                     # goes up when the same arguments give other pictures
@@ -28,6 +30,7 @@ SUN_COLOR, SKY_COLOR = (1.05, 1.0, 0.9), (0.95, 1.0, 1.08)
 DARKEST_CORNER = 0.15   # of the ambient light, however much stands around
 SECOND_COLOR = 0.85     # how far a texture goes to its second colour
 TINY = 1e-30
+ALIKE = 4e-4            # mean square of what a photo and its rendering differ by, at most
 RAYS_AT_ONCE = {"cpu": 2**16, "cuda": 2**22}    # fit the caches; outlast a kernel's launch
 
 
@@ -243,6 +246,30 @@ def picture(world, c2w, fov, size):
     colors = [color.view(v, -1, size, size).mean(1) for color in
               shade(world, o, d, *trace(world, o, d))]
     return torch.stack(colors, dim=1).clamp_(0, 1).mul_(2).sub_(1), depth.view(v, size, size)
+
+
+def truth_of(photo, data):
+    """The function (c2w (n, 4, 4), fov (n,)) -> true views (n, 3, s, s) in [-1, 1] of cameras of
+    views/paths.py that start from a photos.HeldOut. Raises FileNotFoundError or ValueError where
+    its scene is not one that `prepare.py synth` rendered into the folder `data`."""
+    note, known = Path(data) / "synth.json", photo.reader.scene(photo.number)
+    if not note.is_file():
+        raise FileNotFoundError(f"{note} is missing: only scenes of `prepare.py synth` are known "
+                                "from everywhere")
+    try:
+        solids = scene(int(json.loads(note.read_text(encoding="utf-8"))["seed"]),
+                       int(Path(known.name).name))
+    except (ValueError, KeyError, TypeError) as err:
+        raise ValueError(f"{note} is not what `prepare.py synth` writes of {known.name}") from err
+
+    def truth(c2w, fov):
+        return torch.cat([render(solids, pose[None], angle, photo.size)[0]
+                          for pose, angle in zip(photo.in_scene(c2w), fov)])
+
+    own = truth(photo.camera()[None], [photo.fov])
+    if (own - pictures.tensor(photo.picture)).square().mean() > ALIKE:
+        raise ValueError(f"{known.name} does not look as `prepare.py synth` renders it")
+    return truth
 
 
 # ---- shards

@@ -1,5 +1,9 @@
 """Photos in, camera paths, pictures out. Here is what a command line says of them before torch."""
 
+from runtime.command import words
+
+RUN, CONFIG = "out/synth", "configs/synth.py"       # where the command line names neither
+
 # name: (how far it goes unless told, what it does, with that default)
 MOTIONS = {
     "orbit": (360.0, "circle around the scene, by 360 degrees"),
@@ -15,3 +19,25 @@ MOTIONS = {
 STEEPEST = 89.0                 # degrees of elevation; straight above, no direction is "up"
 FOV = 52.55                     # degrees; what ZeroNVS's own inference takes a photo to have
 SCALE = 0.7                     # ZeroNVS's own inference
+
+
+def add_data_options(parser):
+    """Adds the options that name what `views.render.open_run` may open beside a checkpoint."""
+    for name, metavar, text in (
+            ("--config", "FILE", "whose held-out scenes are used"),
+            ("--data", "FOLDER", "where they lie instead; without --config by the run's patterns"),
+            ("--init", "FILE", "what a run started from, for the networks that it did not train")):
+        parser.add_argument(name, type=words, metavar=metavar, help=text)
+
+
+def add_model_options(parser):
+    """Adds the options of a model, its data and its machine, as `views.render` takes them."""
+    add = parser.add_argument
+    add("--checkpoint", type=words, default=RUN, metavar="PATH",
+        help="a run's folder (its newest step), or a zero123 or ZeroNVS file (%(default)s, with "
+             f"--config {CONFIG})")
+    add_data_options(parser)
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
+        help="auto: cuda, then mps, then cpu")
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
+        help="of the network (auto: bf16 on cuda, else fp32)")

@@ -46,6 +46,14 @@ class Cameras:
         return (torch.allclose(c2w, look_at(position, torch.zeros_like(position)), 0, RIGID)
                 and torch.allclose(self.fov, self.fov[:1]))
 
+    def check_mode(self, mode):
+        """Raises ValueError unless a model of this camera.Mode can follow the path."""
+        if mode.pose == "angles" and not self.centred():
+            raise ValueError(
+                "a 3DoF model knows of azimuth, elevation and distance alone: its cameras look at "
+                "the centre with one field of view, as those of orbit, swing, spiral, dolly, grid "
+                "and pose do")
+
     def shares(self):
         """How much of the photo's side each view would see from the photo's place: n floats."""
         sides = torch.tan(self.fov / 2) / math.tan(self.cond_fov / 2)

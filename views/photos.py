@@ -51,6 +51,10 @@ class Photo:
     def picture(self):
         return self.closer(1.0)
 
+    def camera(self):
+        """The camera (4, 4) as it stands in the world of views/paths.py."""
+        return paths.around(0.0, self.elevation, 1.0)
+
 
 @dataclass
 class HeldOut(Photo):
@@ -59,6 +63,11 @@ class HeldOut(Photo):
     number: int                 # of the scene
     view: int
     scene_scale: float          # the length in the scene's unit that the model takes as one
+
+    def in_scene(self, c2w):
+        """Cameras (n, 4, 4) of the world of views/paths.py as they stand in the scene."""
+        own = self.reader.scene(self.number).c2w[self.view]
+        return paths.moved(c2w, self.camera(), own, self.scene_scale / self.scale)
 
     def others(self, count):
         """At most `count` other views: their numbers, their paths.Cameras, their true images."""
@@ -222,24 +231,31 @@ def middle(image):
 
 # ---- a held-out view
 
+def held_out_sources(config):
+    """Yields the scenes.RawScenes of every source of a Config that has some. Raises ValueError,
+    FileNotFoundError."""
+    for source in config.sources:
+        if scenes.is_stream(source.held_out):
+            raise ValueError(f"source {source.name!r}: held-out shards are files, not commands")
+        if source.held_out:
+            yield scenes.open_source(source, config.data, config.image_size, held_out=True)
+
+
 def held_out(config, number):
     """The HeldOut view in the middle of a held-out scene of a Config, whose sources the user named.
 
     Raises ValueError or FileNotFoundError where there is no such scene.
     """
-    sources = [source for source in config.sources if source.held_out]
-    if not sources:
-        raise ValueError("the configuration names no held-out scenes with images: give an IMAGE")
     asked, known = number, 0
-    for source in sources:
-        if scenes.is_stream(source.held_out):
-            raise ValueError(f"source {source.name!r}: held-out shards are files, not commands")
-        reader = scenes.open_source(source, config.data, config.image_size, held_out=True)
+    for reader in held_out_sources(config):
         known += len(reader)
         if asked < known:
             number = asked - known + len(reader)
             break
     else:
+        if not known:
+            raise ValueError("the configuration names no held-out scenes with images: give an "
+                             "IMAGE")
         raise ValueError(f"held-out scene {asked}: there are scenes 0 to {known - 1}")
     scene = reader.scene(number)
     view = len(scene.c2w) // 2

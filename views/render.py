@@ -11,6 +11,7 @@ Letters: `b` batch, `n` views, `s` side of the square images in pixels.
 import math
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -21,7 +22,7 @@ import engine
 import model
 from runtime import checkpoint, convert
 from runtime.command import Progress
-from views import pictures
+from views import CONFIG, RUN, pictures
 
 CLIP_WIDTH = 768
 MODE_OF_WIDTH = {mode.width: name for name, mode in camera.MODES.items() if mode.weights}
@@ -44,6 +45,15 @@ def open_run(path, data="", config_file="", init="", needs_data=True):
     return tensors, config
 
 
+def open_named(args, needs_data=True):
+    """`open_run` of what a command line names by views.add_model_options."""
+    if not Path(args.checkpoint).exists():
+        raise FileNotFoundError(f"no checkpoint {args.checkpoint}: --checkpoint names another, and "
+                                f"`python train.py {CONFIG}` makes {RUN}")
+    own = args.config or CONFIG * (args.checkpoint == RUN)
+    return open_run(args.checkpoint, args.data, own, args.init, needs_data)
+
+
 def load(path, device, precision, init=""):
     """(ZeroNVS, Config) of a run's folder, or of a published zero123 or ZeroNVS checkpoint; `path`
     may be what `checkpoint.read` gave for it.
@@ -54,6 +64,8 @@ def load(path, device, precision, init=""):
     """
     tensors = checkpoint.read(path, init)
     config = config_of(tensors)
+    if precision == "auto":
+        precision = "bf16" if torch.device(device).type == "cuda" else "fp32"
     if (config.latent == "vae" and "config" in tensors.meta
             and not any(name.startswith(checkpoint.FROZEN) for name in tensors)):
         raise ValueError(f"{tensors.path} holds what a run trained, without autoencoder and the "
@@ -129,15 +141,22 @@ def pose_vectors(mode, cond_c2w, c2w, fov, scale):
 
 # ---- views
 
+class Stopped(Exception):
+    """Views that nobody wants any more."""
+
+
 class Render:
     """A loaded model, and a photo that its views start from.
 
     options   those of `diffusion.novel_views`; a call may give others for its own views
     batch     views made together, at most; same_noise: all from one noise, or each from its own
     graphs    whether CUDA graphs are recorded, which takes seconds and pays with several batches
+    stopped   set while views are drawn, it raises Stopped at the next step
 
     Changes the model: see engine.Sampler. One call at a time, from whatever thread.
     """
+    stopped = False
+
     def __init__(self, net, config, options=None, batch=16, same_noise=True, compile=False,
                  graphs=True):
         self.net, self.mode, self.size = net, config.mode, config.image_size
@@ -193,6 +212,8 @@ class Render:
         """The images of a batch: the views of these numbers, with pose vectors T (b, d)."""
         def step(k, t, z_t, z_0):
             bar.advance()
+            if self.stopped:
+                raise Stopped("stopped")
             if watch is not None:
                 watch(rows[0], t, z_0)
 

@@ -30,6 +30,10 @@ def main(run, *arguments, data=""):
     return 0
 
 
+def truth_of(photo, cameras, data=None):
+    return synth.truth_of(photo, data or SCENES["data"])(cameras.c2w, cameras.fov)
+
+
 @pytest.fixture
 def photo(run):
     return photos.held_out(render.open_run(run, str(SCENES["data"]))[1], 2)
@@ -37,7 +41,7 @@ def photo(run):
 
 def test_the_truth_of_a_pan_is_the_view_of_the_turned_camera(photo):
     cameras = paths.motion("pan", 3, 20, photo.fov, photo.elevation)
-    found = follow.truth_of(photo, cameras, 0)
+    found = truth_of(photo, cameras)
     known = photo.reader.scene(photo.number)
     scene = synth.scene(0, int(known.name.split("/")[1]))
     c2w = known.c2w[photo.view].clone()
@@ -54,19 +58,19 @@ def test_the_truth_of_a_dolly_goes_towards_what_is_in_the_middle_of_the_photo(ph
     c2w = known.c2w[photo.view].clone()
     c2w[:3, 3] -= 0.5 * depth[depth > 0].median() * c2w[:3, 2]
     wanted = synth.render([scene], c2w[None, None], torch.tensor([scene.fov]), 16)[0][0]
-    assert psnr(follow.truth_of(photo, cameras, 0)[1:], wanted) > 40
+    assert psnr(truth_of(photo, cameras)[1:], wanted) > 40
 
 
-def test_scenes_of_another_seed_are_told_from_these(photo):
-    cameras = paths.motion("orbit", 2, 5, photo.fov, photo.elevation)
+def test_scenes_of_another_seed_are_told_from_these(photo, tmp_path):
+    (tmp_path / "synth.json").write_text('{"seed": 1}')
     with pytest.raises(ValueError, match="does not look as `prepare.py synth` renders it"):
-        follow.truth_of(photo, cameras, 1)
+        synth.truth_of(photo, tmp_path)
 
 
 def test_every_path_is_measured_and_drawn(run, tmp_path, capsys, monkeypatch):
-    def perfect(net, config, photo, name, seed):
+    def perfect(net, config, photo, name):
         cameras = paths.motion(name, follow.VIEWS, follow.HOW_FAR[name], photo.fov, photo.elevation)
-        truth = follow.truth_of(photo, cameras, seed)
+        truth = truth_of(photo, cameras)
         return truth, truth + 0.02      # 40 dB, of a range of 2
     assert main(run, "--scenes", "3") == 0
     lines = capsys.readouterr().out.splitlines()
@@ -93,13 +97,14 @@ def test_a_3dof_model_is_measured_along_what_it_knows(run, tmp_path, capsys):
     assert [line.split()[0] for line in lines] == ["orbit", "swing", "spiral", "dolly"]
 
 
-@pytest.mark.parametrize("content", ["{", "{}", '{"seed": "a"}', "[]"])
-def test_a_spoilt_note_of_the_scenes_is_named(tmp_path, content):
-    (tmp_path / "synth.json").write_text(content)
-    with pytest.raises(ValueError, match="synth.json is not what"):
-        follow.seed_of(tmp_path / "synth.json")
+@pytest.mark.parametrize("content", ["", "{", "{}", '{"seed": "a"}', "[]"])
+def test_a_spoilt_or_missing_note_of_the_scenes_is_named(photo, tmp_path, content):
+    if content:
+        (tmp_path / "synth.json").write_text(content)
+    with pytest.raises(ValueError if content else FileNotFoundError, match="synth.json is (not what|missing)"):
+        synth.truth_of(photo, tmp_path)
 
 
 def test_other_data_are_refused_in_a_line(run, tmp_path, capsys):
     assert main(run, data=tmp_path) == 2
-    assert "synth.json is missing" in capsys.readouterr().err
+    assert "no shards at" in capsys.readouterr().err

@@ -25,6 +25,7 @@ import data
 import golden
 import depth
 import model
+import views
 from views import folder
 from views import paths
 from views import photos
@@ -606,7 +607,8 @@ config = Config(sources=(Source("re10k", "re10k", "x", 1.0, "re10k/held-out-*.ta
                 data={str(SCENES["data"])!r})
 """)
     for name, value in (("RUN", str(run)), ("CONFIG", str(file))):
-        monkeypatch.setattr(sample, name, value)
+        monkeypatch.setattr(views, name, value)
+        monkeypatch.setattr(render, name, value)
     wanted = photos.held_out(replace(run_config(run),
                                      sources=configs.load([str(file)]).sources), 0)
     for options in ([], ["--checkpoint", str(run), "--config", str(file)]):
