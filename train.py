@@ -20,10 +20,11 @@ from runtime import command, threads
 
 
 def options(argv):
-    """(Config, steps to trace, whether to say only what would run) of the command line."""
+    """(Config, steps to trace, whether to say only what would run, GB of a GPU to say it of) of the
+    command line."""
     parser = command.Parser(
         "train.py", description=__doc__,
-        usage="train.py CONFIG [--name=value ...] [--profile N] [--dry-run]",
+        usage="train.py CONFIG [--name=value ...] [--profile N] [--dry-run [--gpu-memory GB]]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Any field of Config but `sources` may follow as --name=value; configs/__init__.py "
                "says what each one means.")
@@ -32,10 +33,13 @@ def options(argv):
     parser.add_argument("--dry-run", action="store_true",
                         help="print what would run and the memory it needs; the run's folder is "
                              "not touched")
+    parser.add_argument("--gpu-memory", "--gpu_memory", type=command.numbers_of(float, 0),
+                        default=0.0, metavar="GB", help="with --dry-run: say what fits a GPU of "
+                        "so many GB, without data or that GPU, and stop")
     found, rest = parser.parse_known_args(argv)
     config = configs.load(rest)
     config.check_trainable()
-    return config, found.profile, found.dry_run
+    return config, found.profile, found.dry_run or found.gpu_memory > 0, found.gpu_memory
 
 
 # answered before torch, which takes seconds, is imported
@@ -56,6 +60,7 @@ import depth
 import diffusion
 import engine
 import model
+from analysis import inspect as inspector
 from analysis import score
 from runtime import checkpoint, cost, files, lock, resume
 from runtime import ranks as group
@@ -295,6 +300,9 @@ def open_data(config, log):
                        config.image_size, config.mode)
     log.say("\n".join(f"data     {reader.summary()}" for reader in readers))
     held_out = score.held_out_pairs(config, max(config.eval_pairs, GRID_PAIRS), fewer=True)
+    raw = [each for each in (*readers, *held_out.dataset.readers) if hasattr(each, "pixels")]
+    for line in sum(map(inspector.contradictions, raw[:len(readers)] if log.main else []), []):
+        log.say(f"{line} (python data.py verify looks at all)")
     if len(held_out) < config.eval_pairs:
         log.say(f"held out are {len(held_out)} pairs, of the {config.eval_pairs} of --eval_pairs")
     if "image_cond" not in held_out[0]:
@@ -308,8 +316,11 @@ def main(argv):
     run(*options(argv))
 
 
-def run(config, traced=0, dry_run=False):
+def run(config, traced=0, dry_run=False, gpu_memory=0.0):
     """A run, as the command line asks for it. Raises ValueError or OSError with one line."""
+    if gpu_memory:
+        command.say(cost.fits(config, gpu_memory))
+        return
     torch.set_num_threads(threads.choose(config)[0])
     ranks, device = group.join(group.device_of(config.device), config.compile)
     log, stack, stuck = Log(config, ranks), ExitStack(), False

@@ -38,7 +38,8 @@ ARGUMENTS = ("command", "size", "views", "depth", "image_format", "seed", "scene
              "shard_size")      # that decide what is in the shards
 WHERE = "folder", "folders", "cameras", "frames", "videos", "colmap"        # captures lie
 SHARE_HELD_OUT, MOST_HELD_OUT = 0.05, 100       # scenes of captures, unless told
-FEW_SCENES, SHARE_OF_VIEWS = 10, 10     # of fewer scenes: a view in so many of each is held out
+# of fewer scenes a view in so many of each is held out; more of few, so that their mean says much
+FEW_SCENES, SHARE_OF_VIEWS, SURE_VIEWS = 10, 10, 4
 MOST_ON_GPU = 6                 # processes that share a GPU, unless told: each takes 2 GB of it
 
 
@@ -97,7 +98,8 @@ def read_part(read, split):
 
 def places(count, split):
     """The places of a split's views among all of a scene; held out are some evenly apart."""
-    held_out = max(FEWEST_VIEWS, count // SHARE_OF_VIEWS) * (count >= 2 * FEWEST_VIEWS)
+    held_out = max(count // SHARE_OF_VIEWS, min(count // 4, SURE_VIEWS))
+    held_out *= held_out >= FEWEST_VIEWS
     apart = {(2 * i + 1) * count // (2 * held_out) for i in range(held_out)}
     return [i for i in range(count) if (i in apart) == (split == "held-out")]
 

@@ -2,8 +2,16 @@
 
 import json
 
+import pytest
 from test_train import logged, one_thread, run, shards, tiny, whole_run     # noqa: F401, fixtures
 
+import configs
+import train
+from analysis import inspect as inspector
+from runtime import cost
+from shards import scenes
+
+LOOK = inspector.contradictions
 OPTIONS = {"validate_every": 2, "validate_pairs": 8, "eval_pairs": 8, "save_every": 2, "steps": 12}
 
 
@@ -27,3 +35,28 @@ def test_a_run_ends_when_held_out_pairs_get_worse_and_stays_ended(
         said = run(tiny(shards, out, init=whole_run[0], **OPTIONS, **options))
         assert "was least after step 0, and the run ends" in said and "the model gained -" in said
         assert logged(out, "step")[-1] == 4 and (out / "step_00000004").is_dir()
+
+
+@pytest.mark.parametrize("axis, wrong", [(None, False), (1, True)])
+def test_a_run_whose_data_contradict_its_cameras_is_told_so_at_its_start(
+        shards, tmp_path, monkeypatch, axis, wrong):    # noqa: F811
+    monkeypatch.setattr(inspector, "contradictions", LOOK)
+    stored = scenes.RawScenes.scene
+
+    def scene(self, number):
+        found = stored(self, number)
+        if axis is not None:
+            found.c2w[:, :3, axis:3] *= -1      # as if the file's cameras looked the other way
+        return found
+    monkeypatch.setattr(scenes.RawScenes, "scene", scene)
+    said = run([*tiny(shards, tmp_path / "dry"), "--dry-run"])
+    assert ("! " in said and "follow another convention" in said and "data.py verify" in said) == wrong
+
+
+def test_what_fits_a_gpu_that_is_not_there_is_told_without_data(tmp_path, monkeypatch):
+    config = configs.load(["configs/synth.py", "--init=weights/small.safetensors", "--data=/nowhere"])
+    one = cost.Cost(0, 0, weights=2e9, gradients=1e9, moments=1e9, average=0, activations=5e8, flops=0)
+    monkeypatch.setattr(cost, "of", lambda config, ranks, pairs: one)
+    assert "all weights: state 4 GB, 0.5 GB a pair; by estimate --micro_batch=6 fits" in cost.fits(config, 8.1)
+    assert "no pair fits" in cost.fits(config, 5.2)
+    assert "8 GB" in run(["configs/synth.py", "--data=/nowhere", "--dry-run", "--gpu_memory", "8"])

@@ -148,6 +148,7 @@ def one_thread():
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setattr(train.inspector, "contradictions", lambda source: [])     # a second, 60 times
         yield
     torch.set_num_threads(threads)
     cost.of = count
