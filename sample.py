@@ -2,6 +2,7 @@
 
     python sample.py                                     the model in out/synth, a view it never saw
     python sample.py photo.jpg --checkpoint zeronvs.ckpt --swing --by 20
+    python sample.py --capture FOLDER --photos 3,17,25 --path FOLDER/transforms.json
     python sample.py --help
 
 The model's views are made in views/render.py, the samplers are in diffusion.py, camera paths in
@@ -36,6 +37,11 @@ def interval(text):
     if not 0 <= low <= high <= TIMESTEPS:
         raise argparse.ArgumentTypeError(f"{text!r}: 0 <= LOW <= HIGH <= {TIMESTEPS} is needed")
     return low, high
+
+
+def places(text):
+    """Numbers of photos: 3,17,25."""
+    return [numbers_of(int, 0)(part) for part in text.split(",")]
 
 
 def scale_or_auto(text):
@@ -86,6 +92,12 @@ def add_path(p):
 def add_photo(p):
     """The options of what the views start from."""
     add = p.add_argument_group("the photo").add_argument
+    add("--capture", type=words, metavar="FOLDER",
+        help="instead of IMAGE, photos with cameras: a transforms.json, or a folder with one or "
+             "with COLMAP's model; a --path is then one of its world")
+    add("--photos", type=places, default=[], metavar="N,N,...",
+        help="which of a capture's photos, from 0, the first of them as IMAGE: each view starts "
+             "from those nearest to it, mixed by their nearness (the middle one)")
     add("--crop", default="", metavar="LEFT,TOP,SIDE",
         help="the square of it that is used, in pixels (the largest in the middle)")
     add("--object", action="store_true",
@@ -140,6 +152,7 @@ import torch
 import camera
 import diffusion
 import engine
+from captures import own
 from runtime.ranks import device_of
 from views import paths, photos
 from views.folder import Folder
@@ -159,18 +172,26 @@ def cameras_of(args, fov, elevation):
     return paths.motion(name, args.views, by, fov, elevation), name
 
 
-def photo_of(args, config):
-    """The Photo that the command line asks for. Raises ValueError, FileNotFoundError."""
-    if args.image:
+def photo_of(args, config, album=None):
+    """The Photo that the command line asks for, of the own.Album of a capture where there is one.
+    Raises ValueError, FileNotFoundError."""
+    if album:
+        if args.image or args.crop or args.object or args.fov or args.elevation is not None:
+            raise ValueError("--capture tells its photos and how they were taken: leave out IMAGE, "
+                             "--crop, --object, --fov and --elevation")
+        photo = album.photo(album.first, config.image_size)
+    elif args.photos:
+        raise ValueError("--photos are those of a --capture FOLDER")
+    elif args.image:
         if args.motion and not Path(args.image).exists() and is_number(args.image):
             raise ValueError(f"{args.image} is no image: {BY}")
         photo = photos.from_file(args.image, config.image_size, args.crop, args.object)
-        if camera.MODES[config.mode].unscaled:
-            photo.scale = 1.0
     else:
         photo = photos.held_out(config, args.scene)
         scene = photo.reader.scene(photo.number).name
         command.say(f"no IMAGE given: view {photo.view} of the held-out scene {scene}")
+    if (album or args.image) and camera.MODES[config.mode].unscaled:
+        photo.scale = 1.0
     if args.fov is not None:
         photo.fov = math.radians(args.fov)
     if args.elevation is not None:
@@ -185,12 +206,18 @@ def photo_of(args, config):
 
 def draw(args):
     """The command, options parsed. Raises ValueError or OSError with one line."""
-    tensors, config = open_named(args, needs_data=not args.image)
+    tensors, config = open_named(args, needs_data=not (args.image or args.capture))
     if args.depth_weights:
         config = replace(config, depth_weights=args.depth_weights)
-    photo = photo_of(args, config)
+    album = own.Album(args.capture, args.photos) if args.capture else None
+    photo = photo_of(args, config, album)
     cameras, name = cameras_of(args, photo.fov, photo.elevation)
-    cameras.check_mode(camera.MODES[config.mode])
+    if album and args.path:
+        cameras = replace(cameras, cond_c2w=album.c2w[album.first], cond_fov=album.fov,
+                          c2w=album.moved(cameras.c2w))
+    others = [(album.photo(place, config.image_size, photo.scale), album.c2w[place])
+              for place in args.photos[1:]]
+    cameras.check_mode(camera.MODES[config.mode], len(others))
     if max(cameras.shares()) > 1 + paths.RIGID:
         command.say("sample.py: some views are wider than the photo: models have learnt of none "
                     "such and may show no more than the photo does", sys.stderr)
@@ -207,7 +234,7 @@ def draw(args):
     out = Folder(args.out, [args.image, args.path], args.scale_sweep)
     render = Render(net, config, options, args.batch, args.same_noise, args.compile,
                     graphs=args.scale_sweep or len(cameras) > args.batch)
-    render.start_from(photo)
+    render.start_from(photo, others)
     if args.scale_sweep:
         out.sweep(render, cameras)
     else:

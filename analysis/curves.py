@@ -29,9 +29,9 @@ def read(folder, figure):
     return sorted(points.items())
 
 
-def draw(curves, title, path, log=False):
+def draw(curves, title, path, log=False, across="pairs seen"):
     """Writes the picture of {name: [(x, y)]}, in the format that the path's ending says. log: y is
-    on a logarithmic axis. ValueError where it cannot be."""
+    on a logarithmic axis. across: what x is. ValueError where it cannot be."""
     try:
         from matplotlib.figure import Figure
     except ImportError as err:
@@ -42,7 +42,7 @@ def draw(curves, title, path, log=False):
     picture = Figure(figsize=(8, 5), layout="constrained")
     if Path(path).suffix[1:] not in picture.canvas.get_supported_filetypes():
         raise ValueError(f"--out {path}: the name must end in .svg, .png or .pdf")
-    axes = picture.add_subplot(xlabel="pairs seen", ylabel=title,
+    axes = picture.add_subplot(xlabel=across, ylabel=title,
                                yscale="log" if log else "linear")
     for name, points in curves.items():
         axes.plot(*zip(*points), marker=".", label=name)

@@ -66,6 +66,13 @@ def ssim(image, truth):
     return index.mean(dim=(1, 2, 3)).float()
 
 
+def sharpness(image, truth):
+    """The energy of the gradients of (b, c, h, w) images, as a share of the truth's: (b,)."""
+    mine, its = (x.diff(dim=2).square().mean((1, 2, 3)) + x.diff(dim=3).square().mean((1, 2, 3))
+                 for x in (image, truth))
+    return mine / its.clamp(min=ROUNDING)
+
+
 def load_lpips(net, backbone, device="cpu"):
     """Learned perceptual distance (arXiv:1801.03924), version 0.1, by the lpips package: a function
     of images (b, 3, h, w) in [-1, 1] -> (b,).

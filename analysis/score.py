@@ -23,15 +23,16 @@ from runtime.command import progress
 from views import pictures
 
 MODEL, WARP = "this model", "warp by depth"
-TITLES = {"psnr": ("PSNR dB", 2), "ssim": ("SSIM", 3), "lpips_alex": ("LPIPS alex", 3),
-          "lpips_vgg": ("LPIPS vgg", 3), "clip": ("CLIP", 3),
+TITLES = {"psnr": ("PSNR dB", 2), "ssim": ("SSIM", 3), "sharpness": ("sharpness", 2),
+          "lpips_alex": ("LPIPS alex", 3), "lpips_vgg": ("LPIPS vgg", 3), "clip": ("CLIP", 3),
           "reprojection": ("reprojection dB", 2), "camera_margin": ("camera margin dB", 2),
           "camera_found": ("camera found", 3)}
 DISTANCES = (1, 2, 3)       # edges between buckets of camera distance, in radii of the scene
 SURE = 3                    # standard errors that make a difference clear
 BANDS = 4                   # equal parts of the timesteps, each with its own validation loss
 CASES = 12                  # rows of the sheet, from the best pair to the worst
-FAST = {"psnr": metrics.psnr, "ssim": metrics.ssim}     # figures that need no weights
+FAST = {"psnr": metrics.psnr, "ssim": metrics.ssim,
+        "sharpness": metrics.sharpness}     # figures that need no weights
 
 
 # ---- pairs

@@ -4,14 +4,17 @@ import functools
 import math
 from pathlib import Path
 
+import torch
 from PIL import Image
 
+from camera import focus_point
 from captures.datasets import (Capture, collect, found_in, opengl, photo_at, points,
                                read_model)
-from captures.resample import DepthMap, LeftOut, View, decoding
-from views import cameras, colmap
+from captures.resample import DepthMap, LeftOut, View, decoding, one_camera, square
+from views import SCALE, cameras, colmap, paths, photos
 
 MILLIMETRES = 1e-3          # nerfstudio's unit of depth
+PHOTO_SIDE = 512            # pixels a side that are kept of a photo to start from
 
 
 # ---- COLMAP
@@ -113,3 +116,51 @@ def nerfstudio_view(folder, depth, frame):
     except ValueError as err:
         raise LeftOut(photo, "a frame of transforms.json cannot be used", err) from err
     return View(str(photo), photo, c2w, lens, stored)
+
+
+# ---- a capture to start from
+
+class Album:
+    """The photos of a capture, with one field of view, and their cameras in the world of
+    views/paths.py: photo `first` stands one unit from what it looks at.
+
+    places: of the photos that are wanted, the first of them is that `first`, else the middle one.
+    path: a transforms.json, or a folder with one or with COLMAP's. Raises ValueError, OSError.
+    """
+    def __init__(self, path, places=()):
+        self.path = Path(path)
+        if self.path.is_file() or (self.path / "transforms.json").is_file():
+            [found], _ = find_nerfstudio([path], False)
+        else:
+            [found], _ = find_colmap([path], "images", False)
+        self.views, half, left_out = one_camera(found.read()[0])
+        if not self.views:
+            raise ValueError(f"{path}: no photo has a camera that can be used: "
+                             + "; ".join(map(str, left_out[:1])))
+        self.half, self.fov = half, 2 * math.atan(half)
+        self.first = [*places, len(self.views) // 2][0]
+        if max(places, default=0) >= len(self.views):
+            raise ValueError(f"photo {max(places)} of {path}: there are 0 to {len(self.views) - 1}")
+        self.own = own = torch.stack([torch.as_tensor(view.c2w) for view in self.views])
+        position = own[:, :3, 3]
+        # how far each looks, where all look at one thing
+        far = ((position - focus_point(own)) * own[:, :3, 2]).sum(1)
+        around = (position - position[self.first]).norm(dim=1).mean() or torch.ones(())
+        self.far = torch.where(far > 0, far, around.to(far))
+        self.rise = photos.elevation_of(own, self.first)
+        self.c2w = self.moved(own)
+
+    def moved(self, c2w):
+        """Cameras (n, 4, 4) of the capture's own world, in that of the paths."""
+        return paths.moved(c2w, self.own[self.first], paths.around(0.0, self.rise, 1.0),
+                           1 / self.far[self.first])
+
+    def picture(self, place, side):
+        """A photo as one square image of `side` pixels."""
+        with Image.open(self.views[place].photo) as picture:
+            return Image.fromarray(square(self.views[place], picture, self.half, side)[0])
+
+    def photo(self, place, size, scale=SCALE):
+        """The photos.Photo of a network that sees `size` pixels; scale: that of photo `first`."""
+        scale *= (self.far[place] / self.far[self.first]).item()
+        return photos.Photo(self.picture(place, PHOTO_SIDE), size, self.fov, self.rise, scale)

@@ -22,8 +22,9 @@ import engine
 import model
 from runtime import checkpoint, convert
 from runtime.command import Progress
-from views import CONFIG, RUN, pictures
+from views import CONFIG, RUN, paths, pictures
 
+NEAREST = 2             # photos that a view starts from, of several
 CLIP_WIDTH = 768
 MODE_OF_WIDTH = {mode.width: name for name, mode in camera.MODES.items() if mode.weights}
 MEGABYTE = 2**20
@@ -145,6 +146,24 @@ class Stopped(Exception):
     """Views that nobody wants any more."""
 
 
+class Mixed:
+    """An engine.Sampler of views (b, ...) that start from k photos each: the noise is the sum, by
+    weights (k, b), of what is predicted from each of them. Its rows are those of the first photo,
+    then those of the second, ..."""
+    def __init__(self, sampler, weights):
+        self.sampler = sampler
+        self.weights = weights.float().to(sampler.device)[:, :, None, None, None]
+        self.uniform, self.decode = sampler.uniform, sampler.decode
+
+    def guided(self, *given):
+        follow, weights = self.sampler.guided(*given), self.weights
+        shape = weights.shape[:2]
+
+        def mix(z_t, t):
+            return (weights * follow(z_t.repeat(shape[0], 1, 1, 1), t).unflatten(0, shape)).sum(0)
+        return mix
+
+
 class Render:
     """A loaded model, and a photo that its views start from.
 
@@ -166,17 +185,31 @@ class Render:
         self.sampler = engine.Sampler(net, compile, graphs)
         self.seconds, self.views, self.evaluations = 0.0, 0, 0
 
-    def start_from(self, photo):
-        """Makes a photos.Photo what all views start from."""
-        self.photo, self.encoded = photo, {}    # share of the photo's side: latent and embedding
-        self.encode(1.0)
+    def start_from(self, photo, others=()):
+        """Makes a photos.Photo what all views start from. others: (Photo, c2w (4, 4) among the
+        cameras of the views) of more of them, of one field of view: a view then starts from the
+        NEAREST of all, mixed by their nearness."""
+        self.photo, self.photos = photo, [photo, *(other for other, _ in others)]
+        self.c2w = [c2w for _, c2w in others]
+        self.encoded = {}       # photo's place, share of its side: latent and embedding
+        self.encode(0, 1.0)
 
-    def encode(self, share):
-        """(z_cond, embedding) of the middle of the photo, `share` of its side."""
-        if share not in self.encoded:
-            image = pictures.tensor(self.photo.closer(share)).to(self.net.betas.device)
-            self.encoded[share] = self.net.encode(image)[0], self.net.embed(image)
-        return self.encoded[share]
+    def encode(self, place, share):
+        """(z_cond, embedding) of the middle of a photo, `share` of its side."""
+        if (place, share) not in self.encoded:
+            image = pictures.tensor(self.photos[place].closer(share)).to(self.net.betas.device)
+            self.encoded[place, share] = self.net.encode(image)[0], self.net.embed(image)
+        return self.encoded[place, share]
+
+    def conditions(self, cameras, scale):
+        """Of n views and the k photos that each starts from: places of the photos (k, n), their
+        weights (k, n), pose vectors (k, n, d). `scale` is the first photo's."""
+        cond_c2w = torch.stack([cameras.cond_c2w, *self.c2w])
+        scales = [scale, *(scale / self.photo.scale * other.scale for other in self.photos[1:])]
+        T = torch.stack([pose_vectors(self.mode, c2w, cameras.c2w, cameras.fov, its)
+                         for c2w, its in zip(cond_c2w, scales)])
+        near, places = paths.nearness(cond_c2w, cameras.c2w).topk(min(NEAREST, len(T)), dim=0)
+        return places, near / near.sum(0), T[places, torch.arange(len(cameras))]
 
     def __call__(self, cameras, scale=0.0, label="views", watch=None, **options):
         """Yields the images of n paths.Cameras, in their order, a batch as soon as it is drawn.
@@ -191,11 +224,10 @@ class Render:
         the whole photo's.
         """
         options = {**self.options, **options}
-        T = pose_vectors(self.mode, cameras.cond_c2w, cameras.c2w, cameras.fov,
-                         scale or self.photo.scale)
-        shares, n = [min(share, 1.0) for share in cameras.shares()], len(T)
+        places, weights, T = self.conditions(cameras, scale or self.photo.scale)
+        shares, (k, n) = [min(share, 1.0) for share in cameras.shares()], places.shape
         # batches of one size, for which things are prepared once; the last repeats its last view
-        batches = math.ceil(n / self.batch)
+        batches = math.ceil(n / max(self.batch // k, 1))
         size = math.ceil(n / batches)
         t, _ = diffusion.plan(self.net.alphas_cumprod, options["sampler"], options["steps"],
                               options.get("spacing", "auto"))
@@ -203,13 +235,17 @@ class Render:
         try:
             for first in range(0, n, size):
                 rows = [min(i, n - 1) for i in range(first, first + size)]
-                yield from self.draw(T[rows], rows, [shares[i] for i in rows], bar, watch,
+                starts = [(place, shares[i]) for chosen in places[:, rows].tolist()
+                          for place, i in zip(chosen, rows)]
+                fast = Mixed(self.sampler, weights[:, rows]) if k > 1 else self.sampler
+                yield from self.draw(T[:, rows].flatten(0, 1), rows, starts, fast, bar, watch,
                                      options)[:n - first]
         finally:
             bar.close()
 
-    def draw(self, T, rows, shares, bar, watch, options):
-        """The images of a batch: the views of these numbers, with pose vectors T (b, d)."""
+    def draw(self, T, rows, starts, fast, bar, watch, options):
+        """The images of a batch: the views of these numbers, with pose vectors T (k b, d) and
+        (photo, share of its side) they start from."""
         def step(k, t, z_t, z_0):
             bar.advance()
             if self.stopped:
@@ -217,11 +253,13 @@ class Render:
             if watch is not None:
                 watch(rows[0], t, z_0)
 
+        if self.stopped:
+            raise Stopped("stopped")
         started, before = time.perf_counter(), self.sampler.preparing
-        z_cond, embedding = map(torch.cat, zip(*map(self.encode, shares)))
+        z_cond, embedding = map(torch.cat, zip(*(self.encode(*start) for start in starts)))
         images = diffusion.encoded_views(
             self.net, z_cond, embedding, T, [0] * len(rows) if self.same_noise else rows,
-            watch=step, fast=self.sampler, **options)
+            watch=step, fast=fast, **options)
         images = [pictures.image(image) for image in images]
         self.views += len(set(rows))
         self.seconds += time.perf_counter() - started - (self.sampler.preparing - before)

@@ -105,7 +105,7 @@ def test_an_evaluation_leaves_figures_pairs_and_cases(evaluated, shards, a_run, 
     methods = {"this model", "repeat the view", "its mean colour", "warp by depth"}
     assert set(found["methods"]) == methods and found["pairs"] == len(rows_of(evaluated)) == 24
     for figures in found["methods"].values():
-        assert {"psnr", "ssim", "reprojection", "camera_margin", "camera_found"} == set(figures)
+        assert {"psnr", "ssim", "sharpness", "reprojection", "camera_margin", "camera_found"} == set(figures)
     assert set(found["sources"]) == {"co3d", "re10k"}
     assert sum(row["psnr"]["n"] for row in found["distances"].values()) == 24
     assert any("LPIPS is left out" in note for note in found["notes"])

@@ -39,6 +39,13 @@ def test_ssim_and_psnr_equal_scikit_image():
         golden.assert_close(metrics.psnr(x, y), np.array(psnr), relative=1e-6)
 
 
+def test_sharpness_falls_with_contrast_and_with_blur():
+    x, _ = images("sharp")
+    assert_close(metrics.sharpness(x, x), torch.ones(3))
+    assert_close(metrics.sharpness(0.5 * x + 0.1, x), torch.full((3,), 0.25))
+    assert (metrics.sharpness(torch.nn.functional.avg_pool2d(x, 3, 1, 1), x) < 0.5).all()
+
+
 def test_ssim_of_an_image_with_itself_is_one_and_tiny_images_are_refused():
     x, _ = images("same")
     assert torch.equal(metrics.ssim(x, x), torch.ones(3))

@@ -300,6 +300,64 @@ def test_an_mp4_is_made_where_ffmpeg_is_found(run, tmp_path, monkeypatch, capsys
     assert "dolly.mp4" not in files and "no such codec" in capsys.readouterr().out
 
 
+# ---- several photos
+
+def capture_of(run, path):
+    """A folder with transforms.json: the five views of a held-out scene; and that scene's HeldOut view."""
+    photo, frames = photos.held_out(run_config(run), 1), []
+    path.mkdir()
+    for i, c2w in enumerate(photo.reader.scene(photo.number).c2w):
+        pictures.image(scenes.images(photo.reader.image(photo.number, i))).save(path / f"{i}.png")
+        frames.append({"file_path": f"{i}.png", "transform_matrix": c2w.tolist()})
+    focal = SIZE / 2 / math.tan(photo.fov / 2)
+    (path / "transforms.json").write_text(json.dumps(
+        {"w": SIZE, "h": SIZE, "fl_x": focal, "fl_y": focal, "cx": SIZE / 2, "cy": SIZE / 2, "frames": frames}))
+    return path, photo
+
+
+def test_one_photo_of_a_capture_gives_exactly_the_views_of_that_photo(run, tmp_path):
+    folder, photo = capture_of(run, tmp_path / "capture")
+    sampled(run, tmp_path / "a", "--capture", str(folder), "--photos", "3", "--dolly", "--views", "2")
+    rise = photos.elevation_of(photo.reader.scene(photo.number).c2w, 3)
+    sampled(run, tmp_path / "b", str(tmp_path / "a/cond.png"), "--dolly", "--views", "2",
+            f"--fov={math.degrees(photo.fov)}", f"--elevation={rise}")
+    for name in ("views/000.png", "views/001.png"):
+        a, b = (Image.open(tmp_path / each / name) for each in "ab")
+        assert np.array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_views_along_a_capture_start_from_the_photos_that_are_near(run, tmp_path):
+    folder, _ = capture_of(run, tmp_path / "capture")
+    path = ["--capture", str(folder), "--path", str(folder / "transforms.json")]
+    for name, options in (("all", ["--photos", "3,0", "--batch", "3"]), ("3", ["--photos", "3"]),
+                          ("0", ["--photos", "0"])):
+        files = sampled(run, tmp_path / name, *path, *options)
+        assert sum(name.startswith("views/") for name in files) == 5
+    views = {name: [np.asarray(Image.open(tmp_path / name / f"views/{i:03}.png")).astype(int)
+                    for i in range(5)] for name in ("all", "3", "0")}
+    for place in (0, 3):        # at a photo's own camera the others count for a millionth
+        assert abs(views["all"][place] - views[str(place)][place]).max() <= 1
+    assert all(abs(views["all"][1] - views[name][1]).max() > 2 for name in "30")
+
+
+def test_nearness_is_of_places_and_directions():
+    cond = torch.cat([paths.around(0.0, 0.0, 1.0)[None], paths.around(40.0, 0.0, 1.0)[None]])
+    found = paths.nearness(cond, paths.around([0.0, 20.0, 30.0], 0.0, 1.0))
+    torch.testing.assert_close(found.sum(0), torch.ones(3, dtype=torch.float64))
+    assert found[0, 0] > 0.99999 and found[0, 1] == pytest.approx(0.5) and 0.05 < found[0, 2] < 0.15
+    turned = paths.motion("pan", 2, 30, 1.0, 0.0).c2w
+    assert paths.nearness(turned, turned)[0, 0] > 0.99999
+
+
+@pytest.mark.parametrize("options, says", [
+    (["--photos", "5"], "photo 5 of"), (["photo.png"], "leave out IMAGE"), (["--fov", "50"], "--fov"),
+    (["--photos", "1,x"], "'x' is not a number")])
+def test_what_does_not_fit_a_capture_is_named(run, tmp_path, capsys, options, says):
+    folder, _ = capture_of(run, tmp_path / "capture")
+    assert says in refused(capsys, "--checkpoint", run, "--out", tmp_path / "out", "--capture", folder, *options)
+    assert "--capture FOLDER" in refused(capsys, "--checkpoint", run, "--photos", "1")
+
+
 # ---- bad input
 
 @pytest.mark.parametrize("options, says", [
