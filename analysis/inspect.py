@@ -246,7 +246,7 @@ def matched(source, scene):
 
 
 def say_cameras(what, figures, matches):
-    """Lines on what `followed` and `matched` found; what contradicts the cameras begins with "!"."""
+    """Lines on what `followed` and `matched` found; with "!" what contradicts cameras."""
     lines = []
     if matches:
         names = dict.fromkeys(name for found in matches for name in found)

@@ -8,6 +8,7 @@ phone to film.
 A capture has no second scene, so `prepare.py` holds out every tenth view of each.
 
 - zeronvs.ckpt: its pose columns are of this mode, and stay, so that the first step is a good one
+- dpt_swin2_tiny_256.pt fills the holes of structure from motion's depth; without it: --mode=7dof
 - lora_rank 16 at 1e-4: of a file that is to stay what it is, and that fits a card of one's own;
   all weights want a rate ten times lower
 - at most 1,000 steps of 16 pairs: 100 photos have 9,900 pairs, which are seen once or twice; after
@@ -40,4 +41,5 @@ tuning = {
 }
 
 config = Config(**tuning, out="out/capture", init="weights/zeronvs.ckpt", micro_batch=4, lr=1e-4,
-                lr_projection=1e-4, checkpoint_activations=True)
+                depth_weights="weights/dpt_swin2_tiny_256.pt", lr_projection=1e-4,
+                checkpoint_activations=True)

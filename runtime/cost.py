@@ -139,8 +139,8 @@ def available(device):
 
 
 def fits(config, memory):
-    """A line: the largest micro-batch in so many GB of a GPU that need not be there. Estimated high:
-    all that is kept for one pair counts for every pair, and RUNTIME goes off."""
+    """A line: the largest micro-batch in so many GB of a GPU that need not be there. On the safe
+    side: all that is kept for one pair counts for every pair, and RUNTIME goes off."""
     one = of(replace(config, batch_size=1, micro_batch=1), ALONE, 1)
     pairs = int((memory * GB - RUNTIME - one.state) / one.activations)
     what = f"low-rank updates, rank {config.lora_rank}" if config.lora_rank else "all weights"

@@ -33,7 +33,7 @@ def test_a_run_ends_when_held_out_pairs_get_worse_and_stays_ended(
     out, options = tmp_path / "worse", {"lr": 0.3, "lr_projection": 0.3, "patience": 2, "ema_decay": 0.0}
     for _ in range(2):
         said = run(tiny(shards, out, init=whole_run[0], **OPTIONS, **options))
-        assert "was least after step 0, and the run ends" in said and "the model gained -" in said
+        assert "was least after step 0, and it ends" in said and "the model gained -" in said
         assert logged(out, "step")[-1] == 4 and (out / "step_00000004").is_dir()
 
 
