@@ -162,7 +162,7 @@ class Progress:
     error."""
     def __init__(self, label, unit, total=None, quiet=False):
         self.label, self.unit, self.total, self.count = label, unit, total, 0
-        self.every, self.end = (0.1, "\r") if sys.stderr.isatty() else (EVERY, "\n")
+        self.every, self.end = (0.1, "\033[K\r") if sys.stderr.isatty() else (EVERY, "\n")
         self.every = math.inf if quiet else self.every
         self.start = self.spoken = time.monotonic()
 
@@ -173,11 +173,11 @@ class Progress:
             if self.total:
                 seconds = (now - self.start) * (self.total - self.count) / self.count
                 left = f" of {self.total:,}"
-                later = f", {timedelta(seconds=round(seconds))} left "
+                later = f", {timedelta(seconds=round(seconds))} left"
             say(f"{self.label}: {self.count:,}{left} {self.unit}{later}", sys.stderr, self.end)
 
     def close(self):
-        if self.end == "\r" and self.spoken > self.start:
+        if self.end != "\n" and self.spoken > self.start:
             say("\033[K", sys.stderr, "")        # the line goes
 
 

@@ -21,16 +21,10 @@ import engine
 from diffusion import TIMESTEPS
 from runtime import command, cost, files, threads
 
-try:
-    import resource
-except ImportError:                 # Windows
-    resource = None
-
 BANDS = 4                           # of timesteps, each with its own loss
 SHOWN = {"loss": "loss {:.4g}", "lr": "lr {:.3g}", "pairs_per_s": "{:.4g} pairs/s",
          "ceiling_share": "{:.0%} of peak", "data_wait": "data wait {:.0%}",
          "memory_gb": "{:.3g} GB", "val_psnr": "held-out PSNR {:.2f} dB"}
-TRACE_SKIPPED = 2                   # steps before a trace: the first ones are slower
 NAMED_PAIRS = 5                     # of those whose loss is not finite
 
 
@@ -105,8 +99,10 @@ def peak_memory(device):
     """The most memory that this process had, in GB: of its GPU, else in the machine; 0 unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / cost.GB
-    if resource is None:
+    if os.name != "posix":
         return 0.0
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / cost.GB
 
@@ -166,9 +162,9 @@ class Log:
                 from torch.utils.tensorboard import SummaryWriter
                 self.board = SummaryWriter(str(self.out / "tensorboard"), purge_step=step + 1)
         if trace_steps:
-            plan = torch.profiler.schedule(wait=TRACE_SKIPPED - 1, warmup=1, active=trace_steps,
-                                           repeat=1)
-            self.trace = torch.profiler.profile(schedule=plan, on_trace_ready=self.write_trace)
+            self.trace = torch.profiler.profile(
+                schedule=torch.profiler.schedule(wait=1, warmup=1, active=trace_steps, repeat=1),
+                on_trace_ready=self.write_trace)
             self.trace.start()
 
     def __call__(self, step, **numbers):
@@ -176,14 +172,12 @@ class Log:
         self.step = step
         if not self.main:
             return
-        shown = ", ".join(form.format(numbers[name]) for name, form in SHOWN.items()
-                          if name in numbers)
+        shown = [form.format(numbers[name]) for name, form in SHOWN.items() if name in numbers]
         left = timedelta(seconds=round(numbers.get("remaining_s", 0)))
-        self.say(f"step {step}/{self.steps}: {shown}, {left} left")
+        self.say(f"step {step}/{self.steps}: {', '.join(shown)}, {left} left")
         self.append({"step": step, **numbers})
         for name, value in numbers.items():
-            values = value.items() if isinstance(value, dict) else [("", value)]
-            for part, number in values:
+            for part, number in (value if isinstance(value, dict) else {"": value}).items():
                 self.on_board("add_scalar", f"{name}/{part}".rstrip("/"), number, step)
 
     def append(self, row):

@@ -27,6 +27,7 @@ import numpy as np
 from captures import encode
 from data import Pairs
 from made import SIDE, encoded_scene, re10k_metadata, scene_members, write_tar
+from runtime.command import progress
 from shards import scenes
 from shards.files import LocalFile
 
@@ -97,7 +98,7 @@ def fuzz(count, seed, folder):
     """Counts of what came of `count` files: (read, refused). Raises what must not be."""
     rng, sources, outcomes = random.Random(seed), originals(), [0, 0]
     path = Path(folder) / "fuzz.tar"
-    for _ in range(count):
+    for _ in progress(range(count), "mutated tars", "files"):
         format, side, content = rng.choice(sources)
         path.write_bytes(mutated(content, rng))
         began = time.monotonic()
@@ -117,9 +118,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the changes (%(default)s)")
     given = parser.parse_args()
     warnings.simplefilter("error", RuntimeWarning)
-    # a thread and a bar for every file, which has one shard, cost as much as to read it
+    # a thread for every file, which has one shard, costs as much as to read it
     scenes.ThreadPoolExecutor = lambda threads: nullcontext(types.SimpleNamespace(map=map))
-    scenes.tqdm = lambda shards, *rest, **options: shards
     folder = tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
     began = time.monotonic()
     try:
