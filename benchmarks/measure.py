@@ -20,7 +20,8 @@ from runtime import cost
 
 GB = 1e9
 CEILING = "sustained bf16 product"
-SUSTAINED = 4.0                         # seconds of products, after which a GPU runs at its limit
+SECONDS = 4.0                           # of a rate; in less a GPU does not come to its limit
+WARM = 2                                # calls between the first and those that are counted
 SHOWN = 12                              # last lines of an error that are shown
 
 
@@ -33,22 +34,18 @@ def row(variant, what, value, unit, **more):
 
 
 def finish(rows, peers):
-    """Puts peers' values, shares of the ceiling, and where they were measured into rows.
-
-    peers: {variant: variants that it is compared with}; the first that has the same row counts.
-    """
+    """Puts peers' values, shares of the ceiling, and where they were measured into rows. peers:
+    {variant: the one that it is compared with}."""
     found = {(entry["variant"], entry["what"]): entry["value"] for entry in rows}
-    best = found.get((CEILING, ""))
     about = {"hardware": hardware(), "torch": torch.__version__,
              "command": " ".join(["python -m benchmarks", *sys.argv[1:]])}
     for entry in rows:
-        for peer in peers.get(entry["variant"], ()):
-            value = found.get((peer, entry["what"]))
-            if value and "peer" not in entry:
-                entry |= {"peer": peer, "peer_value": value, "ratio": entry["value"] / value}
-        flops = entry.pop("flops", None)
-        if flops and best:
-            entry["ceiling_share"] = flops / 1e12 / best
+        peer = peers.get(entry["variant"])
+        value, flops = found.get((peer, entry["what"])), entry.pop("flops", None)
+        if value:
+            entry |= {"peer": peer, "peer_value": value, "ratio": entry["value"] / value}
+        if flops and (CEILING, "") in found:
+            entry["ceiling_share"] = flops / 1e12 / found[CEILING, ""]
         entry |= about
     return rows
 
@@ -64,15 +61,13 @@ def hardware():
 
 def table(rows):
     """The rows as aligned text."""
-    lines = [("", "value", "unit", "peer", "its value", "ratio", "of ceiling")]
-    for entry in rows:
-        cells = [f"{entry[key]:{form}}" if key in entry else "" for key, form in
-                 (("value", ".4g"), ("unit", ""), ("peer", ""), ("peer_value", ".4g"),
-                  ("ratio", ".3f"), ("ceiling_share", ".0%"))]
-        lines.append((entry["name"], *cells))
+    form = {"name": "", "value": ".4g", "unit": "", "peer": "", "peer_value": ".4g",
+            "ratio": ".3f", "ceiling_share": ".0%"}
+    lines = [[key.replace("_", " ") for key in form],
+             *([f"{entry[key]:{how}}" if key in entry else "" for key, how in form.items()]
+               for entry in rows)]
     widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip()
-                     for line in lines)
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 # ---- processes
@@ -123,35 +118,45 @@ def device_here():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def seconds_of_one(function):
-    """Seconds of one call."""
-    cost.synchronize(device_here())
-    start = time.perf_counter()
-    function()
-    cost.synchronize(device_here())
-    return time.perf_counter() - start
-
-
-def seconds_of(function, seconds, in_a_row=1):
-    """Mean seconds of a call after one that is not counted, over at least so many `seconds`.
-    in_a_row: calls that follow each other without a wait for the device, as those of training."""
-    seconds_of_one(function)
-    start, calls = time.perf_counter(), 0
-    while calls == 0 or time.perf_counter() - start < seconds:
-        for _ in range(in_a_row):
-            function()
-        calls += in_a_row
+def clock(function, seconds, in_a_row=1):
+    """(seconds of the first call, mean seconds of later ones over at least so many `seconds`).
+    in_a_row: calls that follow each other without a wait for the device, as those of training.
+    ValueError where what the function gives is not finite."""
+    def run(calls):
         cost.synchronize(device_here())
-    return (time.perf_counter() - start) / calls
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        cost.synchronize(device_here())
+        return time.perf_counter() - start
+
+    first, times = run(1), []
+    for _ in range(WARM):
+        if not all(values.isfinite().all() for values in function()):
+            raise ValueError("what is measured gives numbers that are not finite")
+    while not times or sum(times) < seconds:
+        times.append(run(in_a_row))
+    return first, sum(times) / len(times) / in_a_row
+
+
+def timed(variant, what, function, count, unit, tiny, work, in_a_row=1):
+    """Yields how fast a function is that makes `count` pairs or views, of `work` FLOPs each; the
+    time of its first call; and peak memory. unit: s/view, or how many a second."""
+    torch.backends.cudnn.benchmark = torch.cuda.is_available()
+    first, seconds = clock(function, 0 if tiny else SECONDS, in_a_row)
+    rate = count / seconds
+    yield row(variant, what, 1 / rate if unit == "s/view" else rate, unit, flops=work * rate)
+    yield row(variant, f"{what}: first call", first, "s")
+    yield row(variant, f"{what}: peak memory", peak_gb(), "GB")
 
 
 @torch.no_grad()
 def ceiling(tiny=False):
-    """Yields the rate of a large bf16 product, run until a GPU has come to its limit."""
+    """Yields the rate of a large bf16 product."""
     device = device_here()
     side = 256 if tiny else cost.CEILING_SIDE.get(device.type, cost.SMALL_SIDE)
     a, b = torch.randn(2, side, side, device=device).bfloat16()
-    seconds = seconds_of(lambda: a @ b, 0.1 if tiny else SUSTAINED, in_a_row=10)
+    _, seconds = clock(lambda: [a @ b], 0 if tiny else SECONDS, in_a_row=10)
     yield row(CEILING, "", 2 * side**3 / seconds / 1e12, "TFLOP/s")
 
 

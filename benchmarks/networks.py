@@ -21,9 +21,8 @@ import diffusion
 import engine
 import model
 import vae
-from benchmarks import peers
-from benchmarks.measure import (ceiling, collect, device_here, finish, peak_gb, row, seconds_of,
-                                seconds_of_one)
+from benchmarks import PARTS, VARIANTS, peers
+from benchmarks.measure import ceiling, clock, collect, device_here, finish, peak_gb, row, timed
 from configs import Config, Source
 from runtime import cost
 from runtime import ranks as distributed
@@ -32,19 +31,14 @@ from runtime.ranks import ALONE
 
 EMBEDDING, SIDE = 768, 256              # width of the image embedding; pixels a side of views
 WARMED_UP = 1000                        # a step with the full learning rate
-WARM, IN_A_ROW = 3, 5                   # steps before the clock starts; between looks at it
-SECONDS = {False: 4.0, True: 0.0}       # that a rate is measured for; of a tiny network one round
+IN_A_ROW = 5                            # calls between looks at the clock
 STEPS, FEW_STEPS = 50, 20               # of DDIM, of DPM-Solver++
-CHECKED = 20                            # steps of `scale --check`
-MIB = 2**20
+CHECKED, AVERAGED = 20, 30              # steps of `scale`: with --check, without
+ENCODED = 64                            # views at once, for `engine`
 TINY = {"latent": "pixels", "image_size": 32, "model_channels": 32, "channel_mult": (1, 2),
         "num_res_blocks": 1, "attention_resolutions": (1,), "num_heads": 2, "context_dim": 16,
         "norm_groups": 8}
 ROOT = Path(__file__).parents[1]
-
-# Parts of the engine, and the rates that each is for.
-PARTS = {"noise": ("train", "sample"), "norm": ("train", "sample", "encode"),
-         "geglu": ("train", "sample"), "conv": ("train", "sample", "encode"), "unet": ("sample",)}
 
 # Ours, the peer's, and what encodes; each is built for `tiny`.
 ENCODERS = {"VAE": (lambda tiny: vae.AutoencoderKL(*((32, (1, 2)) if tiny else ())),
@@ -53,12 +47,11 @@ ENCODERS = {"VAE": (lambda tiny: vae.AutoencoderKL(*((32, (1, 2)) if tiny else (
                      "encode_image")}
 
 
-# ---- a step of training
-
-def config_of(tiny, batch=1, **changes):
+def config_of(tiny=False, batch=1, **changes):
     """A Config of zero123-xl's network, or of one of a few kilobytes."""
-    return Config((Source("none", "encoded", "none", 1.0),), batch_size=batch, micro_batch=batch,
-                  mode="7dof", **{**(TINY if tiny else {}), **changes})
+    return Config((Source("none", "encoded", "none", 1.0),), **{
+        "batch_size": batch, "micro_batch": batch, "mode": "7dof", **(TINY if tiny else {}),
+        **changes})
 
 
 def network(config, peer=False, autoencoder=None):
@@ -78,6 +71,8 @@ def network(config, peer=False, autoencoder=None):
     engine.convert(net)
     return net.to(device_here())        # the schedule's tables and the pose columns too
 
+
+# ---- a step of training
 
 class Step:
     """A whole step of training at every call, by our UNet or diffusers'."""
@@ -123,56 +118,123 @@ class Step:
         return loss
 
 
-def measure_training(variant, batch, tiny, without=()):
+def measure_training(variant, batch, tiny):
     """Yields pairs a second, time to the first step, peak memory; then the same as a CUDA graph."""
-    leave_out(without)
     device, what = device_here(), f"batch {batch}"
     step = Step(config_of(tiny, batch, device=device.type), peer="diffusers" in variant,
                 compiled="eager" not in variant)
-    first = seconds_of_one(step)
-    if not step().isfinite().all():
-        raise ValueError(f"{variant}, {what}: the loss is not finite")
-    variant += names_of(without)
-
-    def rate(what):
-        for _ in range(WARM):
-            step()
-        yield row(variant, what, batch / seconds_of(step, SECONDS[tiny], IN_A_ROW), "pairs/s")
-        yield row(variant, f"{what}: peak memory", peak_gb(), "GB")
-
-    yield row(variant, f"{what}: first step", first, "s")
-    yield from rate(what)
-    if device.type == "cuda" and not without:
+    work = (1 + cost.BACKWARD) * cost.of(config_of(tiny), ALONE, 1).flops       # of a pair
+    how = batch, "pairs/s", tiny, work, IN_A_ROW
+    yield from timed(variant, what, step, *how)
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()    # while it is recorded a graph has all that it needs
         step.passes = engine.Recorded(step.passes, step.net.parameters())
-        yield from rate(f"{what}, CUDA graph")
+        yield from timed(variant, f"{what}, CUDA graph", step, *how)
 
 
-def leave_out(parts):
-    """Begins a measurement, by PyTorch's operations in place of these parts of the engine."""
-    engine.kernels.enabled.update(dict.fromkeys(parts, False))
-    torch.backends.cudnn.benchmark = torch.cuda.is_available()
+# ---- sampling and encoding
+
+def encoder(name, peer, tiny):
+    """A frozen network of ENCODERS on the device, ours or the peer's."""
+    with device_here():
+        net = ENCODERS[name][peer](tiny)
+    engine.convert(net)
+    # CPUs are slow in half precision
+    dtype = torch.bfloat16 if device_here().type == "cuda" else torch.float32
+    net.to(dtype=dtype, memory_format=torch.channels_last)
+    return net.eval().requires_grad_(False)
 
 
-def names_of(parts):
-    return "".join(f" without {part}" for part in parts)
+@torch.no_grad()
+def measure_sampling(variant, views, tiny):
+    """Yields seconds a view at so many views at once, of the first call, and memory."""
+    peer, device, fast = "diffusers" in variant, device_here(), None
+    config = config_of(tiny, **({"latent": "vae", "image_size": 64} if tiny else {}))
+    net = network(config, peer, encoder("VAE", peer, tiny)).eval().requires_grad_(False)
+    dtype = next(net.first_stage_model.parameters()).dtype
+    net.model.to(dtype=dtype, memory_format=torch.channels_last)
+    shape, steps = model.latent_shape(config), 4 if tiny else STEPS
+    work = (2 * steps * cost.of(config, ALONE, 1).flops
+            + cost.flops_of(lambda: net.decode(torch.zeros(1, *shape, device=device))))
+    if variant == "diffusers, compiled":
+        for part in (net.model.diffusion_model, net.first_stage_model.decoder):
+            part.compile(mode="reduce-overhead" if device.type == "cuda" else None, dynamic=False)
+    elif not peer and "plain" not in variant:
+        fast = engine.Sampler(net, compile="compiled" in variant)
+    sampled = functools.partial(
+        diffusion.encoded_views, net, torch.randn(1, *shape, device=device),
+        torch.randn(1, EMBEDDING, device=device),
+        torch.randn(views, net.cc_projection.in_features - EMBEDDING), range(views), fast=fast)
+    what, how = f"{views} view{'s at once' * (views > 1)}", (views, "s/view", tiny)
+    yield from timed(variant, what, functools.partial(sampled, steps=steps), *how, work)
+    if fast and views == 1:
+        few = min(steps, FEW_STEPS)
+        yield from timed(variant, f"{what}, DPM-Solver++ {few} steps",
+                         functools.partial(sampled, sampler="dpm++", steps=few), *how, 0)
 
 
-def rows_of(args, measure, *sizes):
-    """The rows of `measure` for --variants, at one size after the other, behind the ceiling's."""
-    return collect([("ceiling", ceiling, args.tiny)] * args.ceilings
-                   + [(variant, measure, variant, size, args.tiny)
-                      for size in sizes for variant in args.variants], args.seconds_limit)
+@torch.no_grad()
+def measure_encoding(variant, batch, tiny):
+    """Yields views/s of the VAE and of CLIP, of both one after the other, and memory."""
+    seconds, side = 0, 32 if tiny else SIDE
+    views = torch.rand(batch, 3, side, side, device=device_here()) * 2 - 1
+    for name, (_, _, method) in ENCODERS.items():
+        net = encoder(name, "peers" in variant, tiny)
+        x = views.to(dtype=next(net.parameters()).dtype, memory_format=torch.channels_last)
+        encode = getattr(net, method)
+        work = cost.flops_of(functools.partial(encode, x[:1]))
+        if "compiled" in variant:
+            encode = torch.compile(encode, dynamic=False)
+        for entry in timed(variant, name, functools.partial(encode, x), batch, "views/s", tiny,
+                           work, IN_A_ROW):
+            seconds += 1 / entry["value"] if entry["what"] == name else 0
+            yield entry
+    yield row(variant, "both", 1 / seconds, "views/s")
 
 
-def run_train(args):
-    """Training steps, at one batch after the other."""
-    rows = rows_of(args, measure_training, *args.batch)
-    work = (1 + cost.BACKWARD) * cost.of(config_of(args.tiny), ALONE, 1).flops      # of a pair
-    for entry in rows:
-        if entry["unit"] == "pairs/s":
-            entry["flops"] = work * entry["value"]
-    return finish(rows, {entry["variant"]: [f"diffusers, {entry['variant']}"] for entry in rows})
+# ---- variants, and the engine part by part
+
+MEASURES = {"train": measure_training, "sample": measure_sampling, "encode": measure_encoding}
+
+
+def run_variants(args):
+    """The rows of one of MEASURES for --variants, at one size after the other."""
+    sizes = args.views if args.name == "sample" else args.batch
+    jobs = [(variant, MEASURES[args.name], variant, size, args.tiny)
+            for size in sizes for variant in args.variants]
+    rows = collect([("ceiling", ceiling, args.tiny)] * (not args.no_ceilings) + jobs,
+                   args.seconds_limit)
+    return finish(rows, VARIANTS[args.name])
+
+
+def run_engine(args):
+    """Rates with and without each part of the engine, and what a hundred lines of it earn."""
+    sizes = {"train": args.batch, "sample": args.views, "encode": [2 if args.tiny else ENCODED]}
+    variants = {rate: next(iter(VARIANTS[rate])) for rate in args.rates}
+    peer_of = {f"{variant} without {part}": variant
+               for variant in variants.values() for part in args.without}
+    jobs = [(f"{rate} without {part or 'nothing'}", leave_out, part, MEASURES[rate], variant, size,
+             args.tiny)
+            for part in ("", *args.without) for rate, variant in variants.items()
+            if not part or rate in PARTS[part] for size in sizes[rate]]
+    rows = finish(collect(jobs, args.seconds_limit), peer_of)
+    for entry in [entry for entry in rows if "ratio" in entry and "/" in entry["unit"]]:
+        part = entry["variant"].partition(" without ")[2]
+        slower = entry["ratio"] if entry["unit"] == "s/view" else 1 / entry["ratio"]
+        gain = 100 * (slower - 1)
+        lines = (ROOT / "engine" / f"{part}.py").read_text(encoding="utf-8").count("\n")
+        rows += [row(f"gain by {part}", entry["what"], gain, "%"),
+                 row(f"gain by {part}, a hundred of its {lines} lines", entry["what"],
+                     100 * gain / lines, "%")]
+    return rows
+
+
+def leave_out(part, measure, variant, *arguments):
+    """The rows of a measurement by PyTorch's operations in place of a part of the engine."""
+    if part:
+        engine.kernels.enabled[part] = False
+        variant += f" without {part}"
+    yield from measure(variant, *arguments)
 
 
 # ---- ranks
@@ -186,72 +248,58 @@ def run_scale(args):
         batch = args.batch // world if args.check else args.batch
         for divided in (False, True) if args.divide_optimizer and world > 1 else (False,):
             label = f"{world} GPU{'s' * (world > 1)}{', divided' * divided}"
-            jobs.append((label, launch, label, world, batch, divided, args))
+            jobs.append((label, launch, world, label, batch, divided, args.check, args.tiny))
     rows = collect(jobs, args.seconds_limit)
     checked = [entry for entry in rows if "losses" in entry]
     for entry in checked[1:]:
         apart = max(abs(a - b) / b for a, b in zip(entry["losses"], checked[0]["losses"]))
         rows.append(row(entry["variant"], "largest relative difference of losses", apart, ""))
-    return finish(rows, {label: ["1 GPU"] for label, *_ in jobs if label != "1 GPU"})
+    return finish(rows, {label: "1 GPU" for label, *_ in jobs if label != "1 GPU"})
 
 
-def launch(label, world, batch, divided, args):
+def launch(world, *arguments):
     """Yields the rows of `world` ranks."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]),
                           WORLD_SIZE=str(world))
     box = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    arguments = label, world, batch, divided, args, box
     if world == 1:
-        rank_of(0, *arguments)
+        rank_of(0, box, *arguments)
     else:
-        torch.multiprocessing.spawn(rank_of, arguments, world)
+        torch.multiprocessing.spawn(rank_of, (box, *arguments), world)
     while not box.empty():
         yield box.get()
 
 
-def rank_of(rank, label, world, batch, divided, args, box):
+def rank_of(rank, box, label, batch, divided, checks, tiny):
     """One rank: puts its rows into the box if it is the first."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-    ranks, device = distributed.join(device_here(), not args.tiny)
+    ranks, device = distributed.join(device_here(), not tiny)
     if device.type == "cpu":
         torch.set_num_threads(1)
     torch.backends.cudnn.benchmark = device.type == "cuda"
-    config = config_of(args.tiny, batch, device=device.type, divide_optimizer=divided)
-    step = Step(config, ranks, compiled=not args.tiny)
-    for entry in (check if args.check else averaging)(label, step, batch, args.tiny):
+    config = config_of(tiny, batch, device=device.type, divide_optimizer=divided)
+    step = Step(config, ranks, compiled=not tiny)
+    for entry in (check if checks else rates_of_ranks)(label, step, batch, tiny):
         if rank == 0:
             box.put(entry)
     ranks.close()
 
 
-def averaging(label, step, batch, tiny):
+def rates_of_ranks(label, step, batch, tiny):
     """Yields speed, memory, and what the averaging of gradients costs that nothing hides: the time
-    of a step less that of a step without it; and what it takes alone."""
-    ranks, count = step.ranks, 1 if tiny else 30
-
-    def slowest(function):
-        """Seconds of a call by the slowest rank. All make as many calls, or one would wait."""
-        seconds = torch.tensor(seconds_of(function, 0, count), device=step.device)
-        if ranks.world > 1:
-            dist.all_reduce(seconds, dist.ReduceOp.MAX)
-        return seconds.item()
-
-    for _ in range(WARM):
-        step()
-    seconds = slowest(step)
-    yield row(label, "all", ranks.world * batch / seconds, "pairs/s")
-    yield row(label, "a GPU", batch / seconds, "pairs/s")
+    of a step less that of a step without it. The times are the slowest rank's."""
+    ranks, times = step.ranks, []
+    for last in (True, False)[:ranks.world]:
+        # all make as many calls, or one would wait
+        _, seconds = clock(functools.partial(step, last), 0, 1 if tiny else AVERAGED)
+        times.append(max(ranks.gather(seconds)))
+    yield row(label, "all", ranks.world * batch / times[0], "pairs/s")
+    yield row(label, "a GPU", batch / times[0], "pairs/s")
     yield row(label, "peak memory a GPU", peak_gb(), "GB")
-    if ranks.world == 1:
-        return
-    alone = slowest(lambda: step(last=False))
-    yield row(label, "averaging gradients, not hidden", 1e3 * (seconds - alone), "ms")
-    size = sum(p.numel() for p in step.optimizer.trained.values())
-    buckets = torch.zeros(size, device=step.device).split(distributed.BUCKET * MIB // 4)
-    alone = slowest(lambda: [dist.all_reduce(bucket) for bucket in buckets])
-    yield row(label, "averaging gradients, alone", 1e3 * alone, "ms")
+    if ranks.world > 1:
+        yield row(label, "averaging gradients, not hidden", 1e3 * (times[0] - times[1]), "ms")
 
 
 def check(label, step, batch, tiny):
@@ -264,123 +312,3 @@ def check(label, step, batch, tiny):
         step.use(mine, number * total + torch.arange(first, first + batch))
         losses.append(ranks.all_reduce(step().sum() / total).item())
     yield row(label, f"loss after {len(losses)} steps", losses[-1], "", losses=losses)
-
-
-# ---- sampling
-
-def measure_sampling(variant, counts, tiny, without=()):
-    """Yields seconds a view at each of `counts` views at once, of the first call, and memory."""
-    leave_out(without)
-    peer, device, fast = variant.startswith("diffusers"), device_here(), None
-    # CPUs are slow in half precision
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    config = config_of(tiny, **({"latent": "vae", "image_size": 64} if tiny else {}))
-    net = network(config, peer, encoder("VAE", peer, tiny, dtype)[0]).eval().requires_grad_(False)
-    net.model.to(dtype=dtype, memory_format=torch.channels_last)
-    shape, steps = model.latent_shape(config), 4 if tiny else STEPS
-    with torch.no_grad():
-        work = (2 * steps * cost.of(config, ALONE, 1).flops
-                + cost.flops_of(lambda: net.decode(torch.zeros(1, *shape, device=device))))
-    if variant == "diffusers, compiled":
-        for part in (net.model.diffusion_model, net.first_stage_model.decoder):
-            part.compile(mode="reduce-overhead" if device.type == "cuda" else None, dynamic=False)
-    elif not peer and "plain" not in variant:
-        fast = engine.Sampler(net, compile="compiled" in variant)
-    variant += names_of(without)
-    photo = torch.randn(1, *shape, device=device), torch.randn(1, EMBEDDING, device=device)
-
-    def time_views(what, function, work):
-        first = seconds_of_one(function)
-        if not function().isfinite().all():
-            raise ValueError(f"{variant}, {what}: pictures are not finite")
-        seconds = seconds_of(function, SECONDS[tiny]) / views
-        yield row(variant, what, seconds, "s/view", flops=work / seconds)
-        yield row(variant, f"{what}: first call", first, "s")
-        yield row(variant, f"{what}: peak memory", peak_gb(), "GB")
-
-    for views in counts:
-        T = torch.randn(views, net.cc_projection.in_features - EMBEDDING)
-        sampled = functools.partial(diffusion.encoded_views, net, *photo, T, range(views),
-                                    fast=fast)
-        what = f"{views} view{'s at once' * (views > 1)}"
-        yield from time_views(what, functools.partial(sampled, steps=steps), work)
-        if fast and views == counts[0] and not without:
-            few = min(steps, FEW_STEPS)
-            yield from time_views(f"{what}, DPM-Solver++ {few} steps",
-                                  functools.partial(sampled, sampler="dpm++", steps=few), 0)
-
-
-def run_sample(args):
-    """Seconds a view, of one photo encoded before."""
-    rows = rows_of(args, measure_sampling, args.views)
-    return finish(rows, {variant: ["diffusers, compiled", "diffusers, eager"]
-                         for variant in args.variants if variant.startswith("product")})
-
-
-# ---- encoding
-
-def encoder(name, peer, tiny, dtype):
-    """(a frozen network of ENCODERS on the device, ours or the peer's; its method that encodes)."""
-    ours, theirs, method = ENCODERS[name]
-    with device_here():
-        net = (theirs if peer else ours)(tiny)
-    engine.convert(net)
-    net.to(dtype=dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
-    return net, getattr(net, method)
-
-
-@torch.no_grad()
-def measure_encoding(variant, batch, tiny, without=()):
-    """Yields views/s of the VAE and of CLIP, of both one after the other, and memory."""
-    leave_out(without)
-    seconds, side = [], 32 if tiny else SIDE
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32  # CPUs are slow in bf16
-    views = (torch.rand(batch, 3, side, side, device=device_here()) * 2 - 1).to(
-        dtype=dtype, memory_format=torch.channels_last)
-    how = variant + names_of(without)
-    for name in ENCODERS:
-        encode = encoder(name, variant.startswith("peers"), tiny, dtype)[1]
-        work = cost.flops_of(lambda: encode(views[:1]))
-        if "compiled" in variant:
-            encode = torch.compile(encode, dynamic=False)
-        function = functools.partial(encode, views)
-        first = seconds_of_one(function)
-        seconds.append(seconds_of(function, SECONDS[tiny], IN_A_ROW) / batch)
-        yield row(how, name, 1 / seconds[-1], "views/s", flops=work / seconds[-1])
-        yield row(how, f"{name}: first call", first, "s")
-        yield row(how, f"{name}: peak memory", peak_gb(), "GB")
-    yield row(how, "both", 1 / sum(seconds), "views/s")
-
-
-def run_encode(args):
-    """Views through the frozen encoders, in bf16."""
-    rows = rows_of(args, measure_encoding, args.batch)
-    return finish(rows, {variant: [variant.replace("product", "peers")]
-                         for variant in args.variants if variant.startswith("product")})
-
-
-# ---- the engine part by part
-
-def run_engine(args):
-    """Rates with and without each part of the engine, and what a hundred lines of it earn."""
-    jobs, peer_of = [], {}
-    for part in ("", *args.without):
-        more = args.tiny, [part] if part else []
-        for rate, variant, measure, sizes in (
-                ("train", "compiled", measure_training, args.batch),
-                ("sample", "product", measure_sampling, [args.views]),
-                ("encode", "product, compiled", measure_encoding, [2 if args.tiny else 64])):
-            if rate in args.rates and (not part or rate in PARTS[part]):
-                jobs += [(f"{rate}{names_of(more[1])}", measure, variant, size, *more)
-                         for size in sizes]
-                peer_of[variant + names_of(more[1])] = [variant] * bool(part)
-    rows = finish(collect(jobs, args.seconds_limit), peer_of)
-    for entry in [entry for entry in rows if entry["unit"] in ("pairs/s", "s/view", "views/s")]:
-        part = entry["variant"].partition(" without ")[2]
-        if part and "ratio" in entry:
-            slower = entry["ratio"] if entry["unit"] == "s/view" else 1 / entry["ratio"]
-            lines = (ROOT / "engine" / f"{part}.py").read_text(encoding="utf-8").count("\n")
-            rows += [row(f"gain by {part}", entry["what"], 100 * (slower - 1), "%"),
-                     row(f"gain by {part}, a hundred of its {lines} lines", entry["what"],
-                         100 * (slower - 1) * 100 / lines, "%")]
-    return rows

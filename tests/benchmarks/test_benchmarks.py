@@ -40,7 +40,7 @@ def test_a_row_is_set_beside_its_peer_and_the_ceiling():
             measure.row("ours", "batch 2", 6.0, "pairs/s", flops=1e12),
             measure.row("theirs", "batch 2", 4.0, "pairs/s"),
             measure.row("ours", "batch 4", 8.0, "pairs/s")]
-    ceiling, two, theirs, four = measure.finish(rows, {"ours": ["none", "theirs"]})
+    ceiling, two, theirs, four = measure.finish(rows, {"ours": "theirs"})
     assert two["ratio"] == 1.5 and two["peer"] == "theirs" and two["ceiling_share"] == 0.5
     assert "peer" not in four and "ceiling_share" not in four and "peer" not in theirs
     assert ceiling["torch"] == torch.__version__ and ceiling["hardware"]
@@ -102,13 +102,16 @@ def test_a_step_trains_every_part_as_the_product_does():
 def test_the_engine_is_measured_part_by_part(rows_of, monkeypatch):
     seen = []
 
-    def training(variant, batch, tiny, without):
-        seen.append(tuple(without))
-        yield measure.row(variant + networks.names_of(without), f"batch {batch}",
-                          80.0 if without else 100.0, "pairs/s")
-    monkeypatch.setattr(networks, "measure_training", training)
+    def training(variant, batch, tiny):
+        seen.append(variant)
+        yield measure.row(variant, f"batch {batch}", 80.0 if "without" in variant else 100.0,
+                          "pairs/s")
+    monkeypatch.setitem(networks.MEASURES, "train", training)
+    networks.engine.kernels.enabled["geglu"] = True
     rows, _ = rows_of("engine", "--batch", "48", "--without", "geglu", "unet", "--rates", "train")
-    assert seen == [(), ("geglu",)]             # the UNet for sampling is not in a step of training
+    # the UNet for sampling is not in a step of training
+    assert seen == ["compiled", "compiled without geglu"]
+    assert networks.engine.kernels.enabled["geglu"] is False
     assert rows["compiled without geglu, batch 48"]["ratio"] == 0.8
     gain = [row["value"] for name, row in rows.items() if name.startswith("gain by geglu")]
     assert gain[0] == pytest.approx(25)
@@ -163,19 +166,11 @@ def test_the_peers_have_as_many_parameters():
                 assert count(getattr(ours, "visual", ours)) == count(theirs)
 
 
-def test_loading_is_measured_and_its_file_removed(rows_of, tmp_path, monkeypatch):
-    def tiny(channels):
-        source = networks.Source("s", "co3d", "*.tar", 1.0)
-        config = networks.Config((source,), mode="3dof", latent="pixels", image_size=16,
-                                 model_channels=32, channel_mult=(1,), num_res_blocks=1,
-                                 attention_resolutions=(1,), num_heads=2, context_dim=8)
-        with torch.device("meta"):
-            return networks.model.build(config)
-    monkeypatch.setattr(load, "zero123", tiny)
-    rows, _ = rows_of("load", "--folder", str(tmp_path))
+def test_loading_is_measured_and_its_file_removed(rows_of, tmp_path):
+    rows, _ = rows_of("load", "--tiny", "--folder", str(tmp_path))
     assert rows["product, time, from the cache"]["peer"] == "reading the bytes"
     assert rows["product, peak memory of what is kept"]["value"] > 0
     assert [path.name for path in tmp_path.iterdir()] == ["rows.json"], "the file is left behind"
-    load.write_checkpoint(tmp_path / "x.ckpt", 32)
+    load.write_checkpoint(tmp_path / "x.ckpt", True)
     state = torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]
-    assert set(tiny(32).state_dict()) < set(state)
+    assert set(load.zero123(True).state_dict()) < set(state)
