@@ -158,7 +158,8 @@ def refused(capsys, *options):
 def test_a_bare_command_makes_views_of_a_scene_that_was_held_out(run, tmp_path, capsys):
     files = sampled(run, tmp_path, "--views", "3")
     assert files == {"sheet.png", "swing.gif", "truth.gif", "path.png", "cameras.json", "cond.png",
-                     "truth.png", "views/000.png", "views/001.png", "views/002.png"} | mp4()
+                     "transforms.json", "truth.png", "views/000.png",
+                     "views/001.png", "views/002.png"} | mp4()
     said = capsys.readouterr().out
     assert "held-out scene" in said and "s a view" in said and str(tmp_path) in said
     assert all(name.split("/")[0] in said for name in files)

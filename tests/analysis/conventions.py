@@ -1,0 +1,66 @@
+"""Captures of 20 photos whose cameras follow a wrong convention: how many does data.py verify find?
+
+    python tests/analysis/conventions.py --captures 20
+
+Scenes are rendered, and written with right cameras, OpenCV's axes, world-to-camera matrices and
+mirrored ones, with 60 depths a view, as of sparse points, and with none.
+"""
+
+import argparse
+import functools
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[2])]
+
+import numpy as np
+import torch
+
+from analysis import inspect as inspector
+from captures import synth, writer
+
+VIEWS, SIZE, SEED = 20, 64, 5
+MIRROR = np.diag([-1.0, 1.0, 1.0, 1.0])
+CONVENTIONS = {"right": lambda c2w: c2w, "mirrored": lambda c2w: MIRROR @ c2w @ MIRROR,
+               "OpenCV": lambda c2w: c2w @ np.diag([1.0, -1.0, -1.0, 1.0]),
+               "world-to-camera": np.linalg.inv}
+
+
+@functools.cache
+def rendered(number):
+    """(images (v, s, s, 3) uint8, depths (v, s, s), c2w, fov) of a path through a synthetic scene."""
+    scene, rng = synth.scene(SEED, number), np.random.default_rng(number)
+    c2w = synth.cameras(scene, VIEWS, 1.0, np.radians(rng.uniform(-8, 8, (VIEWS, 2))))
+    images, depths = synth.render(scene, c2w, scene.fov, SIZE)
+    pixels = ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).contiguous()
+    return pixels.numpy(), depths.numpy(), c2w.numpy(), scene.fov
+
+
+def accused(path, capture, convention, points):
+    """Whether verify ends with status 1 for a capture with so many known depths a view."""
+    images, depths, c2w, fov = capture
+    known = np.random.default_rng(0).permuted(np.tile(np.arange(SIZE * SIZE) < points, (VIEWS, 1)),
+                                                axis=1)
+    sparse = np.where(known.reshape(depths.shape), depths, 0) if points else None
+    writer.write_shard(path, [writer.raw_scene("re10k", "a/b", images, sparse,
+                                               CONVENTIONS[convention](c2w), fov)])
+    return inspector.main(["verify", str(path), "--workers", "1"]) == 1
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--captures", type=int, default=20, help="of each kind (%(default)s)")
+    count = parser.parse_args().captures
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        for points in (60, 0):
+            for convention in CONVENTIONS:
+                found = [accused(Path(folder) / f"{number}.tar", rendered(number), convention, points)
+                         for number in range(count)]
+                print(f"{points} depths a view, {convention}: {sum(found)} of {count} accused; not "
+                      f"{[i for i, each in enumerate(found) if not each]}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
