@@ -25,13 +25,13 @@ SMALLEST_SQUARES = 1e-3                     # of the metric depth, summed
 
 @dataclass(frozen=True)
 class Mode:
-    """One way to tell the network where the target camera is."""
+    """One way to tell the network where the target camera is. DoF: degrees of freedom; +1: fov."""
     paper: str              # its row in the paper's table 4; "" is not in it
     pose: str               # matrix: relative 4x4 pose and field of view | angles: zero123's four
     unit: str               # the length that counts as one:
                             #   scene      the scene's own unit, whatever it is
                             #   cameras    mean distance of the scene's cameras to their mean
-                            #   nearplane  how near things come, over all views of the scene
+                            #   nearplane  how near things come, in all views (arXiv:1805.09817)
                             #   viewer     20% quantile of the conditioning view's dense depth
                             #   metric     a metre, by a network that this project does not have
     bound: str              # large entries are kept ("") | clipped (clip) | squashed (squash)
@@ -84,7 +84,7 @@ def mode_named(name):
 # ---- conventions
 
 def opengl_from_opencv(c2w):
-    """OpenCV camera-to-world (x right, y down, z forward) -> OpenGL, or back: both are one flip."""
+    """OpenCV's c2w (..., 4, 4) (x right, y down, z forward) -> OpenGL, or back: it is one flip."""
     return c2w * c2w.new_tensor([1.0, -1.0, -1.0, 1.0])
 
 
@@ -126,7 +126,8 @@ class SceneGeometry:
 
 
 def focus_point(c2w):
-    """The point (3,) of least squared distance to all optical axes; nan where no one is nearest."""
+    """The point (3,) of least squared distance to all optical axes of c2w (n, 4, 4): where the
+    cameras look; nan where no one is nearest."""
     # departs: one camera, or parallel ones, have no focus point (nan); in the reference they end
     # in a singular matrix or in noise [test_parallel_and_single_cameras_have_no_focus_point]
     axis, position = c2w[:, :3, 2], c2w[:, :3, 3]
@@ -173,6 +174,7 @@ def conditioning(mode, cond_c2w, target_c2w, fov, scale):
 
     mode: a name in MODES. cond_c2w, target_c2w: (b, 4, 4). fov: (b,) radians. scale: (b,) length
     that counts as one, in the unit of the poses, as depth.py finds it; unscaled modes ignore it.
+    ValueError: an unknown mode. Source: section 3.2; 3dof is zero123's (arXiv:2303.11328).
     """
     mode = mode_named(mode)
     if mode.pose == "angles":
@@ -194,12 +196,13 @@ def conditioning(mode, cond_c2w, target_c2w, fov, scale):
 # ---- the length that counts as one
 
 def stereomag_scale(nearplane):
-    """Near-plane quantiles (b,) of the scenes -> scales (b,); 1 for a scene without depth (nan)."""
+    """Near planes (b,), depths that little of a scene is nearer than -> scales (b,); of nan 1."""
     return nearplane.clamp(*STEREOMAG_RANGE).nan_to_num(1.0)
 
 
 def quantile_scale(depth):
-    """Dense depth (b, h, w) of conditioning views -> 20% quantiles (b,): the published scale."""
+    """Depth at every pixel (b, h, w) of conditioning views -> 20% quantiles (b,): the published
+    scale, which a fifth of the view is nearer than."""
     return depth[:, ::QUANTILE_STRIDE, ::QUANTILE_STRIDE].flatten(1).quantile(QUANTILE, dim=1)
 
 

@@ -1,7 +1,8 @@
 """CLIP's ViT-L/14 (arXiv:2103.00020): what the conditioning view is about, as one embedding.
 
 In: images (b, 3, h, w) in [-1, 1], of any size. Out: `encode_image` gives (b, 768), not normalised.
-Read `VisionTransformer.forward` first, then `CLIP.preprocess`.
+Read `VisionTransformer.forward` first, then `CLIP.preprocess`. CLIP was trained so that a photo and
+its caption, each through a network (tower) of its own, get embeddings of one direction.
 
 The names and numbers are OpenAI's. Of the text side zero123 checkpoints hold a few parameters but
 not the transformer: they stay here so that every name has its place, and nothing reads them.
@@ -61,7 +62,7 @@ class CLIP(nn.Module):
 
     @classmethod
     def sizes_of(cls, state):
-        """The constructor's arguments, read off the shapes of a CLIP's tensors (name -> tensor)."""
+        """The constructor's arguments, read off the shapes of a CLIP's tensors; or ValueError."""
         try:
             vision_width, _, patch_size, _ = state["visual.conv1.weight"].shape
             vocab_size, text_width = state["token_embedding.weight"].shape
@@ -81,7 +82,8 @@ def layers_of(state, tower):
 
 
 class VisionTransformer(nn.Module):
-    """Square image of `resolution` pixels to its embedding. (b, 3, r, r) -> (b, d)."""
+    """Square image (b, 3, r, r), cut into patches, to its embedding (b, d): a token a patch, and
+    one before them, the class's, which ends as the embedding."""
     def __init__(self, resolution, patch_size, c, layers, d):
         super().__init__()
         n = (resolution // patch_size) ** 2 + 1

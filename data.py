@@ -4,7 +4,8 @@
     python data.py verify "data/synth/*/*.tar"
 
 Which pair number k is follows from (seed, k) alone, whatever the ranks and workers. shards/ reads
-files. Letters: `s` side of the square images in pixels, `c h w` of a latent.
+files: tars of scenes, raw (images, depths, cameras) or encoded (what the frozen networks say of
+these). Letters: `s` side of the square images in pixels, `c h w` of a latent.
 """
 
 import atexit

@@ -5,8 +5,9 @@ In: views (b, 3, h, w) in [-1, 1] and their sparse depth (b, h, w), 0 where it i
 of a batch of pairs. Read these two first, then `dense_depth`.
 
 `DPT` is MiDaS 3.1's DPT_SwinV2_T_256 (github.com/isl-org/MiDaS): a Swin Transformer V2 tiny encoder
-(arXiv:2111.09883) under the DPT decoder (arXiv:2103.13413). It answers disparity, that is inverse
-depth up to scale and shift.
+(arXiv:2111.09883: attention inside of windows, which every second block shifts) under the DPT
+decoder (arXiv:2103.13413). It answers disparity, that is inverse depth up to scale and shift, which
+sparse depth tells, known at some pixels: so depth becomes dense, known at all.
 
 b batch, c channels, h w image or feature grid, m windows, n pixels of a window, d head width.
 """

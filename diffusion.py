@@ -7,7 +7,8 @@
 Training is in model.py (ZeroNVS.forward). Read first: uniform, why any batch can be drawn again;
 schedule_buffers; guided; ddim. In eps(z_t, t) the timestep is a python number.
 DDIM: arXiv:2010.02502. DPM-Solver++(2M): arXiv:2211.01095. UniPC: arXiv:2302.04867. Classifier-free
-guidance: arXiv:2207.12598. `abar` is the schedule's alpha-bar at timesteps 0 .. n-1.
+guidance: arXiv:2207.12598. `abar` is the schedule's alpha-bar at timesteps 0 .. n-1, the share of
+a latent's variance that is signal; `eps` is the noise that a network finds in it.
 Letters: `b` batch, `c` channels, `h w` latent grid, `d` pose width.
 """
 
@@ -37,7 +38,8 @@ PHILOX_ROUNDS, WORD = 10, 0xFFFFFFFF
 def philox(counter, key):
     """Philox4x32-10 (Salmon et al. 2011): four words of counter, two of key -> four random words.
 
-    Words are int64 tensors holding 0..2**32-1, of shapes that broadcast.
+    A generator without a state: the same counter and key give the same words. Words are int64
+    tensors holding 0..2**32-1, of shapes that broadcast.
     """
     (c0, c1, c2, c3), (k0, k1) = counter, key
     for _ in range(PHILOX_ROUNDS):
@@ -78,7 +80,8 @@ def normal(seed, stream, numbers, shape, uniform=uniform):
 # ---- noise schedule
 
 def schedule_buffers():
-    """The twelve float32 tables (1000,) of DDPM (arXiv:2006.11239), by their checkpoint names."""
+    """The twelve float32 tables (1000,) of DDPM (arXiv:2006.11239), by their checkpoint names.
+    `posterior`: of a step back from z_t, were the clean latent known (not the autoencoder's)."""
     # the CPU's under torch.device("meta") too: arithmetic there imports PyTorch's compiler, 4 s
     betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, TIMESTEPS, dtype=torch.float64,
                            device="cpu")**2
@@ -190,9 +193,10 @@ def reference_timesteps(steps, n=TIMESTEPS):
 def guided(eps, z_cond, context, guidance=3.0, interval=EVERYWHERE):
     """The function (z_t, t) that samplers follow, of a network eps(z_t, t, z_cond, context).
 
-    In the unconditional branch, the first half of a batch, z_cond (b, c, h, w) and context
-    (b, n, d) are zeros. Guidance 1, or a timestep outside `interval` (arXiv:2404.07724), evaluates
-    the conditional branch alone.
+    Classifier-free guidance (arXiv:2207.12598): from the prediction without conditions through the
+    one with them, `guidance` times as far. In the unconditional branch, the first half of a batch,
+    z_cond (b, c, h, w) and context (b, n, d) are zeros. Guidance 1, or a timestep outside
+    `interval` (arXiv:2404.07724), evaluates the conditional branch alone.
     """
     low, high = interval
     zeros_first = [torch.cat([torch.zeros_like(x), x]) for x in (z_cond, context)]

@@ -158,7 +158,8 @@ class Stage(nn.Sequential):
 
 
 class UNet(nn.Module):
-    """Noise prediction. x (b, c_in, h, w), t (b,) timesteps, context (b, m, e) -> (b, c_out, h, w).
+    """Noise prediction: down through the levels and up again, each level's features joined to what
+    comes up. x (b, c_in, h, w), t (b,) timesteps, context (b, m, e) -> (b, c_out, h, w).
 
     h and w: multiples of 2 ** (levels - 1). Heads: `num_heads` at every width, or of
     `num_head_channels` each where that is not 0. norm_groups: of every GroupNorm.

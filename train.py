@@ -57,7 +57,7 @@ import diffusion
 import engine
 import model
 from analysis import score
-from runtime import checkpoint, cost, files, lock, resume
+from runtime import checkpoint, cost, files, resume
 from runtime import ranks as group
 from runtime.log import Log, Meter, check_finite, peak_memory, revision, summary
 from runtime.optimizer import learning_rate
@@ -289,7 +289,7 @@ def run(config, traced=0, dry_run=False):
     try:
         ready = Run(config, ranks, device, log, dry_run)
         if not dry_run:
-            ranks.on_rank_0(stack.enter_context, lock.held(config.out, log.say))
+            ranks.on_rank_0(stack.enter_context, files.locked(config.out))
         saved = ready.find_start(dry_run)
         if dry_run:
             return

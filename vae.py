@@ -3,6 +3,8 @@
     encode: image (b, 3, h, w) in [-1, 1] -> posterior (mean, logvar), each (b, 4, h/8, w/8)
     decode: latent (b, 4, h/8, w/8)       -> image (b, 3, h, w), not clamped
 
+The posterior is what the encoder says of an image's latent: a Gaussian, with a mean and the log of
+a variance for each number. KL, in the name, is the term of its training that kept it near N(0, 1).
 It is frozen: training and sampling only call these two. Read them first, then ResBlock and
 Downsample, where the published weights expect an odd padding. Module names are the checkpoint's
 (`first_stage_model.*`), in its order.
@@ -38,7 +40,8 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
 
     def encode(self, x):
-        """Image to the posterior's (mean, logvar); neither is multiplied by SCALE_FACTOR."""
+        """Image, of sides that 8 divides, to the posterior's (mean, logvar); neither is multiplied
+        by SCALE_FACTOR."""
         return posterior(self.quant_conv(self.encoder(x)))
 
     def decode(self, z):

@@ -8,9 +8,8 @@ What a run saves is in runs.py, whose names are to be had here too.
 
 import json
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -116,22 +115,19 @@ def check_base(meta, crc, run, init):
 
 
 def read_any(path):
-    """See read."""
+    """The StateDict of what `read` reads, as it is. Raises FileNotFoundError, ValueError."""
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint {path}")
     if path.is_file() or is_diffusers(path):
         return with_config(read_file(path) if path.is_file() else read_diffusers(path))
-    if not path.is_dir():
-        raise ValueError(f"{path} is neither a file nor a folder")
     folder = path if (path / "meta.json").exists() else latest(path)
-    if folder is None and steps(path):
-        raise ValueError(f"{path}: every checkpoint in it is damaged")
-    if folder is None:
-        raise ValueError(f"{path} is a folder without a checkpoint: in it is neither a meta.json, "
-                         "nor a complete step_... folder, nor a unet folder of diffusers")
     problem = damage(folder) if folder == path else ""
     if problem:
         raise ValueError(f"{path} is damaged: {problem}")
+    if folder is None:
+        raise ValueError(f"{path}: every checkpoint in it is damaged" if steps(path) else
+                         f"{path} is no file and no folder with a checkpoint: neither a meta.json, "
+                         "nor a complete step_... folder, nor diffusers' unet is in it")
     run = load_run(folder)
     entries = run.model.entries | {ema_name(name): entry for name, entry in run.ema.entries.items()}
     if run.ema:
@@ -166,13 +162,11 @@ def updates_of(tensors):
 
 # ------------------------------------------------------------------------------ into a model
 
-@dataclass
-class Report:
+class Report(NamedTuple):
     """What `load_model` found beside the weights."""
-    step: int = 0                                           # optimizer steps, as the file says
-    fresh: list[str] = field(default_factory=list)          # names in the model that the file lacks
-    ema: Mapping = field(default_factory=dict)              # name in the model -> its average, lazy
-    num_updates: int = 0                                    # of the average
+    fresh: list[str]            # names in the model that the file lacks
+    ema: StateDict              # name in the model -> its average, lazy
+    num_updates: int            # of the average
 
 
 def load_model(module, path, ema=False, finetune=False):
@@ -211,33 +205,30 @@ def load_model(module, path, ema=False, finetune=False):
             assign(module, name, torch.zeros(current[name].shape))
     fresh = [name for name, key in stored.items() if key not in entries and name not in LEFTOVERS]
     shadows = {name: entries[key] for name, key in averages.items() if key in entries}
-    return Report(tensors.step, fresh, StateDict(tensors.path, shadows), updates_of(tensors))
+    return Report(fresh, StateDict(tensors.path, shadows), updates_of(tensors))
 
 
 def port(name, entry, current):
     """The entry by the reference's fine-tuning rules, for the module's tensor `current`."""
     old, new = tuple(entry.shape), tuple(current.shape)
-    if name == INPUT_CONV and old == (new[0], LATENT_CHANNELS, *new[2:]) and old[1] < new[1]:
-        def widened():
-            weight = torch.zeros(new, dtype=entry.dtype)
-            weight[:, :old[1]] = entry.read()
-            return weight
-        return LazyTensor(entry.dtype, new, widened)
-    if name == POSE and old != new and len(old) == 2 and old[0] == new[0]:
-        # as many columns of the embedding come first as there are rows; in pixels there are none
-        kept = new[0] if new[0] <= min(old[1], new[1]) else 0
-        if current.is_meta:
-            raise ValueError(f"{POSE} has no values for its new columns: build the model on a "
-                             "real device to fine-tune it")
+    widened = name == INPUT_CONV and old == (new[0], LATENT_CHANNELS, *new[2:]) and old < new
+    grown = name == POSE and old != new and len(old) == 2 and old[0] == new[0]
+    if not widened and not grown:
+        return entry
+    if grown and current.is_meta:
+        raise ValueError(f"{POSE} has no values for its new columns: build the model on a real "
+                         "device to fine-tune it")
+    # as many columns of the embedding come first as there are rows; in pixels there are none
+    kept = old[1] if widened else new[0] if new[0] <= min(old[1], new[1]) else 0
 
-        def grown():
-            # quirk: fine-tuning drops the file's pose columns, all new ones keep their random start
-            # [test_new_pose_columns_keep_the_models_random_start]
-            weight = current.detach().to("cpu", entry.dtype, copy=True)
-            weight[:, :kept] = entry.read()[:, :kept]
-            return weight
-        return LazyTensor(entry.dtype, new, grown)
-    return entry
+    def ported():
+        # quirk: fine-tuning drops the file's pose columns, all new ones keep their random start
+        # [test_new_pose_columns_keep_the_models_random_start]
+        weight = (torch.zeros(new, dtype=entry.dtype) if widened else
+                  current.detach().to("cpu", entry.dtype, copy=True))
+        weight[:, :kept] = entry.read()[:, :kept]
+        return weight
+    return LazyTensor(entry.dtype, new, ported)
 
 
 def is_unused(key, current):

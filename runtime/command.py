@@ -17,6 +17,7 @@ import re
 import signal
 import sys
 import time
+from datetime import timedelta
 
 EVERY = 10.0                    # seconds between lines of progress, where there is no terminal
 STOPPED = 130                   # exit status after Ctrl-C, as shells have it
@@ -33,13 +34,6 @@ class Parser(argparse.ArgumentParser):
         # argparse takes "-30,0,1" for an option otherwise
         self._negative_number_matcher = re.compile(r"-[\d.].*")
 
-    def names(self):
-        """Every option that this command line and its commands know."""
-        commands = [parser for action in self._actions
-                    if isinstance(action, argparse._SubParsersAction)
-                    for parser in action.choices.values()]
-        return sum([parser.names() for parser in commands], list(self._option_string_actions))
-
     def parse_known_args(self, args=None, namespace=None):
         known = {name.replace("_", "-"): name for name in self._option_string_actions}
         spelled = []
@@ -50,8 +44,11 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         found, rest = self.parse_known_args(args, namespace)
+        commands = [parser for action in self._actions for parser in
+                    (action.choices.values() if action.nargs == argparse.PARSER else ())]
+        names = [name for each in (self, *commands) for name in each._option_string_actions]
         for text in rest:
-            self.error(unknown("option", text.partition("=")[0], self.names())
+            self.error(unknown("option", text.partition("=")[0], names)
                        if text.startswith("--") else f"{text!r} is one argument too many"
                        + f"; {self.of_numbers}" * bool(self.of_numbers and is_number(text)))
         return found
@@ -62,9 +59,7 @@ class Parser(argparse.ArgumentParser):
 
 def parse(parser, argv=None):
     """The parsed command line."""
-    if argv is not None:
-        return parser.parse_args(argv)
-    return begin(parser.prog, parser.parse_args)
+    return begin(parser.prog, parser.parse_args) if argv is None else parser.parse_args(argv)
 
 
 def begin(name, parse_argv):
@@ -163,27 +158,27 @@ def say(line, stream=None, end="\n"):
 
 
 class Progress:
-    """A bar on a terminal, and a line every ten seconds elsewhere, on standard error."""
+    """A line that is written over on a terminal, and one every ten seconds elsewhere, on standard
+    error."""
     def __init__(self, label, unit, total=None, quiet=False):
-        self.label, self.unit, self.total, self.quiet = label, unit, total, quiet
-        self.count, self.spoken, self.bar = 0, time.monotonic(), None
-        if sys.stderr.isatty() and not quiet:
-            from tqdm import tqdm           # a third of a second that --help does not pay
-
-            self.bar = tqdm(desc=label, total=total, unit=f" {unit}", leave=False)
+        self.label, self.unit, self.total, self.count = label, unit, total, 0
+        self.every, self.end = (0.1, "\033[K\r") if sys.stderr.isatty() else (EVERY, "\n")
+        self.every = math.inf if quiet else self.every
+        self.start = self.spoken = time.monotonic()
 
     def advance(self):
-        self.count += 1
-        if self.bar is not None:
-            self.bar.update()
-        elif not self.quiet and time.monotonic() - self.spoken >= EVERY:
-            self.spoken = time.monotonic()
-            total = f" of {self.total:,}" if self.total else ""
-            say(f"{self.label}: {self.count:,}{total} {self.unit}", sys.stderr)
+        self.count, now = self.count + 1, time.monotonic()
+        if now - self.spoken >= self.every:
+            self.spoken, left, later = now, "", ""
+            if self.total:
+                seconds = (now - self.start) * (self.total - self.count) / self.count
+                left = f" of {self.total:,}"
+                later = f", {timedelta(seconds=round(seconds))} left"
+            say(f"{self.label}: {self.count:,}{left} {self.unit}{later}", sys.stderr, self.end)
 
     def close(self):
-        if self.bar is not None:
-            self.bar.close()
+        if self.end != "\n" and self.spoken > self.start:
+            say("\033[K", sys.stderr, "")        # the line goes
 
 
 def progress(iterable, label, unit, total=None, quiet=False):

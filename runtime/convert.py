@@ -78,19 +78,14 @@ def convert(source, target, ema=False, dtype=None, init=""):
         raise ValueError(f"{tensors.path} repeats its numbers: written out they are {size:,} bytes")
     with unfinished(target, "converting") as partial:
         left = write(partial, StateDict(tensors.path, entries, tensors.meta)) or []
-        check(partial, entries, left)
+        found = checkpoint.read(partial).entries
+        wanted = entries.keys() - {*left, EMA + "decay", EMA + "num_updates"}
+        lost = [name for name in sorted(wanted) if name not in found
+                or (*found[name].shape, found[name].dtype) != (*entries[name].shape,
+                                                               entries[name].dtype)]
+        if lost:
+            raise ValueError(f"{len(lost)} tensors were not written whole, like {lost[0]}")
     return [*left, *tensors.others]
-
-
-def check(partial, entries, left):
-    """Raises ValueError unless what was written holds every tensor, in its shape and dtype."""
-    found = checkpoint.read(partial).entries
-    lost = [name for name, entry in entries.items()
-            if name not in left and not name.startswith((EMA + "decay", EMA + "num_updates"))
-            and (name not in found or tuple(found[name].shape) != tuple(entry.shape)
-                 or found[name].dtype != entry.dtype)]
-    if lost:
-        raise ValueError(f"{len(lost)} tensors were not written whole, the first is {lost[0]}")
 
 
 def folded(tensors):
@@ -133,13 +128,13 @@ def write_folder(path, tensors):
 
 
 def write_run(path, tensors):
-    """A step folder of a run, without the optimizer's moments."""
+    """Writes a step folder of a run, without the optimizer's moments."""
     weights = {name: entry for name, entry in tensors.entries.items() if not name.startswith(EMA)}
     ema = {name: tensors.entries[ema_name(name)] for name in weights
            if name.startswith(UNET) and ema_name(name) in tensors}
-    meta = {**tensors.meta, "ema_updates": checkpoint.updates_of(tensors)}
-    step = int(path.name.rpartition("_")[2])
-    runs.write_step(path, step, (StateDict(path, weights), StateDict(path, ema), {}), meta)
+    runs.write_step(path, int(path.name.rpartition("_")[2]),
+                    (StateDict(path, weights), StateDict(path, ema), {}),
+                    {**tensors.meta, "ema_updates": checkpoint.updates_of(tensors)})
 
 
 WRITERS = {".ckpt": write_ckpt, ".pt": write_ckpt, ".safetensors": write_file, "": write_folder}
@@ -148,16 +143,17 @@ WRITERS = {".ckpt": write_ckpt, ".pt": write_ckpt, ".safetensors": write_file, "
 def main(argv=None):
     parser = command.Parser("checkpoint.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="info | convert")
-    told = commands.add_parser("info", help="parts, dtypes, sizes, steps, what is unused")
-    told.add_argument("file", help="a file, a run, a step_... folder of it, a diffusers folder")
-    made = commands.add_parser("convert", help="write the weights in another form")
-    made.add_argument("source", metavar="IN", help="a checkpoint, as for info")
-    made.add_argument("target", metavar="OUT", help="NAME.ckpt, structured as the reference's; "
-                      "NAME.safetensors; step_00005000, of a run; NAME, a diffusers folder")
-    made.add_argument("--ema", action="store_true", help="write the UNet's average as the UNet")
-    made.add_argument("--dtype", choices=PRECISIONS, help="of the weights; default: as they are")
-    made.add_argument("--init", default="", metavar="FILE",
-                      help="the file that a run started from: its frozen networks are written too")
+    add = commands.add_parser(
+        "info", help="parts, dtypes, sizes, steps, what is unused").add_argument
+    add("file", help="a file, a run, a step_... folder of it, a diffusers folder")
+    add = commands.add_parser("convert", help="write the weights in another form").add_argument
+    add("source", metavar="IN", help="a checkpoint, as for info")
+    add("target", metavar="OUT", help="NAME.ckpt, structured as the reference's; NAME.safetensors; "
+        "step_00005000, of a run; NAME, a diffusers folder")
+    add("--ema", action="store_true", help="write the UNet's average as the UNet")
+    add("--dtype", choices=PRECISIONS, help="of the weights; default: as they are")
+    add("--init", default="", metavar="FILE",
+        help="the file that a run started from: its frozen networks are written too")
     args = parser.parse_args(argv)
     if args.command == "info":
         print(info(args.file))

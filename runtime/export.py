@@ -2,26 +2,25 @@
 
 zero123-xl is published in two such layouts, which differ in the pose projection's folder and name:
 both are read, and written beside each other, so that zero123-hf and threestudio open one folder.
-The two naming schemes are one table of (checkpoint, diffusers) pairs of module names; what differs
-in more than its name: CLIP's q, k and v are one matrix in a checkpoint, its projection is
-transposed, and the autoencoder's attention is made of 1x1 convolutions.
+A network's two naming schemes are one table, which is used both ways. What differs in more than its
+name: CLIP's q, k and v are one matrix in a checkpoint, its projection is transposed, and the
+autoencoder's attention is made of 1x1 convolutions.
 """
 
+import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from runtime.files import read_json
 from runtime.foreign import LazyTensor, StateDict, read_file, write_safetensors
 
-UNET, VAE, CLIP, POSE = ("model.diffusion_model.", "first_stage_model.",
-                         "cond_stage_model.model.", "cc_projection.")
-POSE_FOLDERS = ("clip_camera_projection", "cc_projection")
 CONFIG_FILE = "zeronvs_config.json"     # a run's configuration, which diffusers' files do not tell
 WEIGHTS = [stem + ending for ending in (".safetensors", ".bin", ".fp16.safetensors", ".fp16.bin")
            for stem in ("diffusion_pytorch_model", "model", "pytorch_model")]
-OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 PREDICTIONS = {"eps": "epsilon", "z": "sample"}         # a run's name for what is predicted: theirs
 HEAD_WIDTH = 64             # of CLIP's vision transformers
 SCHEDULER = {
@@ -30,84 +29,67 @@ SCHEDULER = {
     "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
 PREPROCESSOR = {"image_processor_type": "CLIPImageProcessor"}       # its defaults are CLIP's
 
-
 # ------------------------------------------------------------------------------ names
 
-def below(pairs, here, there):
-    return [(f"{here}.{a}", f"{there}.{b}") for a, b in pairs]
+# Modules of checkpoints and of diffusers. For each level i and block j of it: `down` and `up`
+# number the UNet's blocks on its way in and out, `last` and `end` are a level's last ones, `conv`
+# follows the attention that is there or not, `back` counts levels from the other end.
+UNET_RULES = (
+    ("time_embed.0", "time_embedding.linear_1"), ("time_embed.2", "time_embedding.linear_2"),
+    ("input_blocks.0.0", "conv_in"), ("out.0", "conv_norm_out"), ("out.2", "conv_out"),
+    ("middle_block.0", "mid_block.resnets.0"), ("middle_block.1", "mid_block.attentions.0"),
+    ("middle_block.2", "mid_block.resnets.1"),
+    ("input_blocks.{down}.0", "down_blocks.{i}.resnets.{j}"),
+    ("input_blocks.{down}.1", "down_blocks.{i}.attentions.{j}"),
+    ("input_blocks.{last}.0.op", "down_blocks.{i}.downsamplers.0.conv"),
+    ("output_blocks.{up}.0", "up_blocks.{i}.resnets.{j}"),
+    ("output_blocks.{up}.1", "up_blocks.{i}.attentions.{j}"),
+    ("output_blocks.{end}.{conv}.conv", "up_blocks.{i}.upsamplers.0.conv"))
+VAE_RULES = (
+    ("quant_conv", "quant_conv"), ("post_quant_conv", "post_quant_conv"),
+    *((half + ours, half + theirs) for half in ("encoder.", "decoder.") for ours, theirs in (
+        ("conv_in", "conv_in"), ("norm_out", "conv_norm_out"), ("conv_out", "conv_out"),
+        ("mid.block_1", "mid_block.resnets.0"), ("mid.attn_1", "mid_block.attentions.0"),
+        ("mid.block_2", "mid_block.resnets.1"))),
+    ("encoder.down.{i}.block.{j}", "encoder.down_blocks.{i}.resnets.{j}"),
+    ("encoder.down.{i}.downsample.conv", "encoder.down_blocks.{i}.downsamplers.0.conv"),
+    ("decoder.up.{i}.block.{j}", "decoder.up_blocks.{back}.resnets.{j}"),
+    ("decoder.up.{i}.upsample.conv", "decoder.up_blocks.{back}.upsamplers.0.conv"))
+CLIP_RULES = (
+    ("class_embedding", "vision_model.embeddings.class_embedding"),
+    ("conv1", "vision_model.embeddings.patch_embedding"),
+    ("positional_embedding", "vision_model.embeddings.position_embedding.weight"),
+    ("ln_pre", "vision_model.pre_layrnorm"), ("ln_post", "vision_model.post_layernorm"),
+    ("transformer.resblocks.{i}", "vision_model.encoder.layers.{i}"),
+    ("proj", "visual_projection.weight"))
+# and the modules inside of these
+UNET_INSIDE = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj",
+               "out_layers.0": "norm2", "out_layers.3": "conv2", "skip_connection": "conv_shortcut"}
+VAE_INSIDE = {"nin_shortcut": "conv_shortcut", "norm": "group_norm", "q": "to_q", "k": "to_k",
+              "v": "to_v", "proj_out": "to_out.0"}
+CLIP_INSIDE = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1",
+               "mlp.c_proj": "mlp.fc2", "attn": "self_attn"}
+OLD_ATTENTION = {"query": "q", "key": "k", "value": "v", "proj_attn": "proj_out"}
+# what there is one of a level, but for the last, in either scheme; CLIP's levels are its layers
+LEVEL_ENDS = (".op.weight", ".downsample.conv.weight", ".downsamplers.0.conv.weight",
+              ".ln_1.weight", ".layer_norm1.weight")
+FIRST_LEVELS = "down_blocks.0.resnets.", "encoder.down.0.block.", "encoder.down_blocks.0.resnets."
 
 
-def unet_names(levels, blocks, attends):
-    """(checkpoint, diffusers) pairs. blocks: residual ones a level. attends: per up block."""
-    resnet = [("in_layers.0", "norm1"), ("in_layers.2", "conv1"), ("emb_layers.1", "time_emb_proj"),
-              ("out_layers.0", "norm2"), ("out_layers.3", "conv2"),
-              ("skip_connection", "conv_shortcut")]
-    pairs = [("time_embed.0", "time_embedding.linear_1"),
-             ("time_embed.2", "time_embedding.linear_2"), ("input_blocks.0.0", "conv_in"),
-             ("out.0", "conv_norm_out"), ("out.2", "conv_out"),
-             ("middle_block.1", "mid_block.attentions.0")]
-    pairs += below(resnet, "middle_block.0", "mid_block.resnets.0")
-    pairs += below(resnet, "middle_block.2", "mid_block.resnets.1")
-    for i in range(levels):
-        first, last = i * (blocks + 1), (i + 1) * (blocks + 1)
-        for here, there, start in (("input_blocks", f"down_blocks.{i}", first + 1),
-                                   ("output_blocks", f"up_blocks.{i}", first)):
-            for j, k in enumerate(range(start, last)):
-                pairs += below(resnet, f"{here}.{k}.0", f"{there}.resnets.{j}")
-                pairs += [(f"{here}.{k}.1", f"{there}.attentions.{j}")]
-        upsample = f"output_blocks.{last - 1}.{2 if attends[i] else 1}.conv"
-        pairs += [(f"input_blocks.{last}.0.op", f"down_blocks.{i}.downsamplers.0.conv"),
-                  (upsample, f"up_blocks.{i}.upsamplers.0.conv")]
-    return pairs
-
-
-def vae_names(levels, blocks):
-    """(checkpoint, diffusers) pairs of the autoencoder."""
-    resnet = [(name, name) for name in ("norm1", "conv1", "norm2", "conv2")]
-    resnet += [("nin_shortcut", "conv_shortcut")]
-    pairs = [("quant_conv", "quant_conv"), ("post_quant_conv", "post_quant_conv")]
-    for half in ("encoder", "decoder"):
-        ends = [("conv_in", "conv_in"), ("norm_out", "conv_norm_out"), ("conv_out", "conv_out")]
-        attention = [("norm", "group_norm"), ("q", "to_q"), ("k", "to_k"), ("v", "to_v"),
-                     ("proj_out", "to_out.0")]
-        pairs += below(ends, half, half)
-        pairs += below(resnet, f"{half}.mid.block_1", f"{half}.mid_block.resnets.0")
-        pairs += below(resnet, f"{half}.mid.block_2", f"{half}.mid_block.resnets.1")
-        pairs += below(attention, f"{half}.mid.attn_1", f"{half}.mid_block.attentions.0")
-    for i in range(levels):
-        down, up = f"encoder.down_blocks.{i}", f"decoder.up_blocks.{levels - 1 - i}"
-        for j in range(blocks):
-            pairs += below(resnet, f"encoder.down.{i}.block.{j}", f"{down}.resnets.{j}")
-        for j in range(blocks + 1):
-            pairs += below(resnet, f"decoder.up.{i}.block.{j}", f"{up}.resnets.{j}")
-        pairs += [(f"encoder.down.{i}.downsample.conv", f"{down}.downsamplers.0.conv"),
-                  (f"decoder.up.{i}.upsample.conv", f"{up}.upsamplers.0.conv")]
-    return pairs
-
-
-def clip_names(layers):
-    """(checkpoint, diffusers) pairs of the image tower, without q, k, v and the projection."""
-    embeddings = "vision_model.embeddings"
-    pairs = [("visual.class_embedding", f"{embeddings}.class_embedding"),
-             ("visual.conv1", f"{embeddings}.patch_embedding"),
-             ("visual.positional_embedding", f"{embeddings}.position_embedding.weight"),
-             ("visual.ln_pre", "vision_model.pre_layrnorm"),
-             ("visual.ln_post", "vision_model.post_layernorm")]
-    layer = [("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"), ("mlp.c_fc", "mlp.fc1"),
-             ("mlp.c_proj", "mlp.fc2"), ("attn.out_proj", "self_attn.out_proj")]
-    for i in range(layers):
-        here, there = f"visual.transformer.resblocks.{i}", f"vision_model.encoder.layers.{i}"
-        pairs += below(layer, here, there)
-    return pairs
-
-
-def rename(name, table):
-    """A tensor's name with its module's renamed, or None where the table knows no module of it."""
-    parts = name.split(".")
-    for i in range(len(parts), 0, -1):
-        if ".".join(parts[:i]) in table:
-            return ".".join([table[".".join(parts[:i])], *parts[i:]])
-    return None
+def table_of(rules, names):
+    """{checkpoint's module: diffusers'} of a network whose tensors have these names, in either
+    scheme."""
+    levels, table = 1 + sum(name.endswith(LEVEL_ENDS) for name in names), {}
+    blocks = max(count(names, "input_blocks.") // levels - 1,
+                 *(count(names, start) for start in FIRST_LEVELS))
+    for i, j in itertools.product(range(levels), range(blocks + 1)):
+        first = i * (blocks + 1)
+        attends = (f"output_blocks.{first}.1.norm.weight" in names
+                   or f"up_blocks.{i}.attentions.0.norm.weight" in names)
+        at = {"i": i, "j": j, "back": levels - 1 - i, "up": first + j, "down": first + j + 1,
+              "end": first + blocks, "last": first + blocks + 1, "conv": 2 if attends else 1}
+        table |= {ours.format(**at): theirs.format(**at) for ours, theirs in rules}
+    return table
 
 
 def count(names, before):
@@ -115,11 +97,144 @@ def count(names, before):
     return len({name[len(before):].split(".")[0] for name in names if name.startswith(before)})
 
 
-def made(entry, shape, change):
+def rename(name, table, *inside):
+    """A tensor's name with its longest module in `table` renamed, and what follows by the tables
+    `inside`; None where the table has no module of it."""
+    parts = name.split(".")
+    for i in range(len(parts), 0, -1):
+        if (module := ".".join(parts[:i])) in table:
+            rest = ".".join(parts[i:])
+            return ".".join(filter(None, (table[module], inside and rename(rest, *inside) or rest)))
+    return None
+
+
+def changed(entry, shape, change):
     return LazyTensor(entry.dtype, tuple(shape), lambda: change(entry.read()).contiguous())
 
 
-# ------------------------------------------------------------------------------ reading
+# ------------------------------------------------------------------------------ networks
+
+def unet_config(found):
+    """What diffusers' config.json says of a UNet, by its tensors under diffusers' names."""
+    levels, width = count(found, "down_blocks."), found["conv_in.weight"].shape[0]
+    widths = [found[f"down_blocks.{i}.resnets.0.conv2.weight"].shape[0] for i in range(levels)]
+    if widths[0] != width:
+        raise ValueError(f"diffusers has no such UNet: its first level is {widths[0]} wide, the "
+                         f"convolution before it {width}")
+
+    def kinds(way):
+        return ["CrossAttn" * (count(found, f"{way.lower()}_blocks.{i}.attentions.") > 0)
+                + f"{way}Block2D" for i in range(levels)]
+    cross = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+    return {"in_channels": found["conv_in.weight"].shape[1],
+            "out_channels": found["conv_out.weight"].shape[0], "block_out_channels": widths,
+            "layers_per_block": count(found, "down_blocks.0.resnets."),
+            "cross_attention_dim": found[cross].shape[1],
+            "down_block_types": kinds("Down"), "up_block_types": kinds("Up")}
+
+
+def vae_config(found):
+    levels = count(found, "encoder.down_blocks.")
+    return {"in_channels": found["encoder.conv_in.weight"].shape[1],
+            "out_channels": found["decoder.conv_out.weight"].shape[0],
+            "latent_channels": found["decoder.conv_in.weight"].shape[1],
+            "block_out_channels": [found[f"encoder.down_blocks.{i}.resnets.0.conv2.weight"].shape[0]
+                                   for i in range(levels)],
+            "layers_per_block": count(found, "encoder.down_blocks.0.resnets."),
+            "down_block_types": ["DownEncoderBlock2D"] * levels,
+            "up_block_types": ["UpDecoderBlock2D"] * levels}
+
+
+def clip_config(found):
+    width, _, patch, _ = found["vision_model.embeddings.patch_embedding.weight"].shape
+    places = found["vision_model.embeddings.position_embedding.weight"].shape[0] - 1
+    return {"architectures": ["CLIPVisionModelWithProjection"], "model_type": "clip_vision_model",
+            "hidden_size": width, "image_size": round(places**0.5) * patch, "patch_size": patch,
+            "intermediate_size": found["vision_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
+            "num_attention_heads": width // HEAD_WIDTH,
+            "num_hidden_layers": count(found, "vision_model.encoder.layers."),
+            "projection_dim": found["visual_projection.weight"].shape[0]}
+
+
+def threestudio_config(found):
+    width, inputs = found["proj.weight"].shape
+    return {"embedding_dim": width, "additional_embeddings": inputs - width}
+
+
+def zero123_hf_config(found):
+    width, inputs = found["projection.weight"].shape
+    return {"in_channel": inputs, "out_channel": width}
+
+
+class Network(NamedTuple):
+    """A network in a folder: where it is in checkpoints, its names, its class and configuration."""
+    prefix: str
+    rules: tuple
+    inside: dict
+    library: str
+    kind: str
+    config: Callable
+
+
+NETWORKS = {
+    "unet": Network("model.diffusion_model.", UNET_RULES, UNET_INSIDE, "diffusers",
+                    "UNet2DConditionModel", unet_config),
+    "vae": Network("first_stage_model.", VAE_RULES, VAE_INSIDE, "diffusers", "AutoencoderKL",
+                   vae_config),
+    "image_encoder": Network("cond_stage_model.model.visual.", CLIP_RULES, CLIP_INSIDE,
+                             "transformers", "CLIPVisionModelWithProjection", clip_config),
+    "clip_camera_projection": Network(
+        "cc_projection.", (("weight", "proj.weight"), ("bias", "proj.bias")), {}, "zero123",
+        "CLIPCameraProjection", threestudio_config),
+    "cc_projection": Network(
+        "cc_projection.", (("weight", "projection.weight"), ("bias", "projection.bias")), {},
+        "pipeline_zero1to3", "CCProjection", zero123_hf_config)}
+
+
+def from_diffusers(network, found):
+    """Entries by checkpoint names; a name that no table knows stays under its part."""
+    back = {theirs: ours for ours, theirs in table_of(network.rules, found).items()}
+    inside = {theirs: ours for ours, theirs in network.inside.items()} | OLD_ATTENTION
+    entries = {rename(name, back, inside) or name: entry for name, entry in found.items()
+               if not name.endswith("position_ids")}
+    for name, entry in list(entries.items()):
+        qkv = [name.replace(".q_proj.", f".{x}_proj.") for x in "qkv"]
+        if ".attn.q_proj." in name and all(part in entries for part in qkv):
+            parts = [entries.pop(part) for part in qkv]
+            shape = (sum(part.shape[0] for part in parts), *entry.shape[1:])
+            entries[name.replace("q_proj.", "in_proj_")] = LazyTensor(
+                entry.dtype, shape, lambda parts=parts: torch.cat([part.read() for part in parts]))
+        elif ".mid.attn_1." in name and len(entry.shape) == 2:
+            entries[name] = changed(entry, (*entry.shape, 1, 1), lambda w: w[:, :, None, None])
+        elif name == "proj":
+            entries[name] = changed(entry, entry.shape[::-1], torch.Tensor.t)
+    return {network.prefix + name: entry for name, entry in entries.items()}
+
+
+def to_diffusers(network, found):
+    """Entries by diffusers' names, of entries by checkpoint names without their prefix. Raises
+    ValueError for a module that has no place there."""
+    table, entries, unknown = table_of(network.rules, found), {}, []
+    for name, entry in found.items():
+        parts = {name: entry}
+        if ".attn.in_proj_" in name:
+            shape = (entry.shape[0] // 3, *entry.shape[1:])
+            parts = {name.replace("in_proj_", f"{x}_proj."): changed(
+                entry, shape, lambda w, j=j: w.chunk(3)[j]) for j, x in enumerate("qkv")}
+        elif ".mid.attn_1." in name and len(entry.shape) == 4:
+            parts = {name: changed(entry, entry.shape[:2], lambda w: w[:, :, 0, 0])}
+        elif name == "proj":
+            parts = {name: changed(entry, entry.shape[::-1], torch.Tensor.t)}
+        names = [rename(part, table, network.inside) for part in parts]
+        unknown += [name] * (None in names)
+        entries |= zip(names, parts.values())
+    if unknown:
+        raise ValueError(f"{len(unknown)} tensors have no place in diffusers' network, for example "
+                         f"{unknown[0]}")
+    return entries
+
+
+# ------------------------------------------------------------------------------ folders
 
 def is_diffusers(folder):
     return (Path(folder) / "unet").is_dir()
@@ -128,11 +243,9 @@ def is_diffusers(folder):
 def read_diffusers(folder):
     """The StateDict of a diffusers folder under checkpoint names; of the parts that are there."""
     folder, entries = Path(folder), {}
-    parts = {"unet": unet_from, "vae": vae_from, "image_encoder": clip_from,
-             **{part: pose_from for part in POSE_FOLDERS}}
-    for part, convert in parts.items():
+    for part, network in NETWORKS.items():
         if (folder / part).is_dir():
-            entries |= convert(read_part(folder / part))
+            entries |= from_diffusers(network, read_part(folder / part))
     config = folder / CONFIG_FILE
     return StateDict(folder, entries, read_json(config) if config.is_file() else {})
 
@@ -160,53 +273,6 @@ def read_part(folder):
                             "*.index.json")
 
 
-def renamed(found, pairs, prefix):
-    """Entries by checkpoint names; a name that the table does not know stays under its part."""
-    table = {there: here for here, there in pairs}
-    return {prefix + (rename(name, table) or name): entry for name, entry in found.items()}
-
-
-def unet_from(found):
-    levels, blocks = count(found, "down_blocks."), count(found, "down_blocks.0.resnets.")
-    attends = [count(found, f"up_blocks.{i}.attentions.") > 0 for i in range(levels)]
-    return renamed(found, unet_names(levels, blocks, attends), UNET)
-
-
-def vae_from(found):
-    levels = count(found, "encoder.down_blocks.")
-    found = {".".join(OLD_ATTENTION.get(part, part) for part in name.split(".")): entry
-             for name, entry in found.items()}
-    entries = renamed(found, vae_names(levels, count(found, "encoder.down_blocks.0.resnets.")), VAE)
-    for name, entry in entries.items():
-        if ".mid.attn_1." in name and len(entry.shape) == 2:
-            entries[name] = made(entry, (*entry.shape, 1, 1), lambda w: w[:, :, None, None])
-    return entries
-
-
-def clip_from(found):
-    layers = count(found, "vision_model.encoder.layers.")
-    found = {name: entry for name, entry in found.items() if not name.endswith("position_ids")}
-    for i in range(layers):
-        for kind in ("weight", "bias"):
-            parts = [found.pop(f"vision_model.encoder.layers.{i}.self_attn.{x}_proj.{kind}", None)
-                     for x in "qkv"]
-            if None not in parts:
-                name = f"visual.transformer.resblocks.{i}.attn.in_proj_{kind}"
-                shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-                found[name] = LazyTensor(parts[0].dtype, shape, lambda parts=parts: torch.cat(
-                    [part.read() for part in parts]))
-    if "visual_projection.weight" in found:
-        entry = found.pop("visual_projection.weight")
-        found["visual.proj"] = made(entry, entry.shape[::-1], torch.Tensor.t)
-    return renamed(found, clip_names(layers), CLIP)
-
-
-def pose_from(found):
-    return {POSE + name.rpartition(".")[2]: entry for name, entry in found.items()}
-
-
-# ------------------------------------------------------------------------------ writing
-
 def write_diffusers(folder, tensors):
     """Writes the parts that there are into an existing folder. Returns the names left out.
 
@@ -214,126 +280,36 @@ def write_diffusers(folder, tensors):
     configuration, if they are of one, else Stable Diffusion's. That configuration is kept beside
     them, so that the folder of a small run opens here again.
     """
-    folder, run = Path(folder), tensors.meta.get("config", {})
-    index = {"_class_name": "Zero1to3StableDiffusionPipeline", "requires_safety_checker": False,
-             "safety_checker": [None, None]}
+    folder, run, written = Path(folder), tensors.meta.get("config", {}), set()
     size = run.get("image_size", 256)
-    of_unet = {     # attention_head_dim is diffusers' name for the number of heads
-        "attention_head_dim": run.get("num_heads", 8),
+    more = {"vae": {"sample_size": size}, "unet": {
+        "attention_head_dim": run.get("num_heads", 8),      # diffusers' name for their number
         "norm_num_groups": run.get("norm_groups", 32),
-        "sample_size": size // 8 if run.get("latent", "vae") == "vae" else size}
-    scheduler = SCHEDULER | {"prediction_type": PREDICTIONS[run.get("prediction", "eps")]}
-    for part, prefix, convert, library, kind, more in (
-            ("unet", UNET, unet_to, "diffusers", "UNet2DConditionModel", of_unet),
-            ("vae", VAE, vae_to, "diffusers", "AutoencoderKL", {"sample_size": size}),
-            ("image_encoder", CLIP + "visual.", clip_to, "transformers",
-             "CLIPVisionModelWithProjection", {}),
-            (POSE_FOLDERS[0], POSE, threestudio_to, "zero123", "CLIPCameraProjection", {}),
-            (POSE_FOLDERS[1], POSE, zero123_hf_to, "pipeline_zero1to3", "CCProjection", {})):
-        found = {name[len(prefix):]: entry for name, entry in tensors.entries.items()
-                 if name.startswith(prefix)}
+        "sample_size": size // 8 if run.get("latent", "vae") == "vae" else size}}
+    index = {"_class_name": "Zero1to3StableDiffusionPipeline", "requires_safety_checker": False,
+             "safety_checker": [None, None], "scheduler": ["diffusers", "DDIMScheduler"],
+             "feature_extractor": ["transformers", PREPROCESSOR["image_processor_type"]]}
+    for part, network in NETWORKS.items():
+        found = {name.removeprefix(network.prefix): entry for name, entry in tensors.entries.items()
+                 if name.startswith(network.prefix)}
         if found:
-            entries, config = convert(found)
-            (folder / part).mkdir()
-            write_safetensors(folder / part / WEIGHTS[library == "transformers"],
+            entries = to_diffusers(network, found)
+            write_json(folder / part / "config.json", {
+                "_class_name": network.kind, **network.config(entries), **more.get(part, {})})
+            write_safetensors(folder / part / WEIGHTS[network.library == "transformers"],
                               StateDict(folder, entries))
-            write_json(folder / part / "config.json", {"_class_name": kind, **config, **more})
-            index[part] = [library, kind]
-    for part, file, config, library, kind in (
-            ("scheduler", "scheduler_config.json", scheduler, "diffusers", "DDIMScheduler"),
-            ("feature_extractor", "preprocessor_config.json", PREPROCESSOR, "transformers",
-             PREPROCESSOR["image_processor_type"])):
-        (folder / part).mkdir()
-        write_json(folder / part / file, config)
-        index[part] = [library, kind]
+            index[part] = [network.library, network.kind]
+            written |= {network.prefix + name for name in found}
+    write_json(folder / "scheduler/scheduler_config.json",
+               SCHEDULER | {"prediction_type": PREDICTIONS[run.get("prediction", "eps")]})
+    write_json(folder / "feature_extractor/preprocessor_config.json", PREPROCESSOR)
     write_json(folder / "model_index.json", index)
     if run or tensors.step:
         write_json(folder / CONFIG_FILE,
                    {"global_step": tensors.step} | ({"config": run} if run else {}))
-    return [name for name in tensors if not name.startswith((UNET, VAE, CLIP + "visual.", POSE))]
+    return [name for name in tensors if name not in written]
 
 
 def write_json(path, value):
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def renamed_to(found, pairs):
-    """Entries by diffusers names. Raises ValueError for a module that has none."""
-    table = dict(pairs)
-    names = {name: rename(name, table) for name in found}
-    unknown = [name for name, new in names.items() if new is None]
-    if unknown:
-        raise ValueError(f"{len(unknown)} tensors have no place in diffusers' network, for example "
-                         f"{unknown[0]}")
-    return {names[name]: entry for name, entry in found.items()}
-
-
-def unet_to(found):
-    blocks_in = count(found, "input_blocks.")
-    downs = [k for k in range(blocks_in) if f"input_blocks.{k}.0.op.weight" in found]
-    period = min(downs, default=blocks_in)
-    levels, blocks = blocks_in // period, period - 1
-    attends = [f"output_blocks.{i * period}.1.norm.weight" in found for i in range(levels)]
-    widths = [found[f"input_blocks.{1 + i * period}.0.out_layers.3.weight"].shape[0]
-              for i in range(levels)]
-    width = found["input_blocks.0.0.weight"].shape[0]
-    if widths[0] != width:
-        raise ValueError(f"diffusers has no such UNet: its first level is {widths[0]} wide, the "
-                         f"convolution before it {width}")
-    cross = "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
-    config = {
-        "in_channels": found["input_blocks.0.0.weight"].shape[1],
-        "out_channels": found["out.2.weight"].shape[0], "block_out_channels": widths,
-        "layers_per_block": blocks, "cross_attention_dim": found[cross].shape[1],
-        "down_block_types": ["CrossAttnDownBlock2D" if yes else "DownBlock2D"
-                             for yes in attends[::-1]],
-        "up_block_types": ["CrossAttnUpBlock2D" if yes else "UpBlock2D" for yes in attends]}
-    return renamed_to(found, unet_names(levels, blocks, attends)), config
-
-
-def vae_to(found):
-    levels, blocks = count(found, "encoder.down."), count(found, "encoder.down.0.block.")
-    widths = [found[f"encoder.down.{i}.block.0.conv2.weight"].shape[0] for i in range(levels)]
-    config = {
-        "in_channels": found["encoder.conv_in.weight"].shape[1],
-        "out_channels": found["decoder.conv_out.weight"].shape[0], "block_out_channels": widths,
-        "latent_channels": found["decoder.conv_in.weight"].shape[1], "layers_per_block": blocks,
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels}
-    for name, entry in found.items():
-        if ".mid.attn_1." in name and len(entry.shape) == 4:
-            found[name] = made(entry, entry.shape[:2], lambda w: w[:, :, 0, 0])
-    return renamed_to(found, vae_names(levels, blocks)), config
-
-
-def clip_to(found):
-    found = {"visual." + name: entry for name, entry in found.items()}
-    projection, layers = found.pop("visual.proj"), count(found, "visual.transformer.resblocks.")
-    split = {"visual_projection.weight": made(projection, projection.shape[::-1], torch.Tensor.t)}
-    for i in range(layers):
-        for kind in ("weight", "bias"):
-            entry = found.pop(f"visual.transformer.resblocks.{i}.attn.in_proj_{kind}")
-            for j, x in enumerate("qkv"):
-                split[f"vision_model.encoder.layers.{i}.self_attn.{x}_proj.{kind}"] = made(
-                    entry, (entry.shape[0] // 3, *entry.shape[1:]), lambda w, j=j: w.chunk(3)[j])
-    width, _, patch, _ = found["visual.conv1.weight"].shape
-    grid = round((found["visual.positional_embedding"].shape[0] - 1) ** 0.5)
-    config = {
-        "architectures": ["CLIPVisionModelWithProjection"], "model_type": "clip_vision_model",
-        "hidden_size": width, "image_size": grid * patch,
-        "intermediate_size": found["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
-        "num_attention_heads": width // HEAD_WIDTH, "num_hidden_layers": layers,
-        "patch_size": patch, "projection_dim": projection.shape[1]}
-    return {**renamed_to(found, clip_names(layers)), **split}, config
-
-
-def threestudio_to(found):
-    width, inputs = found["weight"].shape
-    config = {"embedding_dim": width, "additional_embeddings": inputs - width}
-    return {"proj." + name: entry for name, entry in found.items()}, config
-
-
-def zero123_hf_to(found):
-    width, inputs = found["weight"].shape
-    config = {"in_channel": inputs, "out_channel": width}
-    return {"projection." + name: entry for name, entry in found.items()}, config

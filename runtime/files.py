@@ -1,13 +1,22 @@
-"""Files and folders that are there as a whole or not at all."""
+"""Files and folders that are there as a whole or not at all, or that one process has alone."""
 
 import json
 import os
 import shutil
-from contextlib import contextmanager
+import socket
+import threading
+import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:         # Windows
+    fcntl = None
 
 COMPRESSED = {b"\x1f\x8b": ("gzip", "gunzip"), b"BZh": ("bzip2", "bunzip2"),
               b"\xfd7zXZ": ("xz", "unxz"), b"(\xb5/\xfd": ("zstd", "unzstd")}
+STALE = 60.0            # seconds after which the sign of life of a run counts for nothing
 
 
 def mistaken_for(start, path):
@@ -75,3 +84,45 @@ def write_text(path, text):
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+@contextmanager
+def locked(folder):
+    """Makes a run's folder and keeps it to this process. ValueError names another that has it.
+
+    The system lets go of a lock when its process ends, however that came, so a run that was killed
+    starts again at once. On a disk without locks the time of the file is a sign of life.
+    """
+    path, ended = Path(folder) / ".running", threading.Event()
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def live():
+        while not ended.wait(STALE / 4):
+            with suppress(OSError):
+                os.utime(path)
+
+    with open(path, "a+", encoding="utf-8", errors="replace") as file:
+        file.seek(0)
+        other = f"another run trains in {folder}: {file.read(1000).strip()}"
+        try:
+            # of POSIX: its process's alone, so the loader's workers, which outlive it, have none
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as err:
+            raise ValueError(f"{other}; stop it, or give another --out") from err
+        except (OSError, AttributeError) as err:        # a disk or a system without locks
+            age = time.time() - path.stat().st_mtime
+            if file.tell() and age < STALE:
+                raise ValueError(f"{other}, with a sign of life {age:.0f} s ago; give another "
+                                 f"--out, or if it was killed wait for {STALE:.0f} s") from err
+            threading.Thread(target=live, daemon=True).start()
+        with suppress(OSError):     # of a full disk: the lock holds without its words
+            file.truncate(0)
+            file.write(f"host {socket.gethostname()}, process {os.getpid()}, since "
+                       f"{time.strftime('%Y-%m-%d %H:%M:%S')}")
+            file.flush()
+        try:
+            yield
+        finally:
+            ended.set()
+            with suppress(OSError):
+                file.truncate(0)

@@ -21,16 +21,10 @@ import engine
 from diffusion import TIMESTEPS
 from runtime import command, cost, files, threads
 
-try:
-    import resource
-except ImportError:                 # Windows
-    resource = None
-
 BANDS = 4                           # of timesteps, each with its own loss
 SHOWN = {"loss": "loss {:.4g}", "lr": "lr {:.3g}", "pairs_per_s": "{:.4g} pairs/s",
          "ceiling_share": "{:.0%} of peak", "data_wait": "data wait {:.0%}",
          "memory_gb": "{:.3g} GB", "val_psnr": "held-out PSNR {:.2f} dB"}
-TRACE_SKIPPED = 2                   # steps before a trace: the first ones are slower
 NAMED_PAIRS = 5                     # of those whose loss is not finite
 
 
@@ -63,25 +57,23 @@ class Meter:
         over the ranks of `counts`) of the last `steps` whole steps. All ranks meet here, and the
         host waits for its device once. norm: of the gradients, the same on all ranks."""
         ours = steps * micro_steps                  # a micro-step of a step not done is left out
-        losses = torch.cat(self.losses[:ours]).view(steps, -1)
-        band = torch.cat(self.timesteps[:ours]) * BANDS // TIMESTEPS
-        bands = losses.new_zeros(2, BANDS)
-        bands[0].index_add_(0, band, losses.flatten())
-        bands[1].index_add_(0, band, torch.ones_like(losses).flatten())
-        means = torch.stack([losses.mean(), losses.new_zeros(()) if norm is None else norm])
-        loss, norm_sum, bad, *sums = ranks.all_reduce(torch.cat([
-            means / ranks.world, (~losses.isfinite()).sum().view(1), bands.flatten(),
-            losses.new_tensor(counts)])).tolist()
-        seconds = time.perf_counter() - self.since
-        of_bands, pairs = np.reshape(sums[:2 * BANDS], (2, BANDS))
-        width = TIMESTEPS // BANDS
-        numbers = {"loss": loss, "pairs_per_s": losses.numel() * ranks.world / seconds,
+        losses = torch.cat(self.losses[:ours])
+        bands = losses.new_zeros(BANDS, 2).index_add_(
+            0, torch.cat(self.timesteps[:ours]) * BANDS // TIMESTEPS,
+            torch.stack([losses, torch.ones_like(losses)], dim=1))
+        bad = (~losses.isfinite()).sum().view(1)
+        bad, *sums = ranks.all_reduce(torch.cat([
+            bad, losses.new_tensor(counts), bands.flatten()])).tolist()
+        counts, bands = sums[:len(counts)], np.reshape(sums[len(counts):], (BANDS, 2))
+        seconds, width = time.perf_counter() - self.since, TIMESTEPS // BANDS
+        loss, pairs = bands.sum(axis=0)
+        numbers = {"loss": loss / pairs, "pairs_per_s": pairs / seconds,
                    "data_wait": min(1.0, self.waited / seconds),
-                   "loss_by_timestep": {f"{i * width}-{(i + 1) * width - 1}": of_bands[i] / pairs[i]
-                                        for i in range(BANDS) if pairs[i]}}
+                   "loss_by_timestep": {f"{i * width}-{(i + 1) * width - 1}": total / count
+                                        for i, (total, count) in enumerate(bands) if count}}
         if norm is not None:
-            numbers["grad_norm"] = norm_sum
-        return numbers, losses, int(bad), list(map(int, sums[2 * BANDS:]))
+            numbers["grad_norm"] = norm.item()
+        return numbers, losses.view(steps, -1), int(bad), list(map(int, counts))
 
 
 def check_finite(bad, losses, first_step, pairs, config, ranks):
@@ -107,8 +99,10 @@ def peak_memory(device):
     """The most memory that this process had, in GB: of its GPU, else in the machine; 0 unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / cost.GB
-    if resource is None:
+    if os.name != "posix":
         return 0.0
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / cost.GB
 
@@ -168,9 +162,9 @@ class Log:
                 from torch.utils.tensorboard import SummaryWriter
                 self.board = SummaryWriter(str(self.out / "tensorboard"), purge_step=step + 1)
         if trace_steps:
-            plan = torch.profiler.schedule(wait=TRACE_SKIPPED - 1, warmup=1, active=trace_steps,
-                                           repeat=1)
-            self.trace = torch.profiler.profile(schedule=plan, on_trace_ready=self.write_trace)
+            self.trace = torch.profiler.profile(
+                schedule=torch.profiler.schedule(wait=1, warmup=1, active=trace_steps, repeat=1),
+                on_trace_ready=self.write_trace)
             self.trace.start()
 
     def __call__(self, step, **numbers):
@@ -178,14 +172,12 @@ class Log:
         self.step = step
         if not self.main:
             return
-        shown = ", ".join(form.format(numbers[name]) for name, form in SHOWN.items()
-                          if name in numbers)
+        shown = [form.format(numbers[name]) for name, form in SHOWN.items() if name in numbers]
         left = timedelta(seconds=round(numbers.get("remaining_s", 0)))
-        self.say(f"step {step}/{self.steps}: {shown}, {left} left")
+        self.say(f"step {step}/{self.steps}: {', '.join(shown)}, {left} left")
         self.append({"step": step, **numbers})
         for name, value in numbers.items():
-            values = value.items() if isinstance(value, dict) else [("", value)]
-            for part, number in values:
+            for part, number in (value if isinstance(value, dict) else {"": value}).items():
                 self.on_board("add_scalar", f"{name}/{part}".rstrip("/"), number, step)
 
     def append(self, row):

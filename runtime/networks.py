@@ -28,8 +28,8 @@ def load_clip(paths, build=clip.CLIP):
     """The CLIP in one or more weight files, an earlier file's tensors before a later one's; fp32.
 
     Files: OpenAI's ViT-L-14.pt as published (TorchScript) or its state dict, and zero123
-    checkpoints, in every container that checkpoint.py reads. build: clip.CLIP, or a subclass of it
-    with the text transformer, which clip.CLIP leaves in the file.
+    checkpoints, in every form that checkpoint.py reads. build: clip.CLIP, or a subclass of it with
+    the text transformer.
     """
     state = {}
     for path in paths:

@@ -6,7 +6,6 @@ checksums of all. `Writer` writes beside the training thread.
 """
 
 import errno
-import functools
 import json
 import os
 import re
@@ -14,6 +13,7 @@ import shutil
 import threading
 import warnings
 import zlib
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from runtime.foreign import StateDict, read_file, write_safetensors
 FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
 STEP = re.compile(r"step_\d{8,18}")
 LEFTOVER = re.compile(r"\.(unfinished|removed)_step_\d{8,}")      # of saves that were killed
+SHOWN = 5                       # names of each kind, of tensors that do not fit
 
 
 @dataclass
@@ -50,16 +51,13 @@ def misfit(found, wanted):
     """What does not fit of two dicts by name, of tensors, entries or shapes, in one line; or ""."""
     found, wanted = ({name: list(getattr(value, "shape", value)) for name, value in side.items()}
                      for side in (found, wanted))
-    misshapen = [f"{name} {found[name]} instead of {wanted[name]}" for name in found
-                 if name in wanted and found[name] != wanted[name]]
-    shown, parts = 5, []
-    for kind, names in (("missing", [name for name in wanted if name not in found]),
-                        ("unexpected", [name for name in found if name not in wanted]),
-                        ("misshapen", misshapen)):
-        more = f" and {len(names) - shown} more" if len(names) > shown else ""
-        if names:
-            parts.append(f"{len(names)} {kind} ({', '.join(names[:shown])}{more})")
-    return "; ".join(parts)
+    lists = {"missing": [name for name in wanted if name not in found],
+             "unexpected": [name for name in found if name not in wanted],
+             "misshapen": [f"{name} {found[name]} instead of {wanted[name]}" for name in found
+                           if name in wanted and found[name] != wanted[name]]}
+    return "; ".join(f"{len(names)} {kind} ({', '.join(names[:SHOWN])}"
+                     + f" and {len(names) - SHOWN} more" * (len(names) > SHOWN) + ")"
+                     for kind, names in lists.items() if names)
 
 
 def save(out, step, model, ema, optimizer, meta, keep=2, keep_every=0, say=warnings.warn):
@@ -86,9 +84,9 @@ def save(out, step, model, ema, optimizer, meta, keep=2, keep_every=0, say=warni
             raise
         say(f"{out} has no room for step {step}: {', '.join(folder.name for folder in old)} would "
             "be removed after it, and is removed before it")
-        discard(old, say)
+        clear(out, say, old)
         write_step(final, step, parts, meta)
-    discard(superfluous(out, step + 1, keep + 1, keep_every), say)
+    clear(out, say, superfluous(out, step + 1, keep + 1, keep_every))
     return final
 
 
@@ -111,8 +109,8 @@ def write_step(final, step, parts, meta):
 
 def checksum(meta):
     """CRC-32 of what meta.json says, however it is spaced."""
-    told = {name: value for name, value in meta.items() if name != "crc32"}
-    return zlib.crc32(json.dumps(told, sort_keys=True).encode())
+    fields = {name: value for name, value in meta.items() if name != "crc32"}
+    return zlib.crc32(json.dumps(fields, sort_keys=True).encode())
 
 
 def superfluous(out, step, keep, keep_every):
@@ -123,40 +121,35 @@ def superfluous(out, step, keep, keep_every):
             and not (keep_every and step_of(folder) % keep_every == 0)]
 
 
-def discard(folders, say):
-    """Removes steps. What cannot be removed is said, and stays."""
-    for folder in folders:
+def clear(out, say, old=()):
+    """Removes the `old` steps of a run, and what killed saves and removals left in its folder, and
+    nothing else. What cannot be removed is said, and stays."""
+    @contextmanager
+    def tolerant(path):
         try:
-            # first out of the way at once: cut short, it is no step any more, and is cleared later
-            folder.rename(folder.with_name(f".removed_{folder.name}"))
+            yield
         except OSError as err:
-            say(f"{folder} cannot be removed: {err.strerror or err}")
-        clear(folder.parent, say)
+            say(f"{path} cannot be removed: {err.strerror or err}")
 
-
-def clear(out, say):
-    """Removes what killed saves and removals left in a run's folder, and nothing else."""
+    for folder in old:
+        with tolerant(folder):      # out of the way at once: cut short, it is no step any more
+            folder.rename(folder.with_name(f".removed_{folder.name}"))
     for path in out.iterdir():
         if LEFTOVER.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
-            try:
+            with tolerant(path):
                 shutil.rmtree(path)
-            except OSError as err:
-                say(f"{path} cannot be removed: {err.strerror or err}")
 
 
 class Writer:
     """Saves steps on a thread of its own, from copies, so that training goes on meanwhile.
 
     One step is written at a time: a save that comes too early waits for the one before. A write
-    that fails (a full disk) is told to `say` as a line, and leaves the step before as it was.
-
-    step    the newest step that was written by this writer, 0 before there is one
-    problem why the last write failed, "" when it did not
+    that fails (a full disk) is told to `say` as a line, and leaves the step before as it was;
+    `problem` says why, and is "" when it did not.
     """
 
     def __init__(self, say=print):
-        self.say, self.copies, self.thread = say, {}, None
-        self.step, self.problem = 0, ""
+        self.say, self.copies, self.thread, self.problem = say, {}, None, ""
 
     def save(self, out, step, model, ema, optimizer, meta, keep=2, keep_every=0):
         """As `save` above, but model, ema and optimizer are iterables of (name, tensor), each of
@@ -165,9 +158,8 @@ class Writer:
         self.wait()
         parts = [{name: self.copy((file, name), tensor) for name, tensor in tensors}
                  for file, tensors in zip(FILES, (model, ema, optimizer), strict=True)]
-        copied = None
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            copied = torch.cuda.Event()
+        copied = torch.cuda.Event() if torch.cuda.is_initialized() else None
+        if copied:
             copied.record()
         self.thread = threading.Thread(target=self.write, name="checkpoint", args=(
             copied, out, step, *parts, meta, keep, keep_every))
@@ -183,10 +175,10 @@ class Writer:
     def write(self, copied, out, step, *rest):
         self.problem = "the write did not end"      # what is left standing by any other error
         try:
-            if copied is not None:
+            if copied:
                 copied.synchronize()
             save(out, step, *rest, self.say)
-            self.step, self.problem = step, ""
+            self.problem = ""
         except OSError as err:
             self.problem = f"{err.filename or out}: {err.strerror or err}"
             self.say(f"step {step} could not be saved, training goes on: {self.problem}")
@@ -229,16 +221,6 @@ def latest(out):
 
 def damage(folder):
     """What is wrong with a step folder, by sizes and CRC-32 in its meta.json; "" when nothing."""
-    try:
-        found = [os.stat(folder / name) for name in ("meta.json", *FILES)]
-    except OSError as err:
-        return f"{type(err).__name__}: {err}"
-    return damage_of(folder, tuple((file.st_ino, file.st_size, file.st_mtime_ns) for file in found))
-
-
-@functools.lru_cache
-def damage_of(folder, stamps):
-    """See damage: gigabytes are read once, as long as the files stay what they are."""
     try:
         meta = read_meta(folder)
         for name in FILES:

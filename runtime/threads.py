@@ -1,7 +1,7 @@
 """How many threads a process computes with. It imports no torch: what they do while they wait has
 to be said before.
 
-Threads that spin for each other are good on an idle machine alone. On a busy one every piece of
+Threads that spin for each other are good on an idle machine alone: on a busy one every piece of
 work waits for the thread that the system runs last, and the others burn processors meanwhile.
 """
 

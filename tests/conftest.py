@@ -18,6 +18,7 @@ sys.path[:0] = [str(TESTS.parent), str(TESTS), *map(str, TESTS.glob("*/"))]
 
 def pytest_addoption(parser):
     parser.addoption("--errors", action="store_true", help="table of measured differences")
+    parser.addoption("--long", action="store_true", help="also the long exercises of walkthrough.md")
 
 
 def pytest_terminal_summary(terminalreporter, config):

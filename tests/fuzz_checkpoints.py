@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from runtime import convert, foreign        # noqa: E402
+from runtime.command import progress        # noqa: E402
 
 FILES = sorted((ROOT / "tests/golden/checkpoints").iterdir())
 EXTREME = [b"\xff" * 8, b"\0" * 8, b"\x7f" + b"\xff" * 7, b"\xff\xff\xff\x7f", b"9" * 20, b"1e999",
@@ -52,7 +53,7 @@ def run(count, seed, folder):
     whatever is no one-line error."""
     generator, read, refused, slowest = np.random.default_rng(seed), 0, 0, 0.0
     contents, path = [file.read_bytes() for file in FILES], Path(folder) / "mutated.ckpt"
-    for number in range(count):
+    for number in progress(range(count), "mutated checkpoints", "files"):
         data = mutate(generator, contents)
         path.write_bytes(data)
         start = time.monotonic()

@@ -15,7 +15,9 @@ import sys
 import tarfile
 import tempfile
 import time
+import types
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
@@ -25,8 +27,9 @@ import numpy as np
 from captures import encode
 from data import Pairs
 from made import SIDE, encoded_scene, re10k_metadata, scene_members, write_tar
+from runtime.command import progress
+from shards import scenes
 from shards.files import LocalFile
-from shards.scenes import of_files
 
 SLOWEST = 10.0                  # seconds for one file
 WORDS = [b"1e999", b"-1", b"null", b"[]", b"{}", b"2147483648", b"0.5", b"NaN", b'""', b"1e300"]
@@ -37,9 +40,10 @@ def originals():
     """[(format, image size, bytes)] of the shards that are mutated."""
     found = []
     for kind in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
-        long = "n" * 90 + "/" + "m" * (90 if kind != tarfile.USTAR_FORMAT else 5)
+        short = kind == tarfile.USTAR_FORMAT
+        co3d = scene_members("n" * 90 + "/" + "m" * (5 if short else 90), views=2)
         for format, side, members in (
-                ("co3d", SIDE, scene_members("a/b", views=2) | scene_members(long, views=2)),
+                ("co3d", SIDE, co3d | scene_members("a/b", views=2) if short else co3d),
                 ("re10k", SIDE, scene_members("a/b", views=2, metadata=re10k_metadata)),
                 ("encoded", ENCODED_SIDE, {f"a/{seed}.safetensors": encode.member(
                     **encoded_scene(seed, views=2)) for seed in range(2)})):
@@ -82,11 +86,11 @@ def mutated(content, rng):
 
 def read(path, format, side):
     """Whether there was a scene in it; ValueError, one line, where there was none."""
-    scenes = of_files("fuzz", format, [LocalFile(path)], side, keep=False)
-    for shard in scenes.shards:
+    source = scenes.of_files("fuzz", format, [LocalFile(path)], side, keep=False)
+    for shard in source.shards:
         assert np.isfinite(shard.c2w).all() and np.isfinite(shard.radius).all()
         assert (np.diff(shard.starts) >= 2).all()
-    pairs = Pairs([scenes], [1.0], 0, side, "7dof_quantile_scale")
+    pairs = Pairs([source], [1.0], 0, side, "7dof_quantile_scale")
     assert pairs[0]["cond_c2w"].isfinite().all()
 
 
@@ -94,7 +98,7 @@ def fuzz(count, seed, folder):
     """Counts of what came of `count` files: (read, refused). Raises what must not be."""
     rng, sources, outcomes = random.Random(seed), originals(), [0, 0]
     path = Path(folder) / "fuzz.tar"
-    for _ in range(count):
+    for _ in progress(range(count), "mutated tars", "files"):
         format, side, content = rng.choice(sources)
         path.write_bytes(mutated(content, rng))
         began = time.monotonic()
@@ -114,6 +118,9 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the changes (%(default)s)")
     given = parser.parse_args()
     warnings.simplefilter("error", RuntimeWarning)
+    # a thread and a bar for every file, which has one shard, cost as much as to read it
+    scenes.ThreadPoolExecutor = lambda threads: nullcontext(types.SimpleNamespace(map=map))
+    scenes.tqdm = lambda shards, *rest, **options: shards
     folder = tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
     began = time.monotonic()
     try:

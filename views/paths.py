@@ -48,13 +48,20 @@ class Cameras:
                 and torch.allclose(self.fov, self.fov[:1]))
 
     def check_mode(self, mode, others=0):
-        """Raises ValueError unless a model of this camera.Mode can follow the path, from so many
-        other photos."""
+        """Itself. Raises ValueError unless a model of this camera.Mode can follow the path, from so
+        many other photos."""
         if mode.pose == "angles" and (others or not self.centred()):
             raise ValueError(
                 "a 3DoF model knows of azimuth, elevation and distance alone: its cameras look at "
                 "the centre with one field of view, as those of orbit, swing, spiral, dolly, grid "
                 "and pose do, and start from one photo")
+        return self
+
+    def after_photo(self):
+        """The Cameras without the first, if that is the photo's."""
+        begins = (torch.allclose(self.c2w[0], self.cond_c2w, 0, RIGID)
+                  and abs(self.fov[0] - self.cond_fov) < RIGID)
+        return self[int(begins):]
 
     def shares(self):
         """How much of the photo's side each view would see from the photo's place: n floats."""
@@ -189,15 +196,16 @@ def moved(c2w, start, end, times):
     return end @ pose
 
 
-def smooth(c2w, fov, views, closed):
-    """(c2w (views, 4, 4), fov (views,)) along a smooth path through cameras (k, 4, 4), (k,).
+def smooth(keys, views, closed):
+    """The Cameras of so many views along a smooth path through key frames, which are Cameras too.
 
     It is a Catmull-Rom spline. Cameras that look at the origin go around it, so that an orbit is
     round and 3DoF models can follow; others go by their positions and axes. A closed path leads
     from the last key frame to the first again.
     """
+    c2w, fov = keys.c2w, keys.fov
     if len(c2w) == 1:
-        return c2w.repeat(views, 1, 1), fov.repeat(views)
+        return keys[[0] * views]
     centred = Cameras(c2w[0], c2w, torch.ones_like(fov), 1.0).centred()
     polar, azimuth, radius = spherical(c2w[:, :3, 3])
     azimuth = torch.from_numpy(np.unwrap(azimuth.numpy()))
@@ -215,11 +223,12 @@ def smooth(c2w, fov, views, closed):
     fov = 2 * torch.atan(x[:, 3].exp())
     if centred:
         rise = (90 - torch.rad2deg(x[:, 1])).clamp(-STEEPEST, STEEPEST)
-        return around(torch.rad2deg(x[:, 0]), rise, x[:, 2].exp()), fov
-    made = torch.eye(4, dtype=x.dtype).repeat(views, 1, 1)
-    made[:, :3] = x[:, 4:].unflatten(1, (3, 4))
-    made[:, :3, :3] = nearest_rotation(made[:, :3, :3])
-    return made, fov
+        made = around(torch.rad2deg(x[:, 0]), rise, x[:, 2].exp())
+    else:
+        made = torch.eye(4, dtype=x.dtype).repeat(views, 1, 1)
+        made[:, :3] = x[:, 4:].unflatten(1, (3, 4))
+        made[:, :3, :3] = nearest_rotation(made[:, :3, :3])
+    return replace(keys, c2w=made, fov=fov, closed=closed)
 
 
 # ---- files of poses

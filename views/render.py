@@ -253,6 +253,8 @@ class Render:
             if watch is not None:
                 watch(rows[0], t, z_0)
 
+        if self.stopped:
+            raise Stopped("stopped")
         started, before = time.perf_counter(), self.sampler.preparing
         z_cond, embedding = map(torch.cat, zip(*(self.encode(*start) for start in starts)))
         images = diffusion.encoded_views(

@@ -334,18 +334,18 @@ def test_folders_of_diffusers_give_the_same_results_here(tmp_path, diffusers, tr
 def test_written_names_and_shapes_are_those_of_zero123_xl_in_diffusers(tmp_path, diffusers):
     # at full size, on the meta device: names, shapes and configuration alone
     keys = json.loads((Path(__file__).parents[1] / "golden/zero123_keys.json").read_text())
-    prefix = diffusers_keys.UNET
-    found = {name[len(prefix):]: torch.empty(shape, device="meta")
-             for name, (shape, _) in keys["keys"].items() if name.startswith(prefix)}
-    entries, config = diffusers_keys.unet_to(found)
+    def written(part):
+        network = diffusers_keys.NETWORKS[part]
+        found = {name.removeprefix(network.prefix): torch.empty(shape, device="meta")
+                 for name, (shape, _) in keys["keys"].items() if name.startswith(network.prefix)}
+        entries = diffusers_keys.to_diffusers(network, found)
+        return entries, network.config(entries)
+    entries, config = written("unet")
     with torch.device("meta"):
         oracle = diffusers.UNet2DConditionModel.from_config({**config, "attention_head_dim": 8})
     shapes = {name: value.shape for name, value in oracle.state_dict().items()}
     assert {name: value.shape for name, value in entries.items()} == shapes
-    prefix = diffusers_keys.VAE
-    found = {name[len(prefix):]: torch.empty(shape, device="meta")
-             for name, (shape, _) in keys["keys"].items() if name.startswith(prefix)}
-    entries, config = diffusers_keys.vae_to(found)
+    entries, config = written("vae")
     with torch.device("meta"):
         oracle = diffusers.AutoencoderKL.from_config(config)
     shapes = {name: tuple(value.shape) for name, value in oracle.state_dict().items()}

@@ -1,16 +1,19 @@
 """train.py: the reference's steps, equal runs on any number of ranks, exact resume, bad input."""
 
 import contextlib
+import functools
 import gzip
 import io
 import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 import types
 from dataclasses import asdict, replace
@@ -129,28 +132,29 @@ def test_warm_up_is_the_references():
 
 # ---- whole runs, on a few tiny scenes
 
-def cache_costs():
-    """What a run needs is the slowest part of one this small: found once for each configuration."""
+def cache_costs(patch):
+    """What a run needs, and what the machine can do, are the slowest parts of one this small: found
+    once for each configuration."""
     count, found = cost.of, {}
 
     def of(config, ranks, pairs):
         key = (config.precision, config.checkpoint_activations, config.divide_optimizer,
                config.model_channels, config.batch_size, ranks.world, pairs)
         return found[key] if key in found else found.setdefault(key, count(config, ranks, pairs))
-    cost.of = of
-    return count
+    patch.setattr(cost, "of", of)
+    patch.setattr(cost, "ceiling", functools.cache(cost.ceiling))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
     """Networks this small gain nothing from threads, which wait for each other when it is busy."""
-    threads, count = torch.get_num_threads(), cache_costs()
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
+        cache_costs(patch)
         patch.setenv("OMP_NUM_THREADS", "1")
         yield
     torch.set_num_threads(threads)
-    cost.of = count
 
 
 @pytest.fixture(scope="session")
@@ -159,6 +163,21 @@ def shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("synth")
     prepare.main(["synth", "--out", str(folder), "--scenes", "8", "--held-out", "4", "--views", "4",
                   "--size", "16", "--device", "cpu", "--workers", "1"])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def spoilt(shards, tmp_path_factory):
+    """A copy of the shards, in whose training scenes two of four views are damaged."""
+    folder = tmp_path_factory.mktemp("spoilt") / "data"
+    shutil.copytree(shards, folder)
+    for shard in sorted(folder.glob("*/train-*.tar")):
+        with tarfile.open(shard) as tar:
+            images = [file for file in tar if file.name.endswith(("0001.png", "0002.png"))]
+        with open(shard, "r+b") as file:
+            for image in images:
+                file.seek(image.offset_data)
+                file.write(bytes(64))
     return folder
 
 
@@ -296,7 +315,7 @@ def test_a_run_starts_from_another_runs_weights_and_averages(shards, whole_run, 
 
 def test_training_lowers_the_loss(shards, tmp_path):
     out = tmp_path / "long"
-    run(tiny(shards, out, steps=80, batch_size=16, micro_batch=16, lr=2e-3, save_every=80))
+    run(tiny(shards, out, steps=50, batch_size=8, lr=3e-3, save_every=50))
     curve = logged(out)
     assert np.mean(curve[-10:]) < 0.7 * np.mean(curve[:5])
 
@@ -347,9 +366,9 @@ def test_a_parameter_without_a_gradient_is_decayed_and_saved_like_the_others(sha
 def kill_one_rank(out):
     """For a config file: once a step is saved, rank 1 is killed without a word, once."""
     return f"""
-import os, signal, threading, time
+import glob, os, signal, threading, time
 def kill():
-    while not os.path.exists({str(out / "step_00000003")!r}):
+    while not glob.glob({str(out / "step_*")!r}):
         time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGKILL)
 if os.environ.get("RANK") == "1" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
@@ -360,7 +379,8 @@ if os.environ.get("RANK") == "1" and os.environ.get("TORCHELASTIC_RESTART_COUNT"
 def ranks_main(rank, jobs, outcomes):
     """In a process that stays for all jobs (world, port, arguments, stderr): their outcomes."""
     torch.set_num_threads(1)
-    cache_costs()
+    cost.ceiling = functools.cache(cost.ceiling)
+    cost.of = lambda *_: cost.Cost(*[1] * 8)        # what a run needs is of no concern here
     for i, (world, port, arguments, errors) in enumerate(jobs):
         if rank >= world:
             continue
@@ -408,7 +428,7 @@ def run_ranks(jobs, folder):
 
 
 @pytest.fixture(scope="session")
-def ranked(shards, tmp_path_factory):
+def ranked(shards, spoilt, tmp_path_factory):
     """The folder of runs on several ranks, their outcomes, and what they said."""
     out = tmp_path_factory.mktemp("ranked")
     plain = {"micro_batch": 2, "validate_every": 3, "validate_pairs": 8}
@@ -421,6 +441,8 @@ def ranked(shards, tmp_path_factory):
         "other half": (2, tiny(shards, out / "half", **plain)),
         "nan": (2, tiny(shards, out / "nan", lr=1e6, steps=50, log_every=50)),
         "odd": (2, tiny(shards, out / "odd", batch_size=9)),
+        # few steps: no rank sees all that is damaged
+        "spoilt": (2, tiny(spoilt, out / "spoilt", max_damaged=1, steps=2)),
         "killed": (2, tiny(shards, out / "killed", kill_one_rank(out / "killed"), steps=100_000)),
     }
     return out, *run_ranks(jobs, out)
@@ -461,6 +483,16 @@ def test_a_whole_run_goes_on_divided_on_two_ranks_and_only_rank_0s_disk_needs_it
 def test_the_others_stop_when_a_rank_dies(ranked):
     assert list(ranked[1]["killed"]) == [0]         # rank 1 has nothing to say any more
     assert "a rank is gone, so the others stop" in ranked[1]["killed"][0]
+
+
+def test_what_any_rank_finds_damaged_is_counted_and_named(ranked, spoilt, tmp_path):
+    run(tiny(spoilt, tmp_path / "spoilt", max_damaged=1, steps=2))
+    counts = []
+    for out in (tmp_path / "spoilt", ranked[0] / "spoilt"):
+        lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        counts.append((lines[-1]["damaged"], {line["note"] for line in lines if "note" in line}))
+    assert counts[0] == counts[1] and counts[0][0] > 10
+    assert 2 < len(counts[0][1]) <= counts[0][0]
 
 
 def test_a_loss_that_is_not_finite_stops_all_ranks_and_names_the_pairs(ranked):

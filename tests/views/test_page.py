@@ -2,7 +2,7 @@
 
 The page's model is the small random one of a run, or an oracle that draws the truth of the synthetic
 scene, so that what a drag does can be compared with it. With PICTURES=docs the last test takes the
-pictures of docs/, of the model in out/synth.
+pictures of docs/, of weights/small.safetensors and the scenes of `prepare.py synth`.
 """
 
 import base64
@@ -35,10 +35,10 @@ import prepare
 import sample
 import view
 from runtime import checkpoint
-from views import cameras, paths, photos
-from views.render import Render, load, open_run, place
+from views import cameras, paths, photos, pictures
+from views.render import Render, Stopped, load, open_run, place
 from views.server import Server
-from views.studio import Stopped, Studio, Subject, listed
+from views.studio import Studio, Subject, listed
 
 ROOT = Path(__file__).parents[2]
 SIZE = 16                   # pixels a side of the small run's images
@@ -49,10 +49,8 @@ WAIT = 60                   # seconds for what is there within one on an idle ma
 
 class Oracle(Render):
     """Draws the truth, as a perfect model would."""
-    def __call__(self, cameras, scale=0.0, label="", watch=None, **options):
-        for c2w, fov in zip(cameras.c2w, cameras.fov):
-            watch(0, 0, None)
-            yield self.seen(c2w[None], fov.item())
+    def __call__(self, cameras, label="", watch=None):
+        yield from map(pictures.image, self.truth(cameras.c2w, cameras.fov))
 
 
 @pytest.fixture(scope="module", name="run")
@@ -82,11 +80,11 @@ def small_studio(run, tmp_path_factory):
     def load_model(path):
         kind = Oracle if path == "oracle" else Render
         render = kind(*load(run, "cpu", "fp32"))
-        render.seen = view.held_out(config, 0, render).seen
+        render.truth = view.held_out(config, 0, render).truth
         return render
 
     studio = Studio(load_model, [run, "oracle"], tmp_path_factory.mktemp("films"), ["--device", "cpu"],
-                    view.names_of(config), lambda place, render: view.held_out(config, place, render))
+                    ["arc/0", "walk/1"], lambda place, render: view.held_out(config, place, render))
     studio.start(view.held_out(config, 0, studio.render))
     return studio
 
@@ -200,13 +198,13 @@ def test_only_the_page_with_its_token_from_this_host_is_answered(server):
 
 
 @pytest.mark.parametrize("name, asked, said", [
-    ("file", {"name": "../../secret"}, "no such file"),
+    ("picture", {"file": "../../secret"}, "no such file"),
     ("view", {"c2w": [[1]], "fov": 1}, "no 3x4 or 4x4 matrix"),
     ("view", {"c2w": [[0, 0, 0, 0]] * 4, "fov": 9}, "fov is 9"),
-    ("path", {"keys": [], "views": 3}, "cameras can be asked for"),
-    ("model", {"model": "/etc/passwd"}, "must be a number"),
-    ("scene", {"scene": 99}, "from 0 to 1"),
-    ("view", 3, "no JSON object"),
+    ("path", {"motion": "orbit", "by": "far"}, "by is far, not a number"),
+    ("choose", {"model": "/etc/passwd"}, "a fault of the program"),
+    ("choose", {"scene": 99}, "there are scenes 0 to 1"),
+    ("view", 3, "a fault of the program"),
 ])
 def test_what_makes_no_sense_is_answered_in_one_line(server, name, asked, said):
     server.studio.open({})
@@ -220,14 +218,16 @@ def test_the_newest_view_wins_and_none_queue_up(studio):
     asked = {"c2w": home, "fov": 1.0, "scale": 1.0, "sampler": "ddim", "guidance": 1, "eta": 0, "seed": 0}
     real = studio.render
 
-    class Slow:
-        net, memory = real.net, real.memory
+    class Slow(Render):
+        def __init__(self):
+            self.__dict__.update(real.__dict__)
 
-        def __call__(self, cameras, scale, label, watch, **options):
+        def __call__(self, cameras, label):
             begun.set()
             go_on.wait(WAIT)
-            watch()
-            yield Image.new("RGB", (1, 1), (options["steps"], 0, 0))
+            if self.stopped:
+                raise Stopped
+            yield Image.new("RGB", (1, 1), (self.options["steps"], 0, 0))
 
     def request(steps):
         try:
@@ -256,14 +256,14 @@ def test_a_3dof_model_goes_around_the_centre_alone(run, tmp_path):
     studio = Studio(lambda path: Render(place(golden.fill(model.build(config)), "cpu", "fp32"), config), ["3dof"],
                     tmp_path)
     studio.start(Subject(photos.Photo(Image.new("RGB", (SIZE, SIZE)), SIZE, 1.0, 10.0, 1.0), "a photo"))
-    assert list(studio.motions()) == ["orbit", "swing", "spiral", "dolly", "grid"]
-    for name, (by, _) in studio.motions().items():
-        found = studio.preset({"motion": name, "by": by})
-        path = studio.path({**found, "views": 7})["cameras"]
+    assert list(studio.motions) == ["orbit", "swing", "spiral", "dolly", "grid"]
+    for name, (by, _) in studio.motions.items():
+        found = studio.path({"motion": name, "by": by})
+        path = studio.path({**found, "views": 7})["keys"]
         assert len(studio.cameras(path)) == 7, name         # is not refused
     truck = paths.motion("truck", 2, 0.4, 1.0, 10.0)
     with pytest.raises(ValueError, match="3DoF model knows of azimuth, elevation and distance alone"):
-        studio.cameras(listed(truck))
+        studio.cameras(listed(truck)["keys"])
 
 
 # ---- in the browser
@@ -295,8 +295,8 @@ def test_a_drag_turns_the_view_as_the_scene_turns(server, browser):
     page.at_rest()
     azimuth, photo = -70 * (side // 5) / side, studio.subject.photo
     # what was seen follows the pointer to the right: the camera goes to the left
-    wanted, mirrored = (np.asarray(studio.subject.seen(paths.around(x, photo.elevation, 1.0)[None], photo.fov))
-                        .astype(int) for x in (azimuth, -azimuth))
+    wanted, mirrored = (np.asarray(pictures.image(studio.subject.truth(
+        paths.around(x, photo.elevation, 1.0)[None], [photo.fov])[0])).astype(int) for x in (azimuth, -azimuth))
     shown = page.pixels()
     assert abs(shown - wanted).mean() < 1 < 5 < abs(shown - mirrored).mean()
     # the truth is the renderer's, from the same camera
@@ -348,7 +348,7 @@ def test_key_frames_make_a_film_whose_command_makes_the_same_views(server, brows
 def test_every_path_of_sample_makes_key_frames_and_plays(server, browser):
     page = Page(browser, server.address)
     counts = {}
-    for name in server.studio.motions():
+    for name in server.studio.motions:
         page.choose("motion", name)
         page.until("keys.length && frames.length === 36")
         counts[name] = page.js("keys.length")
@@ -434,12 +434,12 @@ def test_the_command_prints_its_address_and_ctrl_c_ends_it_at_once(run, tmp_path
 
 def test_a_capture_stands_in_the_map_as_its_cameras_stood(tmp_path, studio):
     subject = studio.open_scene(0, studio.render)
-    fov, unit = subject.fov, 3.5            # the capture's own unit of length
+    fov, unit = subject.photo.fov, 3.5      # the capture's own unit of length
     turn = paths.around(40.0, 10.0, 2.0)    # and its own idea of the world
     stood = torch.cat([paths.around(0.0, subject.photo.elevation, 1.0)[None], subject.c2w])
     frames = []
     for i, c2w in enumerate(stood):
-        picture = subject.seen(c2w[None], fov)
+        picture = pictures.image(subject.truth(c2w[None], [fov])[0])
         picture.save(tmp_path / f"{i}.png")
         own = c2w.clone()
         own[:3, 3] *= unit
@@ -449,7 +449,7 @@ def test_a_capture_stands_in_the_map_as_its_cameras_stood(tmp_path, studio):
         {"w": SIZE, "h": SIZE, "fl_x": focal, "fl_y": focal, "cx": SIZE / 2, "cy": SIZE / 2, "frames": frames}))
     found = view.capture(tmp_path, SIZE)
     middle = len(stood) // 2
-    assert found.fov == pytest.approx(fov, rel=1e-6) and len(found.c2w) == len(stood)
+    assert found.photo.fov == pytest.approx(fov, rel=1e-6) and len(found.c2w) == len(stood)
     torch.testing.assert_close(found.c2w[middle, :3, 3].norm(), torch.tensor(1.0, dtype=torch.float64))
     theirs, ours = (camera.relative_pose(each[middle], each) for each in (stood, found.c2w))
     torch.testing.assert_close(ours[:, :3, :3], theirs[:, :3, :3], rtol=0, atol=1e-6)
@@ -462,21 +462,23 @@ def test_a_capture_stands_in_the_map_as_its_cameras_stood(tmp_path, studio):
 
 def test_a_smooth_path_passes_its_key_frames_and_an_orbit_is_round():
     keys = paths.motion("orbit", 8, 360, 1.0, 20)
-    c2w, fov = paths.smooth(keys.c2w, keys.fov, 32, True)
-    torch.testing.assert_close(c2w[::4], keys.c2w, rtol=0, atol=1e-9)
-    assert paths.Cameras(c2w[0], c2w, fov, 1.0).centred()
+    found = paths.smooth(keys, 32, True)
+    torch.testing.assert_close(found.c2w[::4], keys.c2w, rtol=0, atol=1e-9)
+    assert found.centred() and found.closed
     turns = paths.around(torch.arange(32) * 11.25, 20.0, 1.0)
-    torch.testing.assert_close(c2w, turns, rtol=0, atol=1e-9)
+    torch.testing.assert_close(found.c2w, turns, rtol=0, atol=1e-9)
     other = torch.cat([keys.c2w[:2], paths.motion("pan", 2, 40, 1.0, 0).c2w[1:]])
-    c2w, fov = paths.smooth(other, torch.tensor([1.0, 0.5, 1.0], dtype=torch.float64), 9, False)
-    torch.testing.assert_close(c2w[::4], other, rtol=0, atol=1e-9)
-    torch.testing.assert_close(fov[::4], torch.tensor([1.0, 0.5, 1.0], dtype=torch.float64))
-    assert all(not cameras.pose_problem(pose) for pose in c2w)
+    fov = torch.tensor([1.0, 0.5, 1.0], dtype=torch.float64)
+    found = paths.smooth(replace(keys, c2w=other, fov=fov), 9, False)
+    torch.testing.assert_close(found.c2w[::4], other, rtol=0, atol=1e-9)
+    torch.testing.assert_close(found.fov[::4], fov)
+    assert all(not cameras.pose_problem(pose) for pose in found.c2w)
 
 
 @pytest.mark.skipif("PICTURES" not in os.environ, reason="PICTURES=FOLDER takes the pictures of the page there")
 def test_pictures_of_the_page(browser):
-    command = [sys.executable, "view.py", "--no-browser", "--device", "cpu"]
+    command = [sys.executable, "view.py", "--no-browser", "--device", "cpu", "--checkpoint",
+               "weights/small.safetensors", "--config", "configs/synth.py"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         try:
             address = re.search(r"http://\S+", process.stdout.readline())[0]
