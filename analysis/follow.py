@@ -14,6 +14,7 @@ are compared with the other photos. Steadiness is how well neighbouring views al
 agree after a warp by true depth.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from runtime import command
@@ -49,7 +50,6 @@ import camera
 from analysis import score
 from analysis.metrics import agreement, psnr, warp
 from captures import own, synth
-from diffusion import novel_views
 from runtime.files import unfinished
 from runtime.ranks import device_of
 from views import paths, photos, pictures, render
@@ -60,15 +60,13 @@ def path_from(photo, name):
     return paths.motion(name, VIEWS, HOW_FAR[name], photo.fov, photo.elevation)
 
 
-@torch.no_grad()
-def follow(net, config, photo, name):
-    """(true views, the model's) along a path from a HeldOut photo: two of (n, 3, s, s)."""
+def follow(drawn, truth, photo, name):
+    """(true views, a Render's) along a path from a HeldOut photo with its synth.truth_of: two of
+    (n, 3, s, s)."""
     cameras = path_from(photo, name)
-    T = render.pose_vectors(config.mode, cameras.cond_c2w, cameras.c2w, cameras.fov, photo.scale)
-    images = torch.cat([pictures.tensor(photo.closer(share)) for share in cameras.shares()])
-    views = novel_views(net, images.to(net.betas.device), T, [0] * VIEWS, config.seed,
-                        config.sampler, config.sample_steps, config.eta, config.guidance)
-    return synth.truth_of(photo, config.data)(cameras.c2w, cameras.fov), views.cpu()
+    drawn.start_from(photo)
+    return (truth(cameras.c2w, cameras.fov),
+            torch.cat([*map(pictures.tensor, drawn(cameras, label=""))]))
 
 
 # ---- from several photos
@@ -95,31 +93,30 @@ def chosen_of(views, counts):
     return chosen, others
 
 
-def drawn_from(drawn, views, c2w, places, wanted):
-    """A Render's views (n, 3, s, s) at cameras `wanted` (n, 4, 4), from the photos at `places`."""
+def drawn_from(drawn, views, cameras, places, wanted):
+    """A Render's views (n, 3, s, s) at the cameras `wanted`, from the photos at `places`."""
     first, *more = places
-    drawn.start_from(views[first], [(views[i], c2w[i]) for i in more])
-    fov = torch.full((len(wanted),), views[0].fov, dtype=torch.float64)
-    cameras = paths.Cameras(c2w[first], wanted, fov, views[0].fov)
-    return torch.cat([*map(pictures.tensor, drawn(cameras, label=""))])
+    drawn.start_from(views[first], [(views[i], cameras.c2w[i]) for i in more])
+    wanted = replace(wanted, cond_c2w=cameras.c2w[first])
+    return torch.cat([*map(pictures.tensor, drawn(wanted, label=""))])
 
 
-def steadiness(drawn, views, c2w, places, truth):
-    """dB by which neighbouring views along a scene's path agree after a warp by true depth, all of
-    one noise and each of its own."""
-    fov = torch.full((len(c2w),), views[0].fov, dtype=torch.float64)
-    way, fov = paths.smooth(c2w, fov, VIEWS, False)
-    depths, pose = truth(way, fov, depths=True), camera.relative_pose(way[:-1], way[1:])
+def steadiness(drawn, views, cameras, places, truth):
+    """dB by which neighbouring views along a scene's path agree after a warp by true depth, each of
+    its own noise and all of one."""
+    way = paths.smooth(cameras, VIEWS, False)
+    depths = truth(way.c2w, way.fov, depths=True)
+    pose = camera.relative_pose(way.c2w[:-1], way.c2w[1:])
     for drawn.same_noise in (False, True):
-        seen = drawn_from(drawn, views, c2w, places, way)
-        warped = warp(seen[:-1], depths[:-1], pose, fov[1:], depths[1:])
+        seen = drawn_from(drawn, views, cameras, places, way)
+        warped = warp(seen[:-1], depths[:-1], pose, way.fov[1:], depths[1:])
         yield agreement(seen[1:], *warped).nanmean()[None]
 
 
-def several(net, config, args):
+def several(drawn, config, args):
     """Prints the PSNR of views that start from several photos, and of the nearest of them; errors
     are over scenes, of a capture over its views."""
-    drawn, rows, counts = render.Render(net, config), {}, args.photos or [1]
+    rows, counts = {}, args.photos or [1]
     for number in command.progress(range(1 if args.capture else args.scenes), "follow", "scenes"):
         if args.capture:
             album, truth = own.Album(args.capture), None
@@ -128,22 +125,25 @@ def several(net, config, args):
         else:
             views, c2w, photo = views_of(config, number)
             truth = synth.truth_of(photo, config.data)
+        fov = torch.full((len(c2w),), views[0].fov, dtype=torch.float64)
+        cameras = paths.Cameras(c2w[0], c2w, fov, views[0].fov)
         chosen, others = chosen_of(views, counts)
         real = torch.cat([pictures.tensor(views[i].picture) for i in others])
         for count, places in chosen.items():
             near = paths.nearness(c2w[places], c2w[others]).argmax(0)
             still = torch.cat([pictures.tensor(views[places[i]].picture) for i in near])
-            cells = [psnr(drawn_from(drawn, views, c2w, places, c2w[others]), real),
+            cells = [psnr(drawn_from(drawn, views, cameras, places, cameras[others]), real),
                      psnr(still, real)]
-            cells += steadiness(drawn, views, c2w, places, truth) if truth else []
+            cells += steadiness(drawn, views, cameras, places, truth) if truth else []
             for i, cell in enumerate(cells):
                 rows.setdefault((count, i), []).extend(cell if args.capture else [cell.mean()])
-    print(f"{'photos':6}{'model':>16}{'nearest photo':>16}   steady, of own noises, of one noise")
+    print(f"{'photos':6}{'model':>16}{f'over {counts[0]}':>16}{'nearest photo':>16}   steady, own"
+          " noises, one noise")
     for count in counts:
-        found = [score.mean_and_error(rows[count, i], range(len(rows[count, i])))
-                 for i in range(4) if (count, i) in rows]
-        print(f"{count:<6}" + "".join(f"{mean:.2f} +- {error:.2f}".rjust(16)
-                                      for mean, error, _ in found))
+        cells = [rows[count, i] for i in range(4) if (count, i) in rows]
+        cells.insert(1, [a - b for a, b in zip(cells[0], rows[counts[0], 0])])
+        print(f"{count:<6}" + "".join("{:.2f} +- {:.2f}".format(
+            *score.mean_and_error(cell, range(len(cell)))).rjust(16) for cell in cells))
 
 
 def main(args):
@@ -154,22 +154,23 @@ def main(args):
         photo = photos.held_out(config, args.scenes - 1)    # before anything is spent on the others
         synth.truth_of(photo, config.data)
     net = render.load(tensors, device_of(args.device), "fp32")[0]
+    drawn = render.Render(net, config, {"seed": config.seed})
     if args.photos or args.capture:
-        several(net, config, args)
+        several(drawn, config, args)
         return
     names = [name for name in HOW_FAR
              if camera.MODES[config.mode].pose == "matrix" or path_from(photo, name).centred()]
     found, rows = {name: [] for name in names}, {name: [] for name in names}
     for number in command.progress(range(args.scenes), "follow", "scenes"):
         photo = photos.held_out(config, number)
-        image = pictures.tensor(photo.picture)
+        image, truth = pictures.tensor(photo.picture), synth.truth_of(photo, config.data)
         for name in names:
-            truth, views = follow(net, config, photo, name)
-            found[name].append((psnr(views, truth)[1:].mean().item(),
-                                psnr(image.expand_as(truth), truth)[1:].mean().item()))
+            true, views = follow(drawn, truth, photo, name)
+            found[name].append((psnr(views, true)[1:].mean().item(),
+                                psnr(image.expand_as(true), true)[1:].mean().item()))
             if number < SHOWN:
                 rows[name] += [(f"{name} {HOW_FAR[name]:g}", photo.picture),
-                               ("truth", pictures.image(truth[-1])),
+                               ("truth", pictures.image(true[-1])),
                                ("model", pictures.image(views[-1]))]
     print(f"{args.run}: {args.scenes} held-out scenes, PSNR of {VIEWS - 1} views in dB")
     print(f"{'path':10}{'by':>6}{'model':>8}{'photo':>8}   difference")

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 import camera
 from analysis import metrics
 from captures.datasets import IMAGE_SUFFIXES
+from runtime.command import progress
 from shards.files import Damaged
 from shards.scenes import FORMATS, groups, images, of_files
 from views import paths, pictures
@@ -249,15 +249,15 @@ def verify(args):
         figures, matches = [], []
         with ProcessPoolExecutor(min(max(args.workers, 1), len(files))) as pool:
             results = pool.map(partial(verify_shard, format=format, side=side), files)
-            for file, (views, problems, judged, compared) in zip(files, tqdm(
-                    results, "verify", len(files), unit=" shards")):
+            for file, (views, problems, judged, compared) in zip(files, progress(
+                    results, "verify", "shards", len(files))):
                 blind = not judged and not compared
                 total += Counter(views=views, problems=len(problems), shards=1, blind=int(blind))
                 figures += judged
                 matches += compared
                 for line in [f"! {problem}" for problem in problems] + blind * [
                         f"{file.name}: cameras NOT checked: no two of its pictures tell"]:
-                    tqdm.write(line)
+                    print(line)
         if matches:
             wrong |= say_matched(format, matches)
         for what, agree in zip(("picture", "depth"), zip(*figures)):

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 import camera
+from runtime.command import progress
 from shards.files import PATIENCE, Damaged, LocalFile, TarError, Window, cache_folder
 from shards.index import (DEPTH, ENCODED_MEMBER, IMAGE, MEMBER, EncodedIndex, RawIndex,
                           encoded_scene, whole_matrices)
@@ -157,10 +157,8 @@ def detect(file):
 
 
 def groups(patterns, format, side, unread=None):
-    """{(format, image size): files} of the shards that the patterns name.
-
-    Raises ValueError for one that is none; with a list `unread` it goes there.
-    """
+    """{(format, image size): files} of the shards that the patterns name. What is none is a
+    ValueError, or with a list `unread` a line of it."""
     found = {}
     for file in (file for pattern in patterns for file in find_shards("", pattern)):
         try:
@@ -188,8 +186,7 @@ class Scenes:
         with ThreadPoolExecutor(INDEX_THREADS) as pool:
             shards = pool.map(lambda file: self.index(file, format, keep),
                               [*files[first:], *files[:first]])
-            shards = list(tqdm(shards, f"index {name}", len(files), unit=" shards", delay=1,
-                               leave=False))
+            shards = list(progress(shards, f"index {name}", "shards", len(files)))
         self.shards = shards[len(files) - first:] + shards[:len(files) - first]
         self.report, self.problems = Counter(), []
         for where, reason, count in (line for shard in self.shards for line in shard.problems):

@@ -69,11 +69,11 @@ def test_scenes_of_another_seed_are_told_from_these(photo, tmp_path):
 
 
 def test_every_path_is_measured_and_drawn(run, tmp_path, capsys, monkeypatch):
-    def perfect(net, config, photo, name):
+    def perfect(drawn, truth, photo, name):
         cameras = paths.motion(name, follow.VIEWS, follow.HOW_FAR[name], photo.fov, photo.elevation)
-        truth = truth_of(photo, cameras)
-        return truth, truth + 0.02      # 40 dB, of a range of 2
-    assert main(run, "--scenes", "3") == 0
+        true = truth(cameras.c2w, cameras.fov)
+        return true, true + 0.02        # 40 dB, of a range of 2
+    assert main(run, "--scenes", "2") == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[2:-1]] == list(paths.MOTIONS) == list(follow.HOW_FAR)
     assert (run / "paths.png").is_file()
@@ -114,7 +114,7 @@ def test_other_data_are_refused_in_a_line(run, tmp_path, capsys):
 def test_views_from_several_photos_are_measured(run, capsys):
     assert main(run, "--photos", "1", "2", "--scenes", "2") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["photos", "1", "2"] and lines[2].count("+-") == 4
+    assert [line.split()[0] for line in lines] == ["photos", "1", "2"] and lines[2].count("+-") == 5
     assert main(run, "--photos", "5", "--scenes", "2") == 2
     assert "of 5 photos, others have to be left" in capsys.readouterr().err
 
@@ -122,7 +122,7 @@ def test_views_from_several_photos_are_measured(run, capsys):
 def test_a_capture_is_measured_against_its_own_photos(run, tmp_path, capsys):
     folder, _ = capture_of(run, tmp_path / "capture")
     assert main(run, "--capture", str(folder), data=tmp_path) == 0
-    assert capsys.readouterr().out.splitlines()[1].count("+-") == 2
+    assert capsys.readouterr().out.splitlines()[1].count("+-") == 3
 
 
 def test_true_views_are_steady_and_those_of_a_still_camera_are_not(run, photo, monkeypatch):
@@ -130,11 +130,12 @@ def test_true_views_are_steady_and_those_of_a_still_camera_are_not(run, photo, m
 
     truth = synth.truth_of(photo, SCENES["data"])
 
-    def true(drawn, views, c2w, places, wanted):
-        return truth(wanted, [photo.fov] * len(wanted))
+    def true(drawn, views, cameras, places, wanted):
+        return truth(wanted.c2w, wanted.fov)
 
-    found = []
+    fov = torch.full((len(c2w),), photo.fov, dtype=torch.float64)
+    cameras, found = paths.Cameras(c2w[0], c2w, fov, photo.fov), []
     for drawn_from in (true, lambda *given: true(*given)[:1].expand(follow.VIEWS, -1, -1, -1)):
         monkeypatch.setattr(follow, "drawn_from", drawn_from)
-        found += follow.steadiness(SimpleNamespace(), views, c2w, [0], truth)
+        found += follow.steadiness(SimpleNamespace(), views, cameras, [0], truth)
     assert min(found[:2]) > max(found[2:]) + 1

@@ -187,7 +187,8 @@ def test_the_command_line_ends_in_one_line_and_a_status(tmp_path):
 @pytest.mark.parametrize("points, number", [(60, 0), (60, 3), (0, 3)])
 def test_a_wrong_convention_of_a_capture_is_found_and_a_right_one_is_not_accused(
         points, number, convention, tmp_path, capsys):
-    wrong = conventions.accused(tmp_path / "a.tar", conventions.rendered(number), convention, points)
+    conventions.write(tmp_path / "a.tar", conventions.rendered(number), convention, points)
+    wrong = conventions.accused(tmp_path / "a.tar")
     told = capsys.readouterr().out
     assert wrong == (convention != "right") and "NOT" not in told, told
     assert "patches of 1 scenes are found where the cameras say" in told
