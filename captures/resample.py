@@ -64,7 +64,7 @@ def decoding(path, what="image"):
 
 @contextmanager
 def opened(path, what="image"):
-    """The Pillow image of a file. Raises LeftOut as `decoding` does, and says what it is instead."""
+    """The Pillow image of a file. Raises LeftOut as `decoding` does; says what else it is."""
     if not path.is_file():                  # a pipe or a device would be waited for
         raise LeftOut(path, f"missing {what}")
     with decoding(path, what):

@@ -141,7 +141,8 @@ def detect(file):
             match = MEMBER.fullmatch(name)
             try:
                 if ENCODED_MEMBER.fullmatch(name):
-                    return "encoded", encoded_scene(window, offset, size)["latent"][1] * LATENT_SHRINK
+                    latent = encoded_scene(window, offset, size)["latent"]
+                    return "encoded", latent[1] * LATENT_SHRINK
                 if match and match[3] == "_metadata.json" and not format:
                     fields = json.loads(window.read(offset, size))
                     format = "re10k" if "extrinsics" in fields else "co3d"

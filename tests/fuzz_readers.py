@@ -2,10 +2,10 @@
 
     python tests/fuzz_readers.py --seconds 300
 
-Some files of a small valid capture of each format get changed bytes, numbers, words, cuts and
-repeats, and are read as prepare.py and --path read them. Any exception but ValueError and OSError, a
-warning of numpy's, more than 8 GB or more than ten seconds is a failure, whose files are kept in
-/dev/shm or the temporary folder.
+Files of a small valid capture of each format get changed bytes, numbers, words, cuts and repeats,
+and are read as prepare.py and --path read them. Any exception but ValueError and OSError, a warning
+of numpy's, more than 8 GB or more than ten seconds is a failure, whose files are kept in /dev/shm
+or the temporary folder.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def mutated(data, rng):
 
 
 def read_all(find, path):
-    """Reads scenes as prepare.py does, of each two photos with their depth; and a path's cameras."""
+    """Reads scenes as prepare.py does, two photos with depth of each; and a path's cameras."""
     datasets.co3d_frames.cache_clear()
     for capture in find()[0]:
         views, half, _ = resample.one_camera(capture.read()[0])

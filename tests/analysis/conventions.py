@@ -2,8 +2,8 @@
 
     python tests/analysis/conventions.py --captures 20
 
-Scenes are rendered; cameras are right, have OpenCV's axes, are world-to-camera matrices or mirrored;
-60 depths a view are known, as of sparse points, or none.
+Scenes are rendered; cameras are right, have OpenCV's axes, are world-to-camera matrices or
+mirrored; 60 depths a view are known, as of sparse points, or none.
 """
 
 import argparse
@@ -43,8 +43,8 @@ def rendered(number):
 def write(path, capture, convention, points):
     """Writes a shard of a capture with so many known depths a view."""
     images, depths, c2w, fov = capture
-    known = np.random.default_rng(0).permuted(np.tile(np.arange(SIZE * SIZE) < points, (VIEWS, 1)),
-                                              axis=1)
+    known = np.tile(np.arange(SIZE * SIZE) < points, (VIEWS, 1))
+    known = np.random.default_rng(0).permuted(known, axis=1)
     sparse = np.where(known.reshape(depths.shape), depths, 0) if points else None
     writer.write_shard(path, [writer.raw_scene("re10k", "a/b", images, sparse,
                                                CONVENTIONS[convention](c2w), fov)])
@@ -65,7 +65,8 @@ def main():
         for number in range(count):
             with tempfile.TemporaryDirectory() as folder:
                 write(Path(folder) / "a.tar", rendered(number), "right", points)
-                source = of_files("a", "re10k", [LocalFile(Path(folder) / "a.tar")], SIZE, keep=False)
+                file = LocalFile(Path(folder) / "a.tar")
+                source = of_files("a", "re10k", [file], SIZE, keep=False)
                 (means,), own = inspector.matched(source, 0), inspector.AS_THEY_ARE
             # each is its own inverse: of wrong cameras, the right ones are among the conventions
             found += Counter({name: means[own] > means[name] + inspector.BETTER
