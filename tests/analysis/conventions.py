@@ -32,7 +32,7 @@ CONVENTIONS = {"right": lambda c2w: c2w, "mirrored": lambda c2w: MIRROR @ c2w @ 
 
 @functools.cache
 def rendered(number):
-    """(images (v, s, s, 3) uint8, depths (v, s, s), c2w, fov) of a path through a synthetic scene."""
+    """(images (v, s, s, 3) uint8, depths (v, s, s), c2w, fov) of a synthetic scene."""
     scene, rng = synth.scene(SEED, number), np.random.default_rng(number)
     c2w = synth.cameras(scene, VIEWS, 1.0, np.radians(rng.uniform(-8, 8, (VIEWS, 2))))
     images, depths = synth.render(scene, c2w, scene.fov, SIZE)
