@@ -95,7 +95,7 @@ def write(net, pairs, config, rows, depth_net, checkpoint, notes, out):
     with unfinished(out / "cases.png") as partial:
         score.cases_sheet(net, pairs, config, rows, depth_net).save(partial, "png")
     write_text(out / "metrics.json", json.dumps({**about, **found}, indent=1) + "\n")
-    print(f"{checkpoint}: {len(rows)} pairs of {scenes} scenes never seen in training, "
+    print(f"{checkpoint}: {len(rows)} pairs of views never seen in training, of {scenes} scenes, "
           f"seed {config.seed}, {config.sample_steps} steps of {config.sampler}\n")
     print("\n".join([*score.screen(found), score.verdict(rows), *notes]))
     print(f"in {out}: metrics.json, pairs.jsonl, cases.png")

@@ -75,7 +75,8 @@ def add_capture(sub, name):
     add("--views", type=count(0), default=0, help="of a scene at most, evenly chosen; 0: all")
     add("--scenes", type=count(0), default=0, help="training scenes at most; 0: all")
     add("--held-out", type=count(-1), default=-1,
-        help="scenes kept from training; -1: 5%% of them, at most 100, none of a single one")
+        help="scenes kept from training; -1: 5%% of them, at most 100, but of fewer than 10 scenes "
+        "a tenth of the views of each")
     add("--seed", type=count(0), default=0, help="decides which scenes are held out or chosen")
     add("--shard-size", type=numbers_of(float, 0, above=True), default=1.0, help="about, in GB")
 

@@ -14,28 +14,33 @@ what comes before the first.
 """
 
 import argparse
+import inspect
 
 import configs
 from runtime import command, threads
 
 
 def options(argv):
-    """(Config, steps to trace, whether to say only what would run) of the command line."""
+    """(Config, steps to trace, whether to say only what would run, GB of a GPU to say it of) of the
+    command line."""
     parser = command.Parser(
         "train.py", description=__doc__,
-        usage="train.py CONFIG [--name=value ...] [--profile N] [--dry-run]",
+        usage="train.py CONFIG [--name=value ...] [--profile N] [--dry-run [--gpu-memory GB]]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Any field of Config but `sources` may follow as --name=value; configs/__init__.py "
-               "says what each one means.")
+        epilog="fields of Config, which may follow as --name=value (but for `sources`):\n\n"
+               + inspect.getsource(configs.Config).partition('"""\n')[2].partition("@property")[0])
     parser.add_argument("--profile", type=command.numbers_of(int, 0), default=0, metavar="N",
                         help="write a trace of N steps to the folder of the run")
     parser.add_argument("--dry-run", action="store_true",
                         help="print what would run and the memory it needs; the run's folder is "
                              "not touched")
+    parser.add_argument("--gpu-memory", type=command.numbers_of(float, 0),
+                        default=0.0, metavar="GB", help="with --dry-run: say what fits a GPU of "
+                        "so many GB, without data or that GPU, and stop")
     found, rest = parser.parse_known_args(argv)
     config = configs.load(rest)
     config.check_trainable()
-    return config, found.profile, found.dry_run
+    return config, found.profile, found.dry_run or found.gpu_memory > 0, found.gpu_memory
 
 
 # answered before torch, which takes seconds, is imported
@@ -56,13 +61,14 @@ import depth
 import diffusion
 import engine
 import model
+from analysis import inspect as inspector
 from analysis import score
 from runtime import checkpoint, cost, files, resume
 from runtime import ranks as group
 from runtime.log import Log, Meter, check_finite, peak_memory, revision, summary
 from runtime.optimizer import learning_rate
 
-GRID_PAIRS = 8
+GRID_PAIRS, BEGIN = 8, "begin.json"
 # Save and end; sent again they change nothing.
 STOP = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
@@ -74,8 +80,11 @@ def train(run):
     config, ranks, net, log = run.config, run.ranks, run.net, run.log
     batches, shape, meter = iter(run.loader), model.latent_shape(config), Meter()
     done = logged = saved = run.first_step
-    stopped, norm = False, None
-    while done < config.steps and not stopped:
+    if run.scores and config.init and not done:
+        averaged(run, begin, run)
+    stopped, norm, worse = False, None, ranks.any_rank(log.is_worse(config.patience))
+    meter.start_clock()
+    while done < config.steps and not stopped and not worse:
         for micro_step in range(run.micro_steps):
             with meter.waiting():
                 batch = next(batches)
@@ -99,19 +108,21 @@ def train(run):
             done += 1
             log.stepped()
 
-        final = done == config.steps
-        saves = done > saved and (final or stopped or done % config.save_every == 0)
-        shows = run.pictures and not stopped and (final or done % config.sample_every == 0)
-        validates = (run.pictures and not stopped and config.validate_every > 0
-                     and done % config.validate_every == 0)
-        if done > logged and (saves or shows or validates or done % config.log_every == 0):
+        final = stopped or done == config.steps
+        validates = run.validates and not stopped and done % config.validate_every == 0
+        if done > logged and (final or validates or any(done % every == 0 for every in (
+                config.log_every, config.save_every, config.sample_every))):
             report(run, meter, logged, done, norm, validates)
             logged = done
+            worse = validates and ranks.any_rank(log.is_worse(config.patience))
+        saves = done > saved and (final or worse or done % config.save_every == 0)
+        shows = run.pictures and not stopped and (
+            final or worse or done % config.sample_every == 0)
         if saves:
             resume.save(run.writer, config, done, net, run.ema, run.optimizer, ranks)
             saved = done
         if shows:
-            show(run, done)
+            averaged(run, show, run, done)
         if saves or shows or validates:
             meter.start_clock()         # the rate is that of training
     end(run, done, stopped)
@@ -153,9 +164,8 @@ def report(run, meter, logged, done, norm, validates):
     if damaged:
         numbers["damaged"] = damaged
     if validates:
-        with run.ema.in_place(run.net):
-            if ranks.rank == 0:
-                numbers |= score.validate(run.net, run.held_out, config, run.depth_net)
+        numbers |= averaged(run, score.validate, run.net, run.held_out, config,
+                            run.depth_net) or {}
     flops = (1 + cost.BACKWARD) * run.needs.flops * numbers["pairs_per_s"] / ranks.world
     run.log(done, **numbers, lr=learning_rate(done - 1, config) * config.lr,
             ceiling_share=flops / run.peak, memory_gb=peak_memory(run.device),
@@ -163,36 +173,57 @@ def report(run, meter, logged, done, norm, validates):
     meter.restart()
 
 
+def averaged(run, function, *arguments):
+    """What a function gives on rank 0 with the averaged weights in place; None on other ranks."""
+    with run.ema.in_place(run.net):
+        return function(*arguments) if run.ranks.rank == 0 else None
+
+
 def show(run, step):
     """Writes a grid of held-out pairs, a row each: conditioning view | truth | sample."""
-    with run.ema.in_place(run.net):
-        if run.ranks.rank == 0:
-            places = range(min(GRID_PAIRS, len(run.held_out)))
-            batch = default_collate([run.held_out[k] for k in places])
-            views, image_cond, truth = score.views_of(run.net, batch, run.config, run.depth_net)
-            path = run.log.picture(step, "grids", score.grid(image_cond, truth, views))
-            run.log.say(f"{path}: conditioning view | truth | sample, of held-out scenes")
+    places = range(min(GRID_PAIRS, len(run.held_out)))
+    batch = default_collate([run.held_out[k] for k in places])
+    views, image_cond, truth = score.views_of(run.net, batch, run.config, run.depth_net)
+    path = run.log.picture(step, "grids", score.grid(image_cond, truth, views))
+    run.log.say(f"{path}: conditioning view | truth | sample, of held-out views")
+
+
+# ---- at both ends
+
+def rows_of(run):
+    """The rows of the `eval_pairs` held-out pairs, see score.score."""
+    pairs = Subset(run.held_out, range(min(run.config.eval_pairs, len(run.held_out))))
+    return score.score(run.net, pairs, run.config, score.FAST, run.depth_net)
+
+
+def begin(run):
+    """Scores the model of `init`, so that the end can say what was gained."""
+    path = Path(run.config.out) / BEGIN
+    with run.log.tolerant(path):
+        files.write_text(path, json.dumps({"rows": rows_of(run)}))
+    if run.validates:
+        run.log(0, **score.validate(run.net, run.held_out, run.config, run.depth_net))
+
+
+def conclude(run):
+    """Scores the model: metrics.json, and the last lines on the screen."""
+    rows, path = rows_of(run), Path(run.config.out) / "metrics.json"
+    before = path.with_name(BEGIN)
+    before = files.read_json(before)["rows"] if before.is_file() else []
+    means = {name: found["psnr"] for name, found in score.means_of(rows).items()}
+    with run.log.tolerant(path):
+        files.write_text(path, json.dumps({"psnr": means, "pairs": len(rows)}, indent=1))
+    run.log.say("\n".join(score.report(rows, before)))
 
 
 def end(run, done, stopped):
-    """Scores the model on the held-out pairs: metrics.json, and the last lines on the screen; or
-    says where a signal stopped it."""
-    config, log = run.config, run.log
+    """Scores the model on the held-out pairs, or says where a signal stopped it."""
     if stopped:
         run.writer.wait()
-        log.say(f"stopped by signal after step {done}, {'not ' * bool(run.writer.problem)}saved; "
-                "the same command goes on from the newest checkpoint")
-    elif config.eval_pairs and run.pictures:
-        with run.ema.in_place(run.net):
-            if run.ranks.rank == 0:
-                pairs = Subset(run.held_out, range(min(config.eval_pairs, len(run.held_out))))
-                rows = score.score(run.net, pairs, config, score.FAST, run.depth_net)
-                means = {name: found["psnr"] for name, found in score.means_of(rows).items()}
-                path = Path(config.out) / "metrics.json"
-                with log.tolerant(path):
-                    files.write_text(path, json.dumps({"psnr": means, "pairs": len(pairs)},
-                                                      indent=1))
-                log.say("\n".join(score.report(rows)))
+        run.log.say(f"stopped by signal after step {done}, {'not ' * bool(run.writer.problem)}"
+                    "saved; the same command goes on from the newest checkpoint")
+    elif run.scores:
+        averaged(run, conclude, run)
     run.writer.wait()
     run.ranks.any_rank(False)        # nobody leaves while rank 0 still writes
 
@@ -214,6 +245,8 @@ class Run:
             engine.check_compiler(device, "--compile=false")
         self.pairs, self.held_out = open_data(config, log)
         self.pictures = "image_cond" in self.held_out[0]    # encoded shards have none
+        self.scores = self.pictures and config.eval_pairs > 0
+        self.validates = self.pictures and config.validate_every > 0
         resume.compare_ranks(config, ranks, revision(), resume.contents_of(self.pairs, config))
 
     def find_start(self, dry_run):
@@ -268,6 +301,9 @@ def open_data(config, log):
                        config.image_size, config.mode)
     log.say("\n".join(f"data     {reader.summary()}" for reader in readers))
     held_out = score.held_out_pairs(config, max(config.eval_pairs, GRID_PAIRS), fewer=True)
+    raw = [each for each in (*readers, *held_out.dataset.readers) if hasattr(each, "pixels")]
+    for line in sum(map(inspector.contradictions, raw[:len(readers)] if log.main else []), []):
+        log.say(f"{line} (python data.py verify looks at all)")
     if len(held_out) < config.eval_pairs:
         log.say(f"held out are {len(held_out)} pairs, of the {config.eval_pairs} of --eval_pairs")
     if "image_cond" not in held_out[0]:
@@ -281,8 +317,11 @@ def main(argv):
     run(*options(argv))
 
 
-def run(config, traced=0, dry_run=False):
+def run(config, traced=0, dry_run=False, gpu_memory=0.0):
     """A run, as the command line asks for it. Raises ValueError or OSError with one line."""
+    if gpu_memory:
+        command.say(cost.fits(config, gpu_memory))
+        return
     torch.set_num_threads(threads.choose(config)[0])
     ranks, device = group.join(group.device_of(config.device), config.compile)
     log, stack, stuck = Log(config, ranks), ExitStack(), False

@@ -95,47 +95,41 @@ class Tokenizer:
     behind it; then neighbours are merged, always the pair that comes first in the vocabulary file.
     """
     def __init__(self, path):
-        self.pattern = regex.compile(WORD, regex.IGNORECASE)
-        merges, self.byte_characters = read_merges(path), byte_characters()
+        merges = read_merges(path)
         # the vocabulary lists the bytes that print as themselves before the others
-        characters = sorted(self.byte_characters.values())
-        self.vocabulary = (characters + [c + "</w>" for c in characters]
-                           + ["".join(pair) for pair in merges] + [START, END])
-        self.ids = {token: i for i, token in enumerate(self.vocabulary)}
+        printable = [b for b in range(256)
+                     if ord("!") <= b <= ord("~") or b >= ord("¡") and b != ord("\xad")]
+        others = [b for b in range(256) if b not in printable]
+        self.characters = {b: chr(b) for b in printable} | {b: chr(256 + i)
+                                                            for i, b in enumerate(others)}
+        characters = [*self.characters.values()]
+        tokens = characters + [c + "</w>" for c in characters] + ["".join(m) for m in merges]
+        self.ids = {token: i for i, token in enumerate([*tokens, START, END])}
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
 
-    def tokenize(self, texts, context_length=77, truncate=False):
+    def tokenize(self, texts, context_length=77):
         """Texts to token numbers, zeros behind the end-of-text token: (b, context_length) int64.
-
-        A text that does not fit is a ValueError, or with `truncate` is cut short.
-        """
+        Raises ValueError for a text that does not fit."""
         rows = torch.zeros(len(texts), context_length, dtype=torch.int64)
         for row, text in zip(rows, texts):
             ids = [self.ids[START], *self.encode(text), self.ids[END]]
-            if len(ids) > context_length and not truncate:
+            if len(ids) > context_length:
                 raise ValueError(f"text {text[:40]!r}: {len(ids) - 2} tokens, "
                                  f"at most {context_length - 2} fit")
-            ids[context_length - 1:] = ids[context_length - 1:][-1:]     # when cut, END stays last
             row[:len(ids)] = torch.tensor(ids)
         return rows
 
     def encode(self, text):
         """The token numbers of a text, without start and end."""
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
-        text = " ".join(text.split()).lower()
-        return [i for word in self.pattern.findall(text) for i in self.encode_word(word)]
-
-    def decode(self, ids):
-        """The text of token numbers, a space behind every word."""
-        codes = {character: byte for byte, character in self.byte_characters.items()}
-        text = bytes(codes[c] for i in ids for c in self.vocabulary[i])
-        return text.decode("utf-8", errors="replace").replace("</w>", " ")
+        text = " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
+        return [i for word in regex.findall(WORD, text, regex.IGNORECASE)
+                for i in self.encode_word(word)]
 
     def encode_word(self, word):
         """The token numbers of one word, merged as the vocabulary says."""
         if word in (START, END):
             return [self.ids[word]]
-        parts = [self.byte_characters[byte] for byte in word.encode("utf-8")]
+        parts = [self.characters[byte] for byte in word.encode("utf-8")]
         parts[-1] += "</w>"
         while len(parts) > 1:
             pair = min(zip(parts, parts[1:]), key=lambda pair: self.ranks.get(pair, MERGES))
@@ -152,38 +146,26 @@ class Tokenizer:
         return [self.ids[part] for part in parts]
 
 
-def byte_characters():
-    """A printable character for each byte: its own where it has one, else one from 256 upwards."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
-                 *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
-
-
 def read_merges(path):
     """The pairs of the vocabulary file, the one to merge first at the front."""
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
-            lines = file.read().split("\n")
-    except (gzip.BadGzipFile, EOFError, zlib.error, UnicodeDecodeError) as err:
+            merges = [tuple(line.split()) for line in file.read().split("\n")[1:MERGES + 1]]
+        if len(merges) < MERGES or any(len(pair) != 2 for pair in merges):
+            raise ValueError(f"found {len(merges)} lines, not {MERGES} pairs")
+    except (gzip.BadGzipFile, EOFError, zlib.error, ValueError) as err:
         raise ValueError(f"{path}: not {VOCABULARY}: {err}") from err
-    merges = [tuple(line.split()) for line in lines[1:MERGES + 1]]
-    if len(merges) < MERGES or any(len(pair) != 2 for pair in merges):
-        raise ValueError(f"{path}: not {VOCABULARY}: found {len(merges)} lines, not {MERGES} pairs")
     return merges
 
 
-def find_vocabulary(beside="."):
-    """Path of the vocabulary file: in the folder `beside`, or in an installed open_clip or clip.
-
-    It looks for the packages' folders and imports nothing: OpenAI's package has this file's name.
-    """
-    for folder in (Path(beside), *(Path(entry) / package for entry in sys.path
-                                   for package in ("open_clip", "clip"))):
-        if (folder / VOCABULARY).is_file():
-            return folder / VOCABULARY
-    raise FileNotFoundError(f"{VOCABULARY} is neither in {Path(beside)} nor in an installed "
-                            "open_clip or clip; try: pip install --no-deps open_clip_torch")
+def find_vocabulary():
+    """The vocabulary file of an installed open_clip or clip, which are not imported."""
+    for folder in sys.path:
+        for path in (Path(folder) / package / VOCABULARY for package in ("open_clip", "clip")):
+            if path.is_file():
+                return path
+    raise FileNotFoundError(f"{VOCABULARY} is in no installed open_clip or clip: --vocabulary "
+                            "names it, or: pip install --no-deps open_clip_torch")
 
 
 def read_image(path):

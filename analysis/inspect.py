@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 import camera
 from analysis import metrics
+from runtime.command import progress
 from shards.detect import FORMATS, groups
 from shards.files import Damaged
 from shards.scenes import images, of_files
@@ -29,6 +29,7 @@ PICTURES = ".png", ".jpg", ".jpeg", ".webp"
 MAP_SIDE = 160                  # pixels of a map of the cameras
 CHECKED_SCENES, CHECKED_PAIRS = 8, 4    # a shard, a scene: of both checks of cameras
 STRIDE_SHARE, MATCHED_SHARE = 8, 6      # their pairs are this part of a scene apart, at most
+QUICK_SIDE = 32                 # pixels of the pictures that a run looks at at its start
 FOLLOWED = 0.75                 # share of pairs that must agree with their cameras
 DEPTHS_AGREE = 0.5              # share of the surfaces that both see
 BETTER = 0.02                   # correlation by which another convention is the cameras' own
@@ -164,6 +165,13 @@ def verify_shard(file, format, side):
     return int(source.counts.sum()), problems, figures, matches
 
 
+def contradictions(source):
+    """Lines on how the first scene of a raw source, looked at in small, contradicts its cameras."""
+    figures = followed(source, 0, max(1, source.image_size // QUICK_SIDE))
+    lines = say_cameras(source.name, figures, [] if figures else matched(source, 0))
+    return [line for line in lines if line.startswith("!")]
+
+
 def raw_problems(source, scene, view):
     """What is wrong with the image and the depth of a view, as lines."""
     problems = []
@@ -185,21 +193,21 @@ def encoded_problems(source, scene, view):
             for name in ("moments_target", "clip_cond") if not np.isfinite(pair[name]).all()]
 
 
-def pairs_of(source, scene, share):
-    """Yields (cond, target, images (3, s, s), depths (s, s)) of a few pairs of views of a scene;
-    what is damaged is reported by others."""
+def pairs_of(source, scene, share, step=1):
+    """Yields (cond, target, images (3, s, s), depths (s, s)) of a few pairs of views of a scene, of
+    every `step`-th pixel each way; what is damaged is reported by others."""
     n = int(source.counts[scene])
     stride = max(1, n // share)
     for cond in pictures.evenly_spaced(range(n - stride), CHECKED_PAIRS):
         pair = cond, cond + stride
         try:
-            yield (*pair, [images(source.image(scene, view)) for view in pair],
-                   [torch.from_numpy(source.depth(scene, view)) for view in pair])
+            yield (*pair, [images(source.image(scene, v)[:, ::step, ::step]) for v in pair],
+                   [torch.from_numpy(source.depth(scene, v)[::step, ::step]) for v in pair])
         except Damaged:
             continue
 
 
-def followed(source, scene):
+def followed(source, scene, step=1):
     """(does the picture agree, do the depths agree), 1 or 0 each, for pairs of a scene.
 
     The picture agrees when the target is nearer to the cond view as its own camera sees it than as
@@ -208,7 +216,7 @@ def followed(source, scene):
     """
     known, figures = source.scene(scene), []
     fov = torch.tensor([known.fov], dtype=torch.float64)
-    for cond, target, views, depths in pairs_of(source, scene, STRIDE_SHARE):
+    for cond, target, views, depths in pairs_of(source, scene, STRIDE_SHARE, step):
         image_cond, image, depth_cond, depth = (x[None] for x in (*views, *depths))
         pose = camera.relative_pose(known.c2w[cond], known.c2w[target])[None]
         # without the target's depth: it would leave out all that disagrees
@@ -237,16 +245,25 @@ def matched(source, scene):
     return [{name: sum(values) / len(values) for name, values in totals.items()}] if totals else []
 
 
-def say_matched(format, matches):
-    """Prints what `matched` found of all scenes; whether the cameras follow another convention."""
-    names = dict.fromkeys(name for found in matches for name in found)
-    means = {name: sum(found.get(name, 0) for found in matches) / len(matches) for name in names}
-    best, own = max(means, key=means.get), means.get(AS_THEY_ARE, 0)
-    wrong = means[best] > own + BETTER
-    print(f"{'! ' * wrong}{format}: patches of {len(matches)} scenes are found where the cameras "
-          f"say with a correlation of {own:.2f}" + wrong * f", but with {means[best]:.2f} if the "
-          f"cameras were {best}: they follow another convention")
-    return wrong
+def say_cameras(what, figures, matches):
+    """Lines on what `followed` and `matched` found; with "!" what contradicts cameras."""
+    lines = []
+    if matches:
+        names = dict.fromkeys(name for found in matches for name in found)
+        means = {name: sum(found.get(name, 0) for found in matches) / len(matches)
+                 for name in names}
+        best, own = max(means, key=means.get), means.get(AS_THEY_ARE, 0)
+        wrong = means[best] > own + BETTER
+        lines.append(
+            f"{'! ' * wrong}{what}: patches of {len(matches)} scenes are found where the cameras "
+            f"say with a correlation of {own:.2f}" + wrong * f", but with {means[best]:.2f} if the "
+            f"cameras were {best}: they follow another convention")
+    for name, agree in zip(("picture", "depth"), zip(*figures)):
+        bad = sum(agree) < FOLLOWED * len(agree)
+        lines.append(f"{'! ' * bad}{what}: {name}s agree with the cameras in {sum(agree):.0f} of "
+                     f"{len(agree)} pairs" + bad * "; cameras, depth or field of view follow "
+                     "another convention, or another unit of length")
+    return lines
 
 
 def verify(args):
@@ -260,23 +277,18 @@ def verify(args):
         figures, matches = [], []
         with ProcessPoolExecutor(min(max(args.workers, 1), len(files))) as pool:
             results = pool.map(partial(verify_shard, format=format, side=side), files)
-            for file, (views, problems, judged, compared) in zip(files, tqdm(
-                    results, "verify", len(files), unit=" shards")):
+            for file, (views, problems, judged, compared) in zip(files, progress(
+                    results, "verify", "shards", len(files))):
                 blind = not judged and not compared
                 total += Counter(views=views, problems=len(problems), shards=1, blind=int(blind))
                 figures += judged
                 matches += compared
                 for line in [f"! {problem}" for problem in problems] + blind * [
                         f"{file.name}: cameras NOT checked: no two of its pictures tell"]:
-                    tqdm.write(line)
-        if matches:
-            wrong |= say_matched(format, matches)
-        for what, agree in zip(("picture", "depth"), zip(*figures)):
-            bad = sum(agree) < FOLLOWED * len(agree)
-            wrong |= bad
-            print(f"{'! ' * bad}{format}: {what}s agree with the cameras in {sum(agree):.0f} of "
-                  f"{len(agree)} pairs" + bad * "; cameras, depth or field of view follow another "
-                  "convention, or another unit of length")
+                    print(line)
+        for line in say_cameras(format, figures, matches):
+            wrong |= line.startswith("!")
+            print(line)
     print(f"{total['shards']} shards, {total['views']} views, {total['problems']} problems"
           + (f", cameras of {total['blind']} NOT checked" if total["blind"] else ""))
     return int(wrong or total["problems"] > 0)

@@ -209,6 +209,12 @@ def validate(net, pairs, config, depth_net=None):
 
 # ---- means and their errors
 
+def clusters(rows):
+    """What is alike among rows: scenes; of one scene, the views that are to be made."""
+    scenes = [row["scene"] for row in rows]
+    return scenes if len(set(scenes)) > 1 else [row["uid"].rpartition("->")[2] for row in rows]
+
+
 def mean_and_error(values, scenes):
     """(mean, standard error, count). Pairs of one scene are not independent of each other, so the
     error is that of means over scenes; with one pair a scene it is the usual one."""
@@ -226,13 +232,13 @@ def mean_and_error(values, scenes):
 def difference(rows, method, other, name="psnr", others=None):
     """(mean, standard error, count) of the paired difference of two methods; `others`: rows of the
     same pairs that the other method's figure is taken from."""
-    scenes, values = [], []
+    compared, values = [], []
     for row, against in zip(rows, others or rows, strict=True):
         mine, theirs = row["scores"].get(method, {}), against["scores"].get(other, {})
         if row["uid"] == against["uid"] and name in mine and name in theirs:
             values.append(mine[name] - theirs[name])
-            scenes.append(row["scene"])
-    return mean_and_error(values, scenes)
+            compared.append(row)
+    return mean_and_error(values, clusters(compared))
 
 
 def cells(rows, method):
@@ -242,7 +248,7 @@ def cells(rows, method):
         having = [row for row in rows if name in row["scores"].get(method, {})]
         if having:
             mean, error, count = mean_and_error([row["scores"][method][name] for row in having],
-                                                [row["scene"] for row in having])
+                                                clusters(having))
             # null is what JSON has where no error exists
             found[name] = {"mean": mean, "se": None if math.isnan(error) else error, "n": count}
     return found
@@ -312,11 +318,11 @@ def verdict(rows):
     """The line that compares the model with the best baseline, by the paired difference in dB."""
     best = best_baseline(means_of(rows))
     margin, error, _ = difference(rows, MODEL, best)
+    scene = ", on one scene, which tells nothing of others" * (len({r["scene"] for r in rows}) < 2)
     if math.isnan(error):
-        return (f"the model is {margin:+.2f} dB from the best baseline ({best}) on one scene, which"
-                " tells nothing of others")
+        return f"the model is {margin:+.2f} dB from the best baseline ({best}){scene}"
     verb = judged(margin, error, "beats", "loses to", "equals, within noise,")
-    return f"the model {verb} the best baseline ({best}): {margin:+.2f} dB +- {error:.2f}"
+    return f"the model {verb} the best baseline ({best}): {margin:+.2f} dB +- {error:.2f}{scene}"
 
 
 def screen(found):
@@ -326,10 +332,15 @@ def screen(found):
             for line in [*table(title, found[key]), ""]]
 
 
-def report(rows):
-    """A run's last lines: the methods, and the verdict."""
-    return [f"held-out PSNR over {len(rows)} pairs of scenes never seen in training",
-            *table("method", methods_of(rows)), verdict(rows)]
+def report(rows, before=()):
+    """A run's last lines: the methods, the verdict, and with the rows of the model that it started
+    from what it gained."""
+    lines = [f"held-out PSNR over {len(rows)} pairs of views never seen in training",
+             *table("method", methods_of(rows)), verdict(rows)]
+    if [row["uid"] for row in rows] == [row["uid"] for row in before]:
+        gain, error, _ = difference(rows, MODEL, MODEL, others=before)
+        lines.append(f"the model gained {gain:+.2f} dB +- {error:.2f} over the one it started from")
+    return lines
 
 
 # ---- pictures

@@ -1,14 +1,12 @@
 """Measures the product beside peers and ceilings, prints a table, and writes its rows.
 
     python -m benchmarks train --batch 192 48       steps of training, beside diffusers'
-    python -m benchmarks train --where compiled     GPU time by kind of kernel
     python -m benchmarks scale --gpus 1 2 8         ranks of one machine; --check: the same losses?
     python -m benchmarks sample | encode            views, beside diffusers and transformers
     python -m benchmarks engine --batch 192         with and without each part of the engine
-    python -m benchmarks load | data                files, beside reading and decoding them
+    python -m benchmarks load                       a checkpoint, beside reading its bytes
 """
 
-import os
 import tempfile
 
 from runtime import command
@@ -18,14 +16,12 @@ SUITES = {"train": ("networks", "steps of training the full-size UNet"),
           "sample": ("networks", "seconds a view"),
           "encode": ("networks", "views through the frozen encoders"),
           "engine": ("networks", "rates with and without each part of the engine"),
-          "load": ("files", "a model filled from a file of zero123-xl's structure"),
-          "data": ("files", "pairs read from shards")}
+          "load": ("load", "a model filled from a file of zero123-xl's structure")}
 VARIANTS = {"train": ("compiled", "diffusers, compiled", "eager", "diffusers, eager"),
-            "sample": ("product", "diffusers, compiled", "product, compiled", "product, fp16",
-                       "product, plain", "diffusers, eager"),
+            "sample": ("product", "diffusers, compiled", "product, compiled", "product, plain",
+                       "diffusers, eager"),
             "encode": ("product, compiled", "peers, compiled", "product, eager", "peers, eager")}
 PARTS, RATES = ("noise", "norm", "geglu", "conv", "unet"), ("train", "sample", "encode")
-FORMATS = ("PNG", "JPEG", "WebP", "encoded")
 # (benchmarks, option, default, help): a list takes several values; choices are those of CHOICES
 OPTIONS = [
     ("train engine", "batch", [192, 48], "pairs a step"),
@@ -40,13 +36,10 @@ OPTIONS = [
     ("engine", "without", list(PARTS), "parts that are left out, one at a time"),
     ("engine", "rates", list(RATES), "what is measured"),
     ("load", "channels", 320, "width of the UNet: 320 is zero123-xl's, 15.5 GB"),
-    ("data", "pairs", 640, "pairs of a figure"),
-    ("data", "formats", list(FORMATS), "of the views"),
-    ("data", "workers", list(range(1, (os.cpu_count() or 1) + 1)), "processes of the loader"),
-    ("load data", "folder", tempfile.gettempdir(), "where files are written, and removed again"),
+    ("load", "folder", tempfile.gettempdir(), "where the file is written, and removed again"),
     (" ".join(SUITES), "json", "", "file to write the rows to"),
     (" ".join(SUITES), "seconds-limit", 560, "of everything")]
-CHOICES = {"without": PARTS, "rates": RATES, "formats": FORMATS}
+CHOICES = {"without": PARTS, "rates": RATES}
 
 
 def parser():
@@ -68,8 +61,6 @@ def parser():
         add = subs[name].add_argument
         add("--variants", nargs="+", choices=variants, metavar="NAME", default=variants[:2],
             help=f"what is measured, of {'; '.join(variants)} (the first two)")
-        add("--where", choices=variants, metavar="NAME", default="",
-            help="profile this variant by kinds of kernel, and nothing else")
         add("--no-ceilings", dest="ceilings", action="store_false",
             help="without the rate of a large product, and so without shares of it")
     return p

@@ -22,22 +22,6 @@ GB = 1e9
 CEILING = "sustained bf16 product"
 SUSTAINED = 4.0                         # seconds of products, after which a GPU runs at its limit
 SHOWN = 12                              # last lines of an error that are shown
-LISTED = 60                             # kernels of a profile
-
-ARITHMETIC = r"add|mul|gelu|silu|sub|div|sigmoid|erf|sum|exp|pow|mean|where|cos"
-KINDS = (       # the first whose pattern is found in a kernel's name
-    ("attention", r"^(?!triton).*(flash|fmha|sdpa|attention|compute_dot_do_o|convert_dq)"),
-    ("optimizer and average", r"adam|lerp|multi_tensor|foreach"),
-    ("norms", r"moments_kernel|combine_kernel|apply_kernel|whole_kernel|gradient_(sums_)?kernel|"
-              r"(group|layer)_norm|RowwiseMoments|GammaBeta|norm_kernel"),
-    ("convolutions and products", r"gemm|nvjet|cutlass|xmma|wgrad|dgrad|fprop|implicit|cudnn|"
-                                  r"^(?!triton).*conv|addmm|\bmm\b|splitK"),
-    ("copies and layouts", r"[Mm]emcpy|[Mm]emset|nchwToNhwc|nhwcToNchw|transpose|copy_kernel|"
-                           r"direct_copy|CatArray|index|gather|"
-                           rf"triton_poi_fused(?!.*({ARITHMETIC}))"),
-    ("reductions", r"triton_(red|per)|reduce"),
-    ("pointwise", r"triton|elementwise|geglu"),
-)
 
 
 # ---- rows
@@ -178,30 +162,3 @@ def peak_gb():
     status = Path("/proc/self/status")      # getrusage's begins with that of the parent process
     peak = re.search(r"VmHWM:\s*(\d+)", status.read_text() if status.exists() else "")
     return int(peak[1]) * 1024 / GB if peak else math.nan
-
-
-# ---- where the time goes
-
-def kind(kernel):
-    """The kind of work of a kernel's name."""
-    return next((name for name, pattern in KINDS if re.search(pattern, kernel)), "others")
-
-
-def profile(variant, function):
-    """Yields ms of a call by kind of kernel, and lists the kernels that take longest."""
-    activity, cuda = torch.profiler.ProfilerActivity, torch.cuda.is_available()
-    ms_of_all = 1e3 * seconds_of(function, 1.0)
-    with torch.profiler.profile(activities=[activity.CUDA if cuda else activity.CPU]) as profiled:
-        function()
-        cost.synchronize(device_here())
-    kernels, totals = [], {}
-    for event in profiled.key_averages():
-        ms = (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e3
-        kernels.append((ms, event.count, event.key))
-        totals[kind(event.key)] = totals.get(kind(event.key), 0) + ms
-    yield row(variant, "all", ms_of_all, "ms")
-    for label, ms in sorted(totals.items(), key=lambda item: -item[1]):
-        yield row(variant, label, ms, "ms")
-    yield row(variant, "gaps", max(0.0, ms_of_all - sum(totals.values())), "ms")
-    for ms, count, kernel in sorted(kernels, reverse=True)[:LISTED]:
-        print(f"{ms:9.3f} ms {count:5} x  [{kind(kernel)}]  {kernel[:150]}", flush=True)

@@ -22,8 +22,8 @@ import engine
 import model
 import vae
 from benchmarks import peers
-from benchmarks.measure import (ceiling, collect, device_here, finish, peak_gb, profile, row,
-                                seconds_of, seconds_of_one)
+from benchmarks.measure import (ceiling, collect, device_here, finish, peak_gb, row, seconds_of,
+                                seconds_of_one)
 from configs import Config, Source
 from runtime import cost
 from runtime import ranks as distributed
@@ -34,7 +34,7 @@ EMBEDDING, SIDE = 768, 256              # width of the image embedding; pixels a
 WARMED_UP = 1000                        # a step with the full learning rate
 WARM, IN_A_ROW = 3, 5                   # steps before the clock starts; between looks at it
 SECONDS = {False: 4.0, True: 0.0}       # that a rate is measured for; of a tiny network one round
-STEPS, FEW_STEPS, PROFILED_STEPS = 50, 20, 10   # of DDIM, of DPM-Solver++, of a profile
+STEPS, FEW_STEPS = 50, 20               # of DDIM, of DPM-Solver++
 CHECKED = 20                            # steps of `scale --check`
 MIB = 2**20
 TINY = {"latent": "pixels", "image_size": 32, "model_channels": 32, "channel_mult": (1, 2),
@@ -123,7 +123,7 @@ class Step:
         return loss
 
 
-def measure_training(variant, batch, tiny, where=False, without=()):
+def measure_training(variant, batch, tiny, without=()):
     """Yields pairs a second, time to the first step, peak memory; then the same as a CUDA graph."""
     leave_out(without)
     device, what = device_here(), f"batch {batch}"
@@ -133,9 +133,6 @@ def measure_training(variant, batch, tiny, where=False, without=()):
     if not step().isfinite().all():
         raise ValueError(f"{variant}, {what}: the loss is not finite")
     variant += names_of(without)
-    if where:
-        yield from profile(f"{variant}, {what}", step)
-        return
 
     def rate(what):
         for _ in range(WARM):
@@ -161,20 +158,16 @@ def names_of(parts):
     return "".join(f" without {part}" for part in parts)
 
 
-def jobs_of(args, measure, *options):
-    """Jobs of `measure` for --variants, behind that of the ceiling; or for --where alone."""
-    if args.where:
-        return [(args.where, measure, args.where, *options, args.tiny, True)]
-    return ([("ceiling", ceiling, args.tiny)] * args.ceilings
-            + [(variant, measure, variant, *options, args.tiny) for variant in args.variants])
+def rows_of(args, measure, *sizes):
+    """The rows of `measure` for --variants, at one size after the other, behind the ceiling's."""
+    return collect([("ceiling", ceiling, args.tiny)] * args.ceilings
+                   + [(variant, measure, variant, size, args.tiny)
+                      for size in sizes for variant in args.variants], args.seconds_limit)
 
 
 def run_train(args):
     """Training steps, at one batch after the other."""
-    jobs = []
-    for batch in args.batch[:1] if args.where else args.batch:
-        jobs += jobs_of(args, measure_training, batch)[bool(jobs and args.ceilings):]
-    rows = collect(jobs, args.seconds_limit)
+    rows = rows_of(args, measure_training, *args.batch)
     work = (1 + cost.BACKWARD) * cost.of(config_of(args.tiny), ALONE, 1).flops      # of a pair
     for entry in rows:
         if entry["unit"] == "pairs/s":
@@ -275,12 +268,12 @@ def check(label, step, batch, tiny):
 
 # ---- sampling
 
-def measure_sampling(variant, counts, tiny, where=False, without=()):
+def measure_sampling(variant, counts, tiny, without=()):
     """Yields seconds a view at each of `counts` views at once, of the first call, and memory."""
     leave_out(without)
     peer, device, fast = variant.startswith("diffusers"), device_here(), None
-    half = torch.float16 if "fp16" in variant else torch.bfloat16
-    dtype = half if device.type == "cuda" else torch.float32    # CPUs are slow in half precision
+    # CPUs are slow in half precision
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     config = config_of(tiny, **({"latent": "vae", "image_size": 64} if tiny else {}))
     net = network(config, peer, encoder("VAE", peer, tiny, dtype)[0]).eval().requires_grad_(False)
     net.model.to(dtype=dtype, memory_format=torch.channels_last)
@@ -310,11 +303,6 @@ def measure_sampling(variant, counts, tiny, where=False, without=()):
         sampled = functools.partial(diffusion.encoded_views, net, *photo, T, range(views),
                                     fast=fast)
         what = f"{views} view{'s at once' * (views > 1)}"
-        if where:
-            count = min(steps, PROFILED_STEPS)
-            yield from profile(f"{variant}, {what}, {count} steps",
-                               functools.partial(sampled, steps=count))
-            continue
         yield from time_views(what, functools.partial(sampled, steps=steps), work)
         if fast and views == counts[0] and not without:
             few = min(steps, FEW_STEPS)
@@ -324,7 +312,7 @@ def measure_sampling(variant, counts, tiny, where=False, without=()):
 
 def run_sample(args):
     """Seconds a view, of one photo encoded before."""
-    rows = collect(jobs_of(args, measure_sampling, args.views), args.seconds_limit)
+    rows = rows_of(args, measure_sampling, args.views)
     return finish(rows, {variant: ["diffusers, compiled", "diffusers, eager"]
                          for variant in args.variants if variant.startswith("product")})
 
@@ -342,7 +330,7 @@ def encoder(name, peer, tiny, dtype):
 
 
 @torch.no_grad()
-def measure_encoding(variant, batch, tiny, where=False, without=()):
+def measure_encoding(variant, batch, tiny, without=()):
     """Yields views/s of the VAE and of CLIP, of both one after the other, and memory."""
     leave_out(without)
     seconds, side = [], 32 if tiny else SIDE
@@ -357,20 +345,16 @@ def measure_encoding(variant, batch, tiny, where=False, without=()):
             encode = torch.compile(encode, dynamic=False)
         function = functools.partial(encode, views)
         first = seconds_of_one(function)
-        if where:
-            yield from profile(f"{how}, {name}", function)
-            continue
         seconds.append(seconds_of(function, SECONDS[tiny], IN_A_ROW) / batch)
         yield row(how, name, 1 / seconds[-1], "views/s", flops=work / seconds[-1])
         yield row(how, f"{name}: first call", first, "s")
         yield row(how, f"{name}: peak memory", peak_gb(), "GB")
-    if seconds:
-        yield row(how, "both", 1 / sum(seconds), "views/s")
+    yield row(how, "both", 1 / sum(seconds), "views/s")
 
 
 def run_encode(args):
     """Views through the frozen encoders, in bf16."""
-    rows = collect(jobs_of(args, measure_encoding, args.batch), args.seconds_limit)
+    rows = rows_of(args, measure_encoding, args.batch)
     return finish(rows, {variant: [variant.replace("product", "peers")]
                          for variant in args.variants if variant.startswith("product")})
 
@@ -381,15 +365,15 @@ def run_engine(args):
     """Rates with and without each part of the engine, and what a hundred lines of it earn."""
     jobs, peer_of = [], {}
     for part in ("", *args.without):
-        more = args.tiny, False, [part] if part else []
+        more = args.tiny, [part] if part else []
         for rate, variant, measure, sizes in (
                 ("train", "compiled", measure_training, args.batch),
                 ("sample", "product", measure_sampling, [args.views]),
                 ("encode", "product, compiled", measure_encoding, [2 if args.tiny else 64])):
             if rate in args.rates and (not part or rate in PARTS[part]):
-                jobs += [(f"{rate}{names_of(more[2])}", measure, variant, size, *more)
+                jobs += [(f"{rate}{names_of(more[1])}", measure, variant, size, *more)
                          for size in sizes]
-                peer_of[variant + names_of(more[2])] = [variant] * bool(part)
+                peer_of[variant + names_of(more[1])] = [variant] * bool(part)
     rows = finish(collect(jobs, args.seconds_limit), peer_of)
     for entry in [entry for entry in rows if entry["unit"] in ("pairs/s", "s/view", "views/s")]:
         part = entry["variant"].partition(" without ")[2]

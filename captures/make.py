@@ -17,6 +17,7 @@ import time
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,8 @@ ARGUMENTS = ("command", "size", "views", "depth", "image_format", "seed", "scene
              "shard_size")      # that decide what is in the shards
 WHERE = "folder", "folders", "cameras", "frames", "videos", "colmap"        # captures lie
 SHARE_HELD_OUT, MOST_HELD_OUT = 0.05, 100       # scenes of captures, unless told
+# of fewer scenes a view in so many of each is held out; more of few, so that their mean says much
+FEW_SCENES, SHARE_OF_VIEWS, SURE_VIEWS = 10, 10, 4
 MOST_ON_GPU = 6                 # processes that share a GPU, unless told: each takes 2 GB of it
 
 
@@ -58,14 +61,16 @@ def find(args):
 
 def split_captures(found, args):
     """{split: Captures by name}. Which are held out, and which a smaller number of scenes leaves,
-    follows from the seed and the names. Raises ValueError."""
+    follows from the seed and the names; where there are few, each is in both, with its own views.
+    Raises ValueError."""
     names = Counter(capture.name for capture in found)
     twice = [name for name, count in names.items() if count > 1]
     if twice:
         raise ValueError(f"two scenes are called {twice[0]}: rename the folder of one")
     held_out = args.held_out
+    by_views = held_out < 0 and len(found) < FEW_SCENES
     if held_out < 0:
-        held_out = min(MOST_HELD_OUT, math.ceil(SHARE_HELD_OUT * len(found))) * (len(found) > 1)
+        held_out = 0 if by_views else min(MOST_HELD_OUT, math.ceil(SHARE_HELD_OUT * len(found)))
     if len(found) <= held_out:
         raise ValueError(f"{len(found)} scenes found, of which --held-out {held_out} leaves none "
                          "for training")
@@ -73,7 +78,30 @@ def split_captures(found, args):
                    .digest())
     train = order[held_out:][:args.scenes or None]
     by_name = functools.partial(sorted, key=lambda capture: capture.name)
+    if by_views:
+        return {split: [part_of(capture, split) for capture in by_name(train)
+                        if places(capture.count, split)] for split in SPLITS}
     return dict(zip(SPLITS, (by_name(train), by_name(order[:held_out]))))
+
+
+def part_of(capture, split):
+    """The Capture of those views of a scene that are of one split."""
+    return replace(capture, count=len(places(capture.count, split)),
+                   read=functools.partial(read_part, capture.read, split))
+
+
+def read_part(read, split):
+    """(Views of one split, LeftOuts, which count once) of a Capture's `read`."""
+    views, out = read()
+    return [views[i] for i in places(len(views), split)], out * (split == "train")
+
+
+def places(count, split):
+    """The places of a split's views among all of a scene; held out are some evenly apart."""
+    held_out = max(count // SHARE_OF_VIEWS, min(count // 4, SURE_VIEWS))
+    held_out *= held_out >= FEWEST_VIEWS
+    apart = {(2 * i + 1) * count // (2 * held_out) for i in range(held_out)}
+    return [i for i in range(count) if (i in apart) == (split == "held-out")]
 
 
 def count_views(capture, args):
@@ -174,6 +202,8 @@ def run_captures(args):
     listed = "\n".join(f"{path.name} {each.name} {each.count}" for path, shard in plan
                        for each in shard)
     arguments = {"version": VERSION} | {name: getattr(args, name) for name in ARGUMENTS}
+    if args.held_out < 0 and len(found) < FEW_SCENES:
+        arguments["held_out"] = "views"
     arguments["found"] = (f"{len(found)} scenes (list "
                           f"{hashlib.sha256(os.fsencode(listed)).hexdigest()[:12]})")
     for name in WHERE:

@@ -29,7 +29,7 @@ BOUNDS = {name: (low, high) for low, high, names in (
                "num_heads norm_groups context_dim"),
     (1, MOST, "steps batch_size micro_batch log_every save_every keep keep_every sample_every "
               "sample_steps validate_pairs validate_steps pairs_per_shard"),
-    (0, MOST, "warmup_steps eval_pairs validate_every"),
+    (0, MOST, "warmup_steps eval_pairs validate_every patience"),
     (0, 2**63 - 1, "seed"),
     (1, 1024, "window"),
     (0, 1024, "workers threads lora_rank"),
@@ -135,6 +135,8 @@ class Config:
     validate_every: int = 1000              # steps between validations; 0 has none
     validate_pairs: int = 64                # held-out pairs of each validation, of the eval_pairs
     validate_steps: int = 8                 # network evaluations a sample of it, at most
+    patience: int = 0                       # validations without a lower loss that end a run; 0
+                                            # goes on to the last step
     sampler: Literal["ddim", "reference", "dpm++", "unipc"] = "ddim"
     sample_steps: int = 50                  # network evaluations a sample
     guidance: float = 3.0                   # classifier-free guidance scale; 1 has none

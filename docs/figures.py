@@ -26,7 +26,7 @@ from views import pictures, render
 
 SIZE, VIEWS, MOTION = 64, 6, 0.5        # of the scenes: what the small weights have learnt of
 INK, BLUE, RED, GREEN, PALE = "#1f2328", "#0969da", "#cf222e", "#1a7f37", "#eaeef2"
-COLORS = 64                 # of a PNG's palette
+COLORS = 128                # of a PNG's palette
 GUIDED = 0, 1, 1.5, 2, 3, 4, 6, 8
 
 

@@ -9,9 +9,9 @@ import torch
 from runtime import checkpoint, command, runs
 from runtime.checkpoint import (CONFIG, EMA, FROZEN, INPUT_CONV, LEFTOVERS, POSE, PROJECTION,
                                 SCHEDULE, UNET, UNUSED, ema_name)
-from runtime.export import write_diffusers
+from runtime.export import changed, write_diffusers
 from runtime.files import unfinished
-from runtime.foreign import SPARE, LazyTensor, StateDict, nbytes, write_safetensors
+from runtime.foreign import SPARE, StateDict, nbytes, write_safetensors
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 GROUPS = {      # part of a checkpoint: how its names begin, its use
@@ -72,7 +72,7 @@ def convert(source, target, ema=False, dtype=None, init=""):
     entries = folded(tensors) if ema else dict(tensors.entries)
     for name, entry in entries.items():
         if dtype and entry.dtype.is_floating_point and name not in (*SCHEDULE, EMA + "decay"):
-            entries[name] = cast(entry, dtype)
+            entries[name] = changed(entry, entry.shape, lambda w: w.to(dtype), dtype)
     size = sum(map(nbytes, entries.values()))
     if tensors.path.is_file() and size > 2 * tensors.path.stat().st_size + SPARE:
         raise ValueError(f"{tensors.path} repeats its numbers: written out they are {size:,} bytes")
@@ -99,10 +99,6 @@ def folded(tensors):
     return entries | {name: tensors.entries[average] for name, average in averages.items()}
 
 
-def cast(entry, dtype):
-    return LazyTensor(dtype, entry.shape, lambda: entry.read().to(dtype))
-
-
 def meta_of(tensors):
     """What a file says beside weights: the step, and a run's configuration where there is one."""
     config = {CONFIG: json.dumps(tensors.meta["config"])} if "config" in tensors.meta else {}
@@ -122,11 +118,6 @@ def write_file(path, tensors):
     write_safetensors(path, tensors, {key: str(value) for key, value in meta_of(tensors).items()})
 
 
-def write_folder(path, tensors):
-    path.mkdir()
-    return write_diffusers(path, tensors)
-
-
 def write_run(path, tensors):
     """Writes a step folder of a run, without the optimizer's moments."""
     weights = {name: entry for name, entry in tensors.entries.items() if not name.startswith(EMA)}
@@ -137,7 +128,7 @@ def write_run(path, tensors):
                     {**tensors.meta, "ema_updates": checkpoint.updates_of(tensors)})
 
 
-WRITERS = {".ckpt": write_ckpt, ".pt": write_ckpt, ".safetensors": write_file, "": write_folder}
+WRITERS = {".ckpt": write_ckpt, ".pt": write_ckpt, ".safetensors": write_file, "": write_diffusers}
 
 
 def main(argv=None):
@@ -162,5 +153,5 @@ def main(argv=None):
     print(f"wrote {args.target}")
     if left:
         print(f"{len(left)} tensors have no place in it: {', '.join(left[:5])}"
-              + (", ..." if len(left) > 5 else "")
-              + ("; --ema writes averaged weights as the UNet" if left[0].startswith(EMA) else ""))
+              + ", ..." * (len(left) > 5)
+              + "; --ema writes averaged weights as the UNet" * left[0].startswith(EMA))

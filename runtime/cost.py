@@ -8,7 +8,7 @@ on top.
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,8 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 import engine
 import model
 from runtime import lora
+from runtime.ranks import ALONE
 
 GB = 1e9
+RUNTIME = 1 * GB                    # of CUDA, its libraries and what lies between tensors
 FLOAT = 4                           # bytes
 BACKWARD = 2                        # FLOPs of a backward pass, in forward passes
 CEILING_SIDE = {"cuda": 8192}       # of the matrices of `ceiling`
@@ -134,6 +136,17 @@ def available(device):
     except (AttributeError, ValueError, OSError):       # Windows
         return float("inf")
     return total / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def fits(config, memory):
+    """A line: the largest micro-batch in so many GB of a GPU that need not be there. On the safe
+    side: all that is kept for one pair counts for every pair, and RUNTIME goes off."""
+    one = of(replace(config, batch_size=1, micro_batch=1), ALONE, 1)
+    pairs = int((memory * GB - RUNTIME - one.state) / one.activations)
+    what = f"low-rank updates, rank {config.lora_rank}" if config.lora_rank else "all weights"
+    return (f"{memory:g} GB, {what}: state {one.state / GB:.3g} GB, {one.activations / GB:.2g} GB "
+            "a pair; by estimate " + (f"--micro_batch={pairs} fits" if pairs > 0 else
+                                      f"no pair fits; {LESS}, and --lora_rank=16 most"))
 
 
 def check(cost, device, say):

@@ -108,8 +108,10 @@ def rename(name, table, *inside):
     return None
 
 
-def changed(entry, shape, change):
-    return LazyTensor(entry.dtype, tuple(shape), lambda: change(entry.read()).contiguous())
+def changed(entry, shape, change, dtype=None):
+    """The entry that `change` makes of another one when it is read."""
+    return LazyTensor(dtype or entry.dtype, tuple(shape),
+                      lambda: change(entry.read()).contiguous())
 
 
 # ------------------------------------------------------------------------------ networks
@@ -274,7 +276,7 @@ def read_part(folder):
 
 
 def write_diffusers(folder, tensors):
-    """Writes the parts that there are into an existing folder. Returns the names left out.
+    """Writes the parts that there are. Returns the names left out.
 
     tensors: StateDict under checkpoint names; what weights do not tell is taken from the run's
     configuration, if they are of one, else Stable Diffusion's. That configuration is kept beside
@@ -311,5 +313,5 @@ def write_diffusers(folder, tensors):
 
 
 def write_json(path, value):
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

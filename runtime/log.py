@@ -180,6 +180,17 @@ class Log:
             for part, number in (value if isinstance(value, dict) else {"": value}).items():
                 self.on_board("add_scalar", f"{name}/{part}".rstrip("/"), number, step)
 
+    def is_worse(self, patience):
+        """Whether the newest `patience` validations, if not 0, had no lower loss than another."""
+        if patience and self.main and self.path.exists():
+            rows = [json.loads(line) for line in self.path.read_bytes().splitlines()]
+            losses = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
+            best = min(losses, key=losses.get, default=0)
+            if sum(step > best for step in losses) >= patience:
+                self.say(f"the loss of held-out pairs was least after step {best}, and it ends")
+                return True
+        return False
+
     def append(self, row):
         """Adds a line to log.jsonl, whatever the one before it came to."""
         with self.tolerant(self.path), open(self.path, "ab+") as file:

@@ -30,8 +30,8 @@ CHECKED_PAIRS = 4       # of each source, at start
 FREE = {"data", "out", "steps", "device", "compile", "graph", "checkpoint_activations",
         "micro_batch", "divide_optimizer", "workers", "threads", "max_damaged", "log_every",
         "save_every", "keep", "keep_every", "sample_every", "eval_pairs", "validate_every",
-        "validate_pairs", "validate_steps", "sampler", "sample_steps", "guidance", "eta", "init",
-        "depth_weights", "precision", "web_patience"}
+        "validate_pairs", "validate_steps", "patience", "sampler", "sample_steps", "guidance",
+        "eta", "init", "depth_weights", "precision", "web_patience"}
 # of these that may differ among the ranks
 OWN = {"data", "out", "device", "workers", "threads", "web_patience"}
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 import camera
+from runtime.command import progress
 from shards.files import PATIENCE, Damaged, LocalFile, cache_folder
 from shards.index import DEPTH, IMAGE, EncodedIndex, RawIndex, whole_matrices
 from shards.streams import expand, fetch, find_shards, is_stream
@@ -143,8 +143,7 @@ class Scenes:
         with ThreadPoolExecutor(INDEX_THREADS) as pool:
             shards = pool.map(lambda file: self.index(file, format, keep),
                               [*files[first:], *files[:first]])
-            shards = list(tqdm(shards, f"index {name}", len(files), unit=" shards", delay=1,
-                               leave=False))
+            shards = list(progress(shards, f"index {name}", "shards", len(files)))
         self.shards = shards[len(files) - first:] + shards[:len(files) - first]
         self.report, self.problems = Counter(), []
         for where, reason, count in (line for shard in self.shards for line in shard.problems):

@@ -118,9 +118,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the changes (%(default)s)")
     given = parser.parse_args()
     warnings.simplefilter("error", RuntimeWarning)
-    # a thread and a bar for every file, which has one shard, cost as much as to read it
+    # a thread for every file, which has one shard, costs as much as to read it
     scenes.ThreadPoolExecutor = lambda threads: nullcontext(types.SimpleNamespace(map=map))
-    scenes.tqdm = lambda shards, *rest, **options: shards
     folder = tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
     began = time.monotonic()
     try:

@@ -277,15 +277,15 @@ def test_the_verdict_of_the_report_takes_three_standard_errors(lead, verb):
     assert "(repeat the view)" in score.report(rows)[-1]
 
 
-def test_one_scene_has_no_error_and_no_verdict():
-    rows = [{"uid": str(i), "scene": "a", "source": "s", "distance": 1.0,
+def test_the_error_of_one_scene_is_over_the_views_that_are_made_and_told_to_be_its_own():
+    rows = [{"uid": f"{j}->{i}", "scene": "a", "source": "s", "distance": 1.0,
              "scores": {method: {"psnr": base + i} for method, base in
-                        (("this model", 10.0), ("repeat the view", 12.0))}} for i in range(2)]
+                        (("this model", 10.0), ("repeat the view", 12.0))}} for i in range(2) for j in range(3)]
     found = score.summarize(rows)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
-    assert found["methods"]["this model"]["psnr"] == {"mean": 10.5, "se": None, "n": 2}
+    assert found["methods"]["this model"]["psnr"] == {"mean": 10.5, "se": 0.5, "n": 6}
     lines = "\n".join([*score.screen(found), score.verdict(rows)])
-    assert "is -2.00 dB from the best baseline (repeat the view) on one scene" in lines
+    assert "loses to the best baseline (repeat the view): -2.00 dB +- 0.00, on one scene" in lines
     assert "nan" not in lines
     alone = rows_with(this_model=[10.0], repeat_the_view=[12.0])
     assert "on one scene" in score.report(alone)[-1] and "nan" not in "".join(score.report(alone))

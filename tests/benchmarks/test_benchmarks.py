@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as bench
-from benchmarks import files, measure, networks
+from benchmarks import load, measure, networks
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def rows_of(monkeypatch, tmp_path, capsys):
         return {row["name"]: row for row in json.loads(file.read_text())}, capsys.readouterr().out
 
     threads, enabled = torch.get_num_threads(), dict(networks.engine.kernels.enabled)
-    for module in (files, networks):
+    for module in (load, networks):
         monkeypatch.setattr(module, "collect", here)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "0")
@@ -99,17 +99,10 @@ def test_a_step_trains_every_part_as_the_product_does():
     assert step.ema.updates == 1 and step.optimizer.count == 1
 
 
-def test_where_the_time_goes_adds_up_to_a_step(rows_of):
-    rows, said = rows_of("train", "--tiny", "--batch", "1", "--where", "eager")
-    found = {row["what"] for row in rows.values()}
-    assert {"convolutions and products", "norms", "attention", "gaps"} <= found
-    assert "aten::native_group_norm" in said
-
-
 def test_the_engine_is_measured_part_by_part(rows_of, monkeypatch):
     seen = []
 
-    def training(variant, batch, tiny, where, without):
+    def training(variant, batch, tiny, without):
         seen.append(tuple(without))
         yield measure.row(variant + networks.names_of(without), f"batch {batch}",
                           80.0 if without else 100.0, "pairs/s")
@@ -178,36 +171,11 @@ def test_loading_is_measured_and_its_file_removed(rows_of, tmp_path, monkeypatch
                                  attention_resolutions=(1,), num_heads=2, context_dim=8)
         with torch.device("meta"):
             return networks.model.build(config)
-    monkeypatch.setattr(files, "zero123", tiny)
+    monkeypatch.setattr(load, "zero123", tiny)
     rows, _ = rows_of("load", "--folder", str(tmp_path))
     assert rows["product, time, from the cache"]["peer"] == "reading the bytes"
     assert rows["product, peak memory of what is kept"]["value"] > 0
     assert [path.name for path in tmp_path.iterdir()] == ["rows.json"], "the file is left behind"
-    files.write_checkpoint(tmp_path / "x.ckpt", 32)
+    load.write_checkpoint(tmp_path / "x.ckpt", 32)
     state = torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]
     assert set(tiny(32).state_dict()) < set(state)
-
-
-def test_pairs_are_measured_beside_decoding_and_shards_are_removed(rows_of, tmp_path, monkeypatch):
-    for name, count in (("SCENES", 2), ("VIEWS", 4), ("DISTINCT", 2)):
-        monkeypatch.setattr(files, name, count)
-    rows, _ = rows_of("data", "--folder", str(tmp_path), "--pairs", "16", "--formats", "JPEG",
-                      "encoded", "--workers", "1")
-    assert {"JPEG, one process", "JPEG, loader of 1", "encoded, one process"} <= set(rows)
-    assert rows["JPEG, one process"]["peer"] == "decoding JPEG"
-    assert [path.name for path in tmp_path.iterdir()] == ["rows.json"], "shards are left behind"
-
-
-@pytest.mark.parametrize("kernel, kind", [
-    ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32", "convolutions and products"),
-    ("nvjet_hsh_256x128_64x4_1x2_h_bz_coopA_NNT", "convolutions and products"),
-    ("triton_poi_fused__to_copy_12", "copies and layouts"),
-    ("triton_poi_fused_add_mul_silu_3", "pointwise"),
-    ("triton_red_fused_native_layer_norm_backward_7", "norms"), ("moments_kernel", "norms"),
-    ("void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel", "attention"),
-    ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdam>",
-     "optimizer and average"),
-    ("triton_per_fused_sum_4", "reductions"), ("Memcpy DtoD (Device -> Device)",
-                                               "copies and layouts")])
-def test_kernels_are_counted_by_kind(kernel, kind):
-    assert measure.kind(kernel) == kind

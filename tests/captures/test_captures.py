@@ -965,7 +965,7 @@ def test_a_split_is_by_scene_and_seeded_and_a_subset_keeps_it(many, tmp_path):
     assert names(tmp_path / "c", "held-out") != held_out
 
 
-def test_a_twentieth_of_the_scenes_is_held_out_unless_told_but_never_the_only_one(many, tmp_path):
+def test_a_twentieth_of_the_scenes_is_held_out_unless_told_and_nothing_of_three_views(many, tmp_path):
     small = ["--size", "8", "--views", "2", "--workers", "1"]
     prepare.main([*many, "--out", str(tmp_path / "a"), *small])
     assert len(names(tmp_path / "a", "held-out")) == 1 and len(names(tmp_path / "a", "train")) == 11

@@ -13,7 +13,7 @@ from PIL import Image
 from test_prepare import read_shard
 
 import prepare
-from captures import own, resample
+from captures import make, own, resample
 from views import colmap, paths
 from views.colmap import Lens
 
@@ -94,6 +94,15 @@ def test_the_coefficients_of_a_transforms_json_are_undone(fields, lens, tmp_path
     run("nerfstudio", tmp_path, "--out", tmp_path / "out")
     count, psnr, depth = errors(tmp_path / "out")
     assert count == 3 and psnr > 40 and depth < 0.01
+
+
+def test_of_few_scenes_a_tenth_of_the_views_of_each_is_held_out(tmp_path):
+    folder = capture(tmp_path / "room", PINHOLE, n=8)
+    prepare.main(["colmap", str(folder), "--size", "16", "--workers", "1", "--out", str(tmp_path / "out")])
+    parts = {split: {image.tobytes() for image, *_ in read_shard(
+        tmp_path / f"out/{split}-000000.tar")["colmap/room"].values()} for split in make.SPLITS}
+    assert len(parts["train"]) == 6 and len(parts["held-out"]) == 2 and len({*parts["train"], *parts["held-out"]}) == 8
+    assert [make.places(n, "held-out") for n in (3, 8, 25)] == [[], [2, 6], [3, 9, 15, 21]]
 
 
 # ---- photos

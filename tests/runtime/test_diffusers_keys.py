@@ -42,7 +42,6 @@ def network(kind="two levels", pose=4):
 
 def folder_of(tmp_path, module, kind="two levels"):
     path, file = tmp_path / "diffusers", tmp_path / "module.safetensors"
-    path.mkdir()
     tensorfile.write_safetensors(file, module.state_dict())
     tensors = tensorfile.read_file(file)
     tensors.meta["config"] = {"num_heads": UNETS[kind]["num_heads"], "prediction": "z"}

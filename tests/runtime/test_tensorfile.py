@@ -100,7 +100,7 @@ def tensors(draw):
     return tensor
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.dictionaries(st.text(min_size=1, max_size=8), tensors(), min_size=1, max_size=5),
        st.booleans(), st.booleans())
 def test_whatever_torch_saves_reads_as_torch_loads_it(tmp_path_factory, state, nested, modern):

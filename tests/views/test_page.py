@@ -401,6 +401,8 @@ def test_another_tab_takes_over_and_the_first_can_take_it_back(server, browser):
 
 def test_the_page_fits_a_telephone_and_a_dark_room(server, browser):
     page = Page(browser, server.address, 390, 844, dark=True)
+    page.choose("motion", "orbit")
+    page.until("keys.length === 8 && frames.length")
     assert page.js("document.documentElement.scrollWidth") <= 390
     colours = re.findall(r"\d+", page.js("getComputedStyle(document.body).backgroundColor"))
     assert max(map(int, colours)) < 64
