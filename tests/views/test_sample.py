@@ -505,6 +505,16 @@ def test_pose_vectors_take_the_scale_as_training_does():
         assert found[1, 3].item() == pytest.approx(3 / scale)
 
 
+def test_a_published_file_is_sampled_in_few_steps_unless_told():
+    def chosen(*words, published=True):
+        return sample.options_of(sample.parser().parse_args(list(words)), published)
+
+    assert sample.PUBLISHED.items() <= chosen("--guidance", "2").items() and chosen()["seed"] == 0
+    for words in (["--sampler", "ddim"], ["--steps", "50"], ["--eta", "0"], ["--spacing", "trailing"]):
+        assert chosen(*words) == chosen(*words, published=False) != chosen()
+    assert "sampler" not in chosen(published=False)
+
+
 def test_a_photo_for_a_model_without_a_scale_has_none(tmp_path):
     Image.new("RGB", (64, 64)).save(tmp_path / "photo.png")
     source = configs.Source("none", "co3d", "none", 1.0)
