@@ -97,7 +97,7 @@ def write(net, pairs, config, rows, depth_net, checkpoint, notes, out):
     write_text(out / "metrics.json", json.dumps({**about, **found}, indent=1) + "\n")
     print(f"{checkpoint}: {len(rows)} pairs of views never seen in training, of {scenes} scenes, "
           f"seed {config.seed}, {config.sample_steps} steps of {config.sampler}\n")
-    print("\n".join([*score.screen(found), score.verdict(rows), *notes]))
+    print("\n".join([*score.report(rows), *notes]))
     print(f"in {out}: metrics.json, pairs.jsonl, cases.png")
 
 

@@ -54,7 +54,7 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import torch
-from torch.utils.data import Subset, default_collate
+from torch.utils.data import Subset
 
 import data
 import depth
@@ -181,8 +181,7 @@ def averaged(run, function, *arguments):
 
 def show(run, step):
     """Writes a grid of held-out pairs, a row each: conditioning view | truth | sample."""
-    places = range(min(GRID_PAIRS, len(run.held_out)))
-    batch = default_collate([run.held_out[k] for k in places])
+    batch = run.held_out.__getitems__(range(min(GRID_PAIRS, len(run.held_out))))
     views, image_cond, truth = score.views_of(run.net, batch, run.config, run.depth_net)
     path = run.log.picture(step, "grids", score.grid(image_cond, truth, views))
     run.log.say(f"{path}: conditioning view | truth | sample, of held-out views")
@@ -192,7 +191,7 @@ def show(run, step):
 
 def rows_of(run):
     """The rows of the `eval_pairs` held-out pairs, see score.score."""
-    pairs = Subset(run.held_out, range(min(run.config.eval_pairs, len(run.held_out))))
+    pairs = Subset(run.held_out.dataset, run.held_out.indices[:run.config.eval_pairs])
     return score.score(run.net, pairs, run.config, score.FAST, run.depth_net)
 
 
@@ -210,10 +209,13 @@ def conclude(run):
     rows, path = rows_of(run), Path(run.config.out) / "metrics.json"
     before = path.with_name(BEGIN)
     before = files.read_json(before)["rows"] if before.is_file() else []
-    means = {name: found["psnr"] for name, found in score.means_of(rows).items()}
+    methods = score.summarize(rows)["methods"]
+    means = {name: found["psnr"]["mean"] for name, found in methods.items()}
     with run.log.tolerant(path):
         files.write_text(path, json.dumps({"psnr": means, "pairs": len(rows)}, indent=1))
-    run.log.say("\n".join(score.report(rows, before)))
+    run.log.say("\n".join([
+        f"held-out PSNR over {len(rows)} pairs of views never seen in training",
+        *score.report(rows, ["methods"], before)]))
 
 
 def end(run, done, stopped):

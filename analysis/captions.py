@@ -14,9 +14,7 @@ VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"      # its first lines after the hea
 
 
 def parser():
-    """The command line."""
-    p = command.Parser("python -m analysis.captions",
-                       description="Which of the texts does CLIP see in the image?")
+    p = command.Parser("python -m analysis.captions", description=__doc__.splitlines()[0])
     p.add_argument("image", help="an image file")
     p.add_argument("--text", nargs="+", required=True, help="what may be in it")
     p.add_argument("--weights", nargs="+", required=True,
@@ -60,14 +58,10 @@ class CLIP(clip.CLIP):
                                             transformer_heads, causal=True)
 
     def forward(self, image, tokens):
-        """Cosine similarities times exp(logit_scale): (images, texts) and its transpose.
-
-        image: (b, 3, h, w) in [-1, 1]; tokens: (texts, context_length) of `Tokenizer.tokenize`.
-        """
+        """Cosine similarities times exp(logit_scale), (images, texts), of images (b, 3, h, w) in
+        [-1, 1] and tokens (texts, context_length) of `Tokenizer.tokenize`."""
         text = F.normalize(self.encode_text(tokens), dim=-1)
-        image = F.normalize(self.encode_image(image), dim=-1)
-        logits = self.logit_scale.exp() * image @ text.T
-        return logits, logits.T
+        return self.logit_scale.exp() * F.normalize(self.encode_image(image), dim=-1) @ text.T
 
     def encode_text(self, tokens):
         """Token numbers to the embedding of the text, not normalised. (b, n) -> (b, d)."""
@@ -79,7 +73,6 @@ class CLIP(clip.CLIP):
 
     @classmethod
     def sizes_of(cls, state):
-        """The constructor's arguments, read off the shapes of a CLIP's tensors (name -> tensor)."""
         sizes, layers = super().sizes_of(state), clip.layers_of(state, "transformer.")
         if not layers:
             raise ValueError("this CLIP has no text transformer: zero123 checkpoints leave it out; "
@@ -95,21 +88,19 @@ class Tokenizer:
     behind it; then neighbours are merged, always the pair that comes first in the vocabulary file.
     """
     def __init__(self, path):
-        merges = read_merges(path)
         # the vocabulary lists the bytes that print as themselves before the others
-        printable = [b for b in range(256)
-                     if ord("!") <= b <= ord("~") or b >= ord("¡") and b != ord("\xad")]
-        others = [b for b in range(256) if b not in printable]
-        self.characters = {b: chr(b) for b in printable} | {b: chr(256 + i)
-                                                            for i, b in enumerate(others)}
-        characters = [*self.characters.values()]
-        tokens = characters + [c + "</w>" for c in characters] + ["".join(m) for m in merges]
-        self.ids = {token: i for i, token in enumerate([*tokens, START, END])}
+        self.characters = {b: chr(b) for b in range(256)
+                           if ord("!") <= b <= ord("~") or b >= ord("¡") and b != ord("\xad")}
+        for i, b in enumerate(sorted(set(range(256)) - self.characters.keys())):
+            self.characters[b] = chr(256 + i)
+        characters, merges = [*self.characters.values()], read_merges(path)
+        tokens = [*characters, *(c + "</w>" for c in characters), *map("".join, merges), START, END]
+        self.ids = {token: i for i, token in enumerate(tokens)}
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
 
     def tokenize(self, texts, context_length=77):
         """Texts to token numbers, zeros behind the end-of-text token: (b, context_length) int64.
-        Raises ValueError for a text that does not fit."""
+        ValueError for a text that does not fit."""
         rows = torch.zeros(len(texts), context_length, dtype=torch.int64)
         for row, text in zip(rows, texts):
             ids = [self.ids[START], *self.encode(text), self.ids[END]]
@@ -132,17 +123,11 @@ class Tokenizer:
         parts = [self.characters[byte] for byte in word.encode("utf-8")]
         parts[-1] += "</w>"
         while len(parts) > 1:
-            pair = min(zip(parts, parts[1:]), key=lambda pair: self.ranks.get(pair, MERGES))
-            if pair not in self.ranks:
+            rank, i = min((self.ranks.get(pair, MERGES), i)
+                          for i, pair in enumerate(zip(parts, parts[1:])))
+            if rank == MERGES:
                 break
-            merged = []
-            for part in parts:
-                # a joined pair is longer than its first half, so it is not joined again
-                if merged and (merged[-1], part) == pair:
-                    merged[-1] += part
-                else:
-                    merged.append(part)
-            parts = merged
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
         return [self.ids[part] for part in parts]
 
 
@@ -160,10 +145,10 @@ def read_merges(path):
 
 def find_vocabulary():
     """The vocabulary file of an installed open_clip or clip, which are not imported."""
-    for folder in sys.path:
-        for path in (Path(folder) / package / VOCABULARY for package in ("open_clip", "clip")):
-            if path.is_file():
-                return path
+    for path in (Path(folder, package, VOCABULARY)
+                 for folder in sys.path for package in ("open_clip", "clip")):
+        if path.is_file():
+            return path
     raise FileNotFoundError(f"{VOCABULARY} is in no installed open_clip or clip: --vocabulary "
                             "names it, or: pip install --no-deps open_clip_torch")
 
@@ -178,7 +163,7 @@ def main(args):
     tokens = Tokenizer(args.vocabulary or find_vocabulary()).tokenize(args.text)
     image = read_image(args.image)
     with torch.inference_mode():
-        logits, _ = load_clip(args.weights, CLIP)(image, tokens)
+        logits = load_clip(args.weights, CLIP)(image, tokens)
     for probability, text in zip(logits[0].softmax(dim=0).tolist(), args.text):
         print(f"{probability:6.1%}  {text}")
 

@@ -9,8 +9,9 @@ are left out. Figures are explained in metrics.py. Letters: `b` batch, `c` chann
 import math
 from dataclasses import replace
 
+import numpy as np
 import torch
-from torch.utils.data import Subset, default_collate
+from torch.utils.data import Subset
 
 import camera
 import data
@@ -27,7 +28,8 @@ TITLES = {"psnr": ("PSNR dB", 2), "ssim": ("SSIM", 3), "sharpness": ("sharpness"
           "lpips_alex": ("LPIPS alex", 3), "lpips_vgg": ("LPIPS vgg", 3), "clip": ("CLIP", 3),
           "reprojection": ("reprojection dB", 2), "camera_margin": ("camera margin dB", 2),
           "camera_found": ("camera found", 3)}
-DISTANCES = (1, 2, 3)       # edges between buckets of camera distance, in radii of the scene
+TABLES = {"methods": "method", "sources": "source", "distances": "camera distance"}
+FAR = 3                     # radii of the scene: all camera distances from there on are one row
 SURE = 3                    # standard errors that make a difference clear
 BANDS = 4                   # equal parts of the timesteps, each with its own validation loss
 CASES = 12                  # rows of the sheet, from the best pair to the worst
@@ -56,22 +58,30 @@ def held_out_pairs(config, count, fewer=False):
 
 def load_depth(config, device):
     """The depth network of a Config, or nothing where it names no weights."""
-    if not config.depth_weights:
-        return None
-    return networks.load_depth(config.depth_weights).to(device).eval()
+    return networks.load_depth(config.depth_weights).to(device) if config.depth_weights else None
 
 
-def case(pairs, place):
-    """(pair, {source, scene, depth_cond, depth_target}): what is stored beside a pair."""
-    dataset, number = pairs.dataset, pairs.indices[place]
-    item = dataset[number]
+def batch_of(pairs, places, depths=False):
+    """The batch of some of held_out_pairs, with {"source", "scene"}: lists of names; and with
+    `depths` those that are stored of the two views of each: "depths" (b, 2, h, w), 0 unknown."""
+    dataset, batch = pairs.dataset, pairs.__getitems__(places)
     # what was damaged has been replaced by a later draw of the same number
-    source, scene, *views = dataset.draw(number, attempt=len(item["damage"].splitlines()))
-    reader = dataset.readers[source]
-    cond, target = (torch.from_numpy(reader.depth(scene, view)) for view in views)
-    scene = item["uid"].rpartition(":")[0]          # shards of two sources may be called the same
-    return item, {"source": reader.name, "scene": f"{reader.name}: {scene}",
-                  "depth_cond": cond, "depth_target": target}
+    drawn = [dataset.draw(number, attempt=len(damage.splitlines()))
+             for number, damage in zip(batch["number"].tolist(), batch["damage"])]
+    batch["source"] = [dataset.readers[source].name for source, *_ in drawn]
+    # shards of two sources may be called the same
+    batch["scene"] = [f"{source}: {uid.rpartition(':')[0]}"
+                      for source, uid in zip(batch["source"], batch["uid"])]
+    if depths:
+        batch["depths"] = torch.from_numpy(np.array(
+            [[dataset.readers[source].depth(scene, view) for view in views]
+             for source, scene, *views in drawn]))
+    return batch
+
+
+def batches_of(pairs, config):
+    """The places of the pairs, a list of lists of at most micro_batch."""
+    return [places.tolist() for places in torch.arange(len(pairs)).split(config.micro_batch)]
 
 
 # ---- the loop
@@ -81,16 +91,14 @@ def judges_of(net, config, lpips=(), clip_files=()):
 
     lpips: names of backbones and their files; clip_files: CLIP's, in place of the network's own.
     """
-    device, notes, judges = net.betas.device, [], dict(FAST)
-    for name, path in lpips:
-        judges[f"lpips_{name}"] = metrics.load_lpips(name, path, device)
-    if not lpips:
-        notes.append("LPIPS is left out: --lpips alex alexnet-owt-7be5be79.pth (or vgg and "
-                     "VGG-16's file) gives its weights")
-    embed = net.embed if config.latent == "vae" else None
-    if clip_files:
-        embed = networks.load_clip(clip_files).to(device).eval().encode_image
-    if embed:
+    device = net.betas.device
+    notes = [] if lpips else ["LPIPS is left out: --lpips alex alexnet-owt-7be5be79.pth (or vgg "
+                              "and VGG-16's file) gives its weights"]
+    judges = FAST | {f"lpips_{name}": metrics.load_lpips(name, path, device)
+                     for name, path in lpips}
+    if clip_files or config.latent == "vae":
+        embed = (networks.load_clip(clip_files).to(device).encode_image if clip_files else
+                 net.embed)
         judges["clip"] = lambda view, truth: torch.cosine_similarity(embed(view), embed(truth))
     else:
         notes.append("CLIP similarity is left out: --clip ViT-L-14.pt gives its weights")
@@ -114,23 +122,20 @@ def views_of(net, batch, config, depth_net=None):
     return views, image_cond, truth
 
 
-def guesses_of(net, cases, config, depth_net=None):
-    """Of a batch of cases: ({method: (b, 3, h, w)}, truth, and where depths are stored with the
-    cases a metrics.Followed and what of the conditioning view the target sees; else two None)."""
-    batch = default_collate([item for item, _ in cases])
+def guesses_of(net, batch, config, depth_net=None):
+    """Of a batch: ({method: (b, 3, h, w)}, truth, and with its depths a metrics.Followed)."""
     views, image_cond, truth = views_of(net, batch, config, depth_net)
     guesses = {MODEL: views, "repeat the view": image_cond,
                "its mean colour": image_cond.mean(dim=(2, 3), keepdim=True).expand_as(image_cond)}
-    if not cases[0][1]:
-        return guesses, truth, None, None
-    cond, target = (torch.stack([stored[name] for _, stored in cases]).to(views.device)
-                    for name in ("depth_cond", "depth_target"))
+    if "depths" not in batch:
+        return guesses, truth, None
+    cond, target = batch["depths"].to(views.device).unbind(1)
     pose = camera.relative_pose(batch["cond_c2w"], batch["target_c2w"]).to(views)
-    followed = metrics.Followed(image_cond, cond, target, pose, batch["fov"].to(views))
+    fov = batch["fov"].to(views)
     # the baseline knows the depth of the conditioning view alone
-    warped, seen = metrics.warp(image_cond, cond, pose, batch["fov"], torch.zeros_like(cond))
+    warped, seen = metrics.warp(image_cond, cond, pose, fov, torch.zeros_like(cond))
     guesses[WARP] = torch.where(seen[:, None], warped, image_cond)
-    return guesses, truth, followed, seen
+    return guesses, truth, metrics.Followed(image_cond, cond, target, pose, fov)
 
 
 @torch.no_grad()
@@ -139,28 +144,25 @@ def score(net, pairs, config, judges, depth_net=None, follows=False, rank=0, wor
 
     follows: also by the depth stored with a pair: the warp, and whether a view follows its camera.
     """
-    rows, starts = [], range(0, len(pairs), config.micro_batch)
-    for start in progress(starts[rank::world], "evaluate", "batches",
-                          quiet=rank > 0 or not follows):
-        places = range(start, min(start + config.micro_batch, len(pairs)))
-        cases = [case(pairs, place) if follows else (pairs[place], {}) for place in places]
-        guesses, truth, followed, _ = guesses_of(net, cases, config, depth_net)
+    rows = []
+    for places in progress(batches_of(pairs, config)[rank::world], "evaluate", "batches",
+                           quiet=rank > 0 or not follows):
+        batch = batch_of(pairs, places, follows)
+        guesses, truth, followed = guesses_of(net, batch, config, depth_net)
         figures = {}
         for method, guess in guesses.items():
             found = {name: judge(guess, truth) for name, judge in judges.items()}
             found |= followed(guess) if followed else {}
             figures[method] = {name: values.tolist() for name, values in found.items()}
-        for i, (item, stored) in enumerate(cases):
-            moved = (item["target_c2w"] - item["cond_c2w"])[:3, 3].norm()
+        moved = (batch["target_c2w"] - batch["cond_c2w"])[:, :3, 3].norm(dim=1)
+        for i, distance in enumerate((moved / batch["radius"]).tolist()):
             rows.append({
-                "number": item["number"].item(), "uid": item["uid"],
-                "source": stored.get("source", ""),
-                "scene": stored.get("scene", item["uid"].rpartition(":")[0]),
-                "distance": (moved / item["radius"]).item(),
+                "number": batch["number"][i].item(), "uid": batch["uid"][i],
+                "source": batch["source"][i], "scene": batch["scene"][i], "distance": distance,
                 "scores": {method: {name: values[i] for name, values in found.items()
                                     if not math.isnan(values[i])}
                            for method, found in figures.items()
-                           if method != WARP or stored["depth_cond"].any()}})
+                           if method != WARP or batch["depths"][i, 0].any()}})
     return rows
 
 
@@ -173,9 +175,8 @@ def validation_loss(net, pairs, config, depth_net=None):
     """
     shape, width = model.latent_shape(config), diffusion.TIMESTEPS // BANDS
     losses = [[] for _ in range(BANDS)]
-    for start in range(0, len(pairs), config.micro_batch):
-        places = range(start, min(start + config.micro_batch, len(pairs)))
-        batch = default_collate([pairs[k] for k in places])
+    for places in batches_of(pairs, config):
+        batch = pairs.__getitems__(places)
         image_cond, T, truth = conditions(net, batch, config, depth_net)
         mean, logvar = net.encode(truth)
         z_cond, embedding = net.encode(image_cond)[0], net.embed(image_cond)
@@ -196,117 +197,91 @@ def validate(net, pairs, config, depth_net=None):
     # departs: samples of a validation are of at most validate_steps steps of DPM-Solver++, the
     # reference's of 50 of DDIM; evaluate.py has the run's own sampler
     # [test_a_validation_takes_few_steps_and_says_what_the_log_needs]
-    pairs = Subset(pairs, range(min(len(pairs), config.validate_pairs)))
+    pairs = Subset(pairs.dataset, pairs.indices[:config.validate_pairs])
     fewer = replace(config, sampler="dpm++",
                     sample_steps=min(config.sample_steps, config.validate_steps))
-    means = means_of(score(net, pairs, fewer, FAST, depth_net))
+    methods = summarize(score(net, pairs, fewer, FAST, depth_net))["methods"]
     losses = validation_loss(net, pairs, config, depth_net)
-    return {"val_psnr": means[MODEL]["psnr"], "val_ssim": means[MODEL]["ssim"],
-            "val_baseline_psnr": means[best_baseline(means)]["psnr"],
+    return {"val_psnr": methods[MODEL]["psnr"]["mean"], "val_ssim": methods[MODEL]["ssim"]["mean"],
+            "val_baseline_psnr": methods[best_baseline(methods)]["psnr"]["mean"],
             "val_loss": sum(losses.values()) / len(losses),
             **{f"val_loss_{band}": loss for band, loss in losses.items()}}
 
 
 # ---- means and their errors
 
-def clusters(rows):
-    """What is alike among rows: scenes; of one scene, the views that are to be made."""
-    scenes = [row["scene"] for row in rows]
-    return scenes if len(set(scenes)) > 1 else [row["uid"].rpartition("->")[2] for row in rows]
-
-
 def mean_and_error(values, scenes):
     """(mean, standard error, count). Pairs of one scene are not independent of each other, so the
     error is that of means over scenes; with one pair a scene it is the usual one."""
     values = torch.tensor(values, dtype=torch.float64)
-    mean, sums = values.mean().item() if len(values) else math.nan, {}
+    mean, sums = values.mean().item(), {}
     for value, scene in zip(values.tolist(), scenes):
         sums[scene] = sums.get(scene, 0.0) + value - mean
-    groups = len(sums)
-    if groups < 2:
+    if len(sums) < 2:
         return mean, math.nan, len(values)
-    variance = sum(total**2 for total in sums.values()) * groups / (groups - 1)
+    variance = sum(total**2 for total in sums.values()) * len(sums) / (len(sums) - 1)
     return mean, variance**0.5 / len(values), len(values)
 
 
-def difference(rows, method, other, name="psnr", others=None):
-    """(mean, standard error, count) of the paired difference of two methods; `others`: rows of the
-    same pairs that the other method's figure is taken from."""
-    compared, values = [], []
-    for row, against in zip(rows, others or rows, strict=True):
-        mine, theirs = row["scores"].get(method, {}), against["scores"].get(other, {})
-        if row["uid"] == against["uid"] and name in mine and name in theirs:
-            values.append(mine[name] - theirs[name])
-            compared.append(row)
-    return mean_and_error(values, clusters(compared))
-
-
-def cells(rows, method):
-    """{figure: {mean, se, n}} of a method over the rows that have the figure."""
-    found = {}
-    for name in TITLES:
-        having = [row for row in rows if name in row["scores"].get(method, {})]
-        if having:
-            mean, error, count = mean_and_error([row["scores"][method][name] for row in having],
-                                                clusters(having))
-            # null is what JSON has where no error exists
-            found[name] = {"mean": mean, "se": None if math.isnan(error) else error, "n": count}
-    return found
-
-
-def methods_of(rows):
-    """{method: its `cells`}, in the order of the rows."""
-    return {method: cells(rows, method)
-            for method in dict.fromkeys(method for row in rows for method in row["scores"])}
-
-
-def means_of(rows):
-    """{method: {figure: mean}}."""
-    return {method: {name: cell["mean"] for name, cell in found.items()}
-            for method, found in methods_of(rows).items()}
-
-
-def bucket(row):
-    """The name of the bucket that a row's camera distance, in radii of the scene, falls into."""
-    edges, i = [0, *DISTANCES], sum(row["distance"] >= edge for edge in DISTANCES)
-    return f"{edges[i]} to {edges[i + 1]} radii" if i < len(DISTANCES) else f"{edges[i]} radii up"
+def mean_of(rows, method, name="psnr", minus=None, others=None):
+    """`mean_and_error` of a method's figure over the rows that have it; or of what it has more than
+    the method `minus` in the same rows or in `others`, rows of the same pairs."""
+    found = []
+    for row, other in zip(rows, others or rows, strict=True):
+        value = row["scores"].get(method, {}).get(name)
+        less = other["scores"].get(minus, {}).get(name) if minus else 0
+        if row["uid"] == other["uid"] and None not in (value, less):
+            found.append((value - less, row["scene"], row["uid"].rpartition("->")[2]))
+    values, scenes, targets = zip(*found) if found else ((), (), ())
+    # of one scene alone, pairs are alike that make the same view
+    return mean_and_error(values, scenes if len(set(scenes)) > 1 else targets)
 
 
 def summarize(rows):
-    """{"methods": {method: {figure: {mean, se, n}}}, "sources": of the model, "distances"}."""
-    def by(key):
-        groups = {}
-        for row in rows:
-            groups.setdefault(key(row), []).append(row)
-        return {group: cells(groups[group], MODEL) for group in sorted(groups)}
+    """{"methods", "sources", "distances": {method; source; distance: {figure: {mean, se, n}}}},
+    those of sources and of camera distances of the model."""
+    def figures(rows, method=MODEL):
+        found = {name: mean_of(rows, method, name) for name in TITLES}
+        # null is what JSON has where no error exists
+        return {name: {"mean": mean, "se": None if math.isnan(error) else error, "n": count}
+                for name, (mean, error, count) in found.items() if count}
 
-    return {"methods": methods_of(rows), "sources": by(lambda row: row["source"]),
-            "distances": by(bucket)}
+    def distance(row):
+        low = int(min(FAR, row["distance"]))
+        return f"{low} to {low + 1} radii" if low < FAR else f"{FAR} radii up"
+
+    def by(group):
+        return {name: figures([row for row in rows if group(row) == name])
+                for name in sorted(set(map(group, rows)))}
+
+    methods = dict.fromkeys(method for row in rows for method in row["scores"])
+    return {"methods": {method: figures(rows, method) for method in methods},
+            "sources": by(lambda row: row["source"]), "distances": by(distance)}
 
 
 # ---- text
 
 def table(title, cells):
     """Lines of text of {row: {figure: {mean, se, n}}}; an error stands where there is one."""
-    def text(row, name, digits):
-        if name not in row:
-            return "-"
-        mean, error = row[name]["mean"], row[name]["se"]
-        return f"{mean:.{digits}f}" + ("" if error is None else f" +- {error:.{digits}f}")
+    def text(name, mean=None, se=None, n=0):
+        digits = TITLES[name][1]
+        error = "" if se is None else f" +- {se:.{digits}f}"
+        return "-" if mean is None else f"{mean:.{digits}f}{error}"
 
     names = [name for name in TITLES if any(name in row for row in cells.values())]
-    width = max(map(len, [title, *cells]))
-    lines = ["  ".join([f"{title:{width}}", "pairs", *(f"{TITLES[n][0]:>16}" for n in names)])]
-    for label, row in cells.items():
-        lines.append("  ".join([f"{label:{width}}", f"{max(r['n'] for r in row.values()):5}",
-                                *(f"{text(row, n, TITLES[n][1]):>16}" for n in names)]))
-    return lines
+    lines = [(title, "pairs", *(TITLES[name][0] for name in names)),
+             *((label, str(max(cell["n"] for cell in row.values())),
+                *(text(name, **row.get(name, {})) for name in names))
+               for label, row in cells.items())]
+    width = max(len(label) for label, *_ in lines)
+    return [f"{label:{width}}  {pairs:>5}" + "".join(f"{each:>18}" for each in found)
+            for label, pairs, *found in lines]
 
 
-def best_baseline(means):
-    """The best method by PSNR among those that know nothing of the camera."""
-    return max((method for method in means if method not in (MODEL, WARP)),
-               key=lambda method: means[method]["psnr"])
+def best_baseline(methods):
+    """The best by PSNR of a summary's methods that know nothing of the camera."""
+    return max((name for name in methods if name not in (MODEL, WARP)),
+               key=lambda name: methods[name]["psnr"]["mean"])
 
 
 def judged(mean, error, above, below, equal):
@@ -314,31 +289,23 @@ def judged(mean, error, above, below, equal):
     return above if mean > SURE * error else below if mean < -SURE * error else equal
 
 
-def verdict(rows):
-    """The line that compares the model with the best baseline, by the paired difference in dB."""
-    best = best_baseline(means_of(rows))
-    margin, error, _ = difference(rows, MODEL, best)
-    scene = ", on one scene, which tells nothing of others" * (len({r["scene"] for r in rows}) < 2)
+def report(rows, tables=TABLES, before=()):
+    """Lines: tables, the model beside the best baseline by the paired difference in dB, and with
+    `before`, the rows of the model that it started from, what it gained."""
+    found = summarize(rows)
+    best = best_baseline(found["methods"])
+    margin, error, _ = mean_of(rows, MODEL, minus=best)
+    lines = [line for key in tables for line in [*table(TABLES[key], found[key]), ""]]
     if math.isnan(error):
-        return f"the model is {margin:+.2f} dB from the best baseline ({best}){scene}"
-    verb = judged(margin, error, "beats", "loses to", "equals, within noise,")
-    return f"the model {verb} the best baseline ({best}): {margin:+.2f} dB +- {error:.2f}{scene}"
-
-
-def screen(found):
-    """The tables of a summary, as lines."""
-    return [line for title, key in (("method", "methods"), ("source", "sources"),
-                                    ("camera distance", "distances"))
-            for line in [*table(title, found[key]), ""]]
-
-
-def report(rows, before=()):
-    """A run's last lines: the methods, the verdict, and with the rows of the model that it started
-    from what it gained."""
-    lines = [f"held-out PSNR over {len(rows)} pairs of views never seen in training",
-             *table("method", methods_of(rows)), verdict(rows)]
+        lines.append(f"the model is {margin:+.2f} dB from the best baseline ({best})")
+    else:
+        verb = judged(margin, error, "beats", "loses to", "equals, within noise,")
+        lines.append(f"the model {verb} the best baseline ({best}): {margin:+.2f} dB "
+                     f"+- {error:.2f}")
+    if len({row["scene"] for row in rows}) < 2:
+        lines[-1] += ", on one scene, which tells nothing of others"
     if [row["uid"] for row in rows] == [row["uid"] for row in before]:
-        gain, error, _ = difference(rows, MODEL, MODEL, others=before)
+        gain, error, _ = mean_of(rows, MODEL, minus=MODEL, others=before)
         lines.append(f"the model gained {gain:+.2f} dB +- {error:.2f} over the one it started from")
     return lines
 
@@ -347,23 +314,24 @@ def report(rows, before=()):
 
 def grid(image_cond, truth, views):
     """The sheet of pairs, a row each, of images (b, 3, h, w) in [-1, 1]."""
-    return pictures.sheet([[("photo", pictures.image(a)), ("truth", pictures.image(b)),
-                            ("sample", pictures.image(c))]
-                           for a, b, c in zip(image_cond, truth, views)])
+    names = "photo", "truth", "sample"
+    return pictures.sheet([list(zip(names, map(pictures.image, row)))
+                           for row in zip(image_cond, truth, views)])
 
 
 def cases_sheet(net, pairs, config, rows, depth_net=None):
     """The sheet of some pairs from the best to the worst, a row each: conditioning view, truth, the
-    model's view, and the conditioning view warped by its depth, where there is one."""
+    model's view, and where there is depth the conditioning view warped by it, as far as both views
+    see the same surface."""
     places = sorted(range(len(rows)), key=lambda i: -rows[i]["scores"][MODEL]["psnr"])
     lines = []
     for place in pictures.evenly_spaced(places, CASES):
-        guesses, truth, _, seen = guesses_of(net, [case(pairs, place)], config, depth_net)
-        line = [(f"pair {rows[place]['number']}", guesses["repeat the view"][0]),
-                ("truth", truth[0]),
-                (f"model {rows[place]['scores'][MODEL]['psnr']:.1f} dB", guesses[MODEL][0])]
-        if WARP in rows[place]["scores"]:
-            warped = torch.where(seen, guesses[WARP][0], torch.ones_like(truth[0]))
-            line.append((f"warp, {seen.float().mean():.0%} seen", warped))
-        lines.append([(text, pictures.image(x)) for text, x in line])
+        scores, batch = rows[place]["scores"], batch_of(pairs, [place], depths=True)
+        guesses, truth, followed = guesses_of(net, batch, config, depth_net)
+        line = {f"pair {rows[place]['number']}": guesses["repeat the view"], "truth": truth,
+                f"model {scores[MODEL]['psnr']:.1f} dB": guesses[MODEL]}
+        if WARP in scores:
+            warped, seen = followed.right
+            line[f"warp, {seen.float().mean():.0%} seen"] = warped.where(seen[:, None], 1.0)
+        lines.append([(text, pictures.image(x[0])) for text, x in line.items()])
     return pictures.sheet(lines)

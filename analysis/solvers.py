@@ -30,7 +30,6 @@ def parser():
 ARGS = parser().parse_args() if __name__ == "__main__" else None        # before torch is imported
 
 import torch
-from torch.utils.data import default_collate
 
 import diffusion
 from analysis import curves, metrics, score
@@ -84,10 +83,9 @@ def main(args):
     tensors, config = render.open_run(args.run, args.data, args.config, args.init)
     pairs, device = score.held_out_pairs(config, args.pairs), device_of(config.device)
     net, depth_net = render.load(tensors, device, "fp32")[0], score.load_depth(config, device)
-    batches, size = [], config.micro_batch
-    for start in command.progress(range(0, args.pairs, size), "solvers", "batches"):
-        items = [pairs[place] for place in range(start, min(start + size, args.pairs))]
-        batches.append(distances(net, default_collate(items), config, depth_net))
+    batches = []
+    for places in command.progress(score.batches_of(pairs, config), "solvers", "batches"):
+        batches.append(distances(net, pairs.__getitems__(places), config, depth_net))
     print(f"{'guidance':9}{'way':24}{'steps':>6}{'RMSE':>9}{'PSNR to the limit':>20}{'truth':>8}")
     lines = {}
     for g, label, steps in batches[0]:

@@ -61,13 +61,12 @@ class Clip(nn.Module):
     def __init__(self, tiny=False):
         super().__init__()
         from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-        size = (dict(hidden_size=64, intermediate_size=256, num_hidden_layers=1,
-                     num_attention_heads=1, image_size=32, patch_size=16, projection_dim=32)
-                if tiny else
-                dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
-                     num_attention_heads=16, image_size=224, patch_size=14, projection_dim=768))
-        self.tower = CLIPVisionModelWithProjection(CLIPVisionConfig(hidden_act="quick_gelu",
-                                                                    **size))
+        width, layers, side, patch, out = ((64, 1, 32, 16, 32) if tiny else
+                                           (1024, 24, 224, 14, 768))
+        self.tower = CLIPVisionModelWithProjection(CLIPVisionConfig(
+            hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
+            num_attention_heads=width // clip.HEAD_WIDTH, image_size=side, patch_size=patch,
+            projection_dim=out, hidden_act="quick_gelu"))
         self.before = clip.CLIP(**{**(TINY_CLIP if tiny else {}), "vision_layers": 0})
 
     def encode_image(self, x):

@@ -115,9 +115,10 @@ def test_an_evaluation_leaves_figures_pairs_and_cases(evaluated, shards, a_run, 
     # the figures of the loop inside training are the same
     net = net_of(config)
     rows = score.score(net, score.held_out_pairs(config, 24), config, score.FAST)
-    for method, means in score.means_of(rows).items():
-        for figure in ("psnr", "ssim"):
-            assert found["methods"][method][figure]["mean"] == pytest.approx(means[figure], 1e-5)
+    for method, figures in score.summarize(rows)["methods"].items():
+        for name in ("psnr", "ssim"):
+            mean = found["methods"][method][name]["mean"]
+            assert mean == pytest.approx(figures[name]["mean"], 1e-5)
 
 
 def test_the_warp_is_better_than_what_knows_no_camera(evaluated):
@@ -246,10 +247,11 @@ def test_what_is_known_of_a_pair_that_replaces_a_damaged_one_is_its_own(shards, 
     monkeypatch.setattr(scenes.RawScenes, "pair", pair)
     replaced = 0
     for place in range(8):
-        item, known = score.case(pairs, place)
-        replaced += bool(item["damage"])
-        assert torch.equal(item["depth_cond"], known["depth_cond"])
-        assert known["scene"] == f"{known['source']}: {item['uid'].rpartition(':')[0]}"
+        batch = score.batch_of(pairs, [place], depths=True)
+        replaced += bool(batch["damage"][0])
+        assert torch.equal(batch["depth_cond"], batch["depths"][:, 0])
+        source, uid = batch["source"][0], batch["uid"][0]
+        assert batch["scene"] == [f"{source}: {uid.rpartition(':')[0]}"]
     assert replaced > 0
 
 
@@ -284,7 +286,7 @@ def test_the_error_of_one_scene_is_over_the_views_that_are_made_and_told_to_be_i
     found = score.summarize(rows)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert found["methods"]["this model"]["psnr"] == {"mean": 10.5, "se": 0.5, "n": 6}
-    lines = "\n".join([*score.screen(found), score.verdict(rows)])
+    lines = "\n".join(score.report(rows))
     assert "loses to the best baseline (repeat the view): -2.00 dB +- 0.00, on one scene" in lines
     assert "nan" not in lines
     alone = rows_with(this_model=[10.0], repeat_the_view=[12.0])
@@ -330,14 +332,13 @@ def test_broken_runs_are_told_apart_by_the_epipolar_figure(shards, monkeypatch):
         return score.score(net_of(config), pairs, config, {"psnr": metrics.psnr}, follows=True)
 
     right = rows(in_unit)
-    assert score.means_of(right)["this model"]["camera_found"] > 0.9
+    assert score.summarize(right)["methods"]["this model"]["camera_found"]["mean"] > 0.9
     ways = {"camera negated": negated, "scale ignored": lambda T, unit: T,
             "conditions shuffled": lambda T, unit: in_unit(T, unit).roll(1, 0)}
     for name, broken in ways.items():
         wrong = rows(broken)
         for figure in ("reprojection", "camera_margin", "camera_found"):
-            mean, error, count = score.difference(right, "this model", "this model", figure,
-                                                     wrong)
+            mean, error, count = score.mean_of(right, "this model", figure, "this model", wrong)
             assert count > 50 and mean > max(5 * error, 0), (name, figure, mean, error)
 
 
@@ -387,7 +388,7 @@ def test_a_validation_takes_few_steps_and_says_what_the_log_needs(shards, monkey
                            "val_loss_0-249", "val_loss_250-499", "val_loss_500-749",
                            "val_loss_750-999"]
     assert all(isinstance(value, float) and np.isfinite(value) for value in found.values())
-    repeated = score.means_of(score.score(net, score.held_out_pairs(config, 12), config,
-                                          score.FAST))
-    best = max(repeated[name]["psnr"] for name in ("repeat the view", "its mean colour"))
+    repeated = score.summarize(score.score(net, score.held_out_pairs(config, 12), config,
+                                           score.FAST))["methods"]
+    best = max(repeated[name]["psnr"]["mean"] for name in ("repeat the view", "its mean colour"))
     assert found["val_baseline_psnr"] == pytest.approx(best, rel=1e-5)
