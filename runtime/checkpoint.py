@@ -16,9 +16,8 @@ from torch import nn
 
 from runtime import lora
 from runtime.export import is_diffusers, read_diffusers
-from runtime.foreign import LazyTensor, StateDict, read_file
-from runtime.runs import (FILES, Run, Writer, damage, latest, load_run, misfit, save, step_of,
-                          steps)
+from runtime.foreign import LazyTensor, StateDict, lazy, misfit, read_file
+from runtime.runs import FILES, Run, Writer, damage, latest, load_run, save, step_of, steps
 
 UNET, EMA, PROJECTION = "model.diffusion_model.", "model_ema.", "cc_projection."
 FROZEN = ("first_stage_model.", "cond_stage_model.")
@@ -80,15 +79,14 @@ def merge(found, init):
     base = read_any(Path(init))
     weights = unet_of(base)
     check_base(found.meta, checksum(weights), found.path, init)
-    others = {name: entry for name, entry in base.entries.items() if not name.startswith(EMA)}
-    own = {name: entry for name, entry in found.entries.items() if not lora.is_update(name)}
-    live = {name: entry for name, entry in found.entries.items()
-            if lora.is_update(name) and not name.startswith(EMA)}
-    averages = {name: found.entries[ema_name(name)] for name in live if ema_name(name) in found}
-    entries = others | lora.merged(weights, live, found.path) | own
-    if averages:
-        entries |= {ema_name(name): entry for name, entry in
-                    lora.merged(weights, averages, found.path).items()}
+    entries = {name: entry for name, entry in base.entries.items() if not name.startswith(EMA)}
+    entries |= {name: entry for name, entry in found.entries.items() if not lora.is_update(name)}
+    live = [name for name in found if lora.is_update(name) and not name.startswith(EMA)]
+    for name_of in (str, ema_name):
+        factors = {name: found.entries[name_of(name)] for name in live if name_of(name) in found}
+        if factors:
+            entries |= {name_of(name): entry for name, entry in
+                        lora.merged(weights, factors, found.path).items()}
     return StateDict(found.path, entries, found.meta, found.others)
 
 
@@ -131,10 +129,10 @@ def read_any(path):
     run = load_run(folder)
     entries = run.model.entries | {ema_name(name): entry for name, entry in run.ema.entries.items()}
     if run.ema:
-        decay = torch.tensor(float(run.meta.get("config", {}).get("ema_decay", EMA_DECAY)))
-        updates = torch.tensor(run.meta.get("ema_updates", 0), dtype=torch.int32)
-        entries[EMA + "decay"] = LazyTensor(decay.dtype, (), lambda: decay)
-        entries[EMA + "num_updates"] = LazyTensor(updates.dtype, (), lambda: updates)
+        decay = float(run.meta.get("config", {}).get("ema_decay", EMA_DECAY))
+        entries[EMA + "decay"] = lazy(lambda: torch.tensor(decay))
+        entries[EMA + "num_updates"] = lazy(
+            lambda: torch.tensor(run.meta.get("ema_updates", 0), dtype=torch.int32))
     return StateDict(folder, entries, run.meta, run.optimizer.entries)
 
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from runtime import checkpoint, command, runs
+from runtime import checkpoint, command
 from runtime.checkpoint import (CONFIG, EMA, FROZEN, INPUT_CONV, LEFTOVERS, POSE, PROJECTION,
                                 SCHEDULE, UNET, UNUSED, ema_name)
-from runtime.export import changed, write_diffusers
+from runtime.export import write_diffusers
 from runtime.files import unfinished
-from runtime.foreign import SPARE, StateDict, nbytes, write_safetensors
+from runtime.foreign import SPARE, StateDict, lazy, misfit, nbytes, write_safetensors
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 GROUPS = {      # part of a checkpoint: how its names begin, its use
@@ -56,15 +56,14 @@ def info(path):
 def convert(source, target, ema=False, dtype=None, init=""):
     """Writes the weights of a checkpoint in the form that `target` names; returns names left out.
 
-    NAME.ckpt or .pt: the reference's structure; NAME.safetensors; step_00005000: a folder of a run;
-    another name without an ending: a diffusers folder. ema: the averaged weights take the place of
-    the UNet's. dtype: of the weights; the schedule stays. init: the file that has a run's frozen
-    networks. What was written is read back before it gets its name. Raises ValueError where target
-    exists, or the source lacks what is asked for.
+    NAME.ckpt or .pt: the reference's structure; NAME.safetensors; a name without an ending: a
+    diffusers folder. ema: the averaged weights take the place of the UNet's. dtype: of the weights;
+    the schedule stays. init: the file that has a run's frozen networks. What was written is read
+    back before it gets its name. Raises ValueError where target exists, or the source lacks what is
+    asked for.
     """
     tensors, target = checkpoint.read(source, init), Path(target)
-    write = write_run if runs.STEP.fullmatch(target.name) else WRITERS.get(target.suffix)
-    if write is None:
+    if target.suffix not in WRITERS:
         raise ValueError(f"{target}: {target.suffix} is no form of checkpoint; .ckpt, .pt and "
                          ".safetensors are, or no ending for a folder")
     if target.exists() or target.is_symlink():
@@ -72,19 +71,17 @@ def convert(source, target, ema=False, dtype=None, init=""):
     entries = folded(tensors) if ema else dict(tensors.entries)
     for name, entry in entries.items():
         if dtype and entry.dtype.is_floating_point and name not in (*SCHEDULE, EMA + "decay"):
-            entries[name] = changed(entry, entry.shape, lambda w: w.to(dtype), dtype)
+            entries[name] = lazy(lambda w: w.to(dtype), entry)
     size = sum(map(nbytes, entries.values()))
     if tensors.path.is_file() and size > 2 * tensors.path.stat().st_size + SPARE:
         raise ValueError(f"{tensors.path} repeats its numbers: written out they are {size:,} bytes")
     with unfinished(target, "converting") as partial:
-        left = write(partial, StateDict(tensors.path, entries, tensors.meta)) or []
+        left = WRITERS[target.suffix](partial, StateDict(tensors.path, entries, tensors.meta)) or []
+        wanted = {name: entries[name] for name in entries if name not in left}
         found = checkpoint.read(partial).entries
-        wanted = entries.keys() - {*left, EMA + "decay", EMA + "num_updates"}
-        lost = [name for name in sorted(wanted) if name not in found
-                or (*found[name].shape, found[name].dtype) != (*entries[name].shape,
-                                                               entries[name].dtype)]
-        if lost:
-            raise ValueError(f"{len(lost)} tensors were not written whole, like {lost[0]}")
+        problem = misfit({name: found[name] for name in wanted if name in found}, wanted)
+        if problem:
+            raise ValueError(f"{target} was not written whole: {problem}")
     return [*left, *tensors.others]
 
 
@@ -118,16 +115,6 @@ def write_file(path, tensors):
     write_safetensors(path, tensors, {key: str(value) for key, value in meta_of(tensors).items()})
 
 
-def write_run(path, tensors):
-    """Writes a step folder of a run, without the optimizer's moments."""
-    weights = {name: entry for name, entry in tensors.entries.items() if not name.startswith(EMA)}
-    ema = {name: tensors.entries[ema_name(name)] for name in weights
-           if name.startswith(UNET) and ema_name(name) in tensors}
-    runs.write_step(path, int(path.name.rpartition("_")[2]),
-                    (StateDict(path, weights), StateDict(path, ema), {}),
-                    {**tensors.meta, "ema_updates": checkpoint.updates_of(tensors)})
-
-
 WRITERS = {".ckpt": write_ckpt, ".pt": write_ckpt, ".safetensors": write_file, "": write_diffusers}
 
 
@@ -140,7 +127,7 @@ def main(argv=None):
     add = commands.add_parser("convert", help="write the weights in another form").add_argument
     add("source", metavar="IN", help="a checkpoint, as for info")
     add("target", metavar="OUT", help="NAME.ckpt, structured as the reference's; NAME.safetensors; "
-        "step_00005000, of a run; NAME, a diffusers folder")
+        "NAME, a diffusers folder")
     add("--ema", action="store_true", help="write the UNet's average as the UNet")
     add("--dtype", choices=PRECISIONS, help="of the weights; default: as they are")
     add("--init", default="", metavar="FILE",

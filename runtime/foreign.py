@@ -43,6 +43,7 @@ LARGEST_INDEX = 5 << 19         # bytes of a pickle, a header or a directory; ze
 MOST_TENSORS = 100_000          # in a file; zero123-xl has 3,800
 MOST_DIMENSIONS = 16            # of a tensor
 LONGEST_NAME = 1000             # characters
+SHOWN = 5                       # names of each kind, of tensors that do not fit
 DEEPEST = 32                    # containers within containers, of which tensors are looked for
 SPARE = 1 << 30                 # bytes that a tensor may take beyond those of its whole file
 
@@ -103,6 +104,20 @@ class LazyTensor:
     read: Callable[[], torch.Tensor]
 
 
+def lazy(function, *entries):
+    """The LazyTensor, dense, of what a function makes of the tensors of entries. Its shape and dtype
+    are found without values. Raises ValueError where the function does not take such tensors."""
+    def result(tensors):
+        try:
+            return function(*tensors)
+        except (RuntimeError, IndexError) as err:
+            raise ValueError(f"tensors of shapes {', '.join(str(list(e.shape)) for e in entries)} "
+                             "are not what they should be by their names") from err
+    like = result(torch.empty(e.shape, dtype=e.dtype, device="meta") for e in entries)
+    return LazyTensor(like.dtype, tuple(like.shape),
+                      lambda: result(e.read() for e in entries).contiguous())
+
+
 class StateDict(UserDict):
     """Tensors by name, each read when it is asked for; `entries[name]` has its shape and dtype.
 
@@ -122,6 +137,19 @@ class StateDict(UserDict):
         """Optimizer steps behind the weights, where the file says so; else 0."""
         step = str(self.meta.get("global_step", self.meta.get("step", 0)))
         return int(step[:20]) if step.isdecimal() and int(step[:20]) < LARGEST else 0
+
+
+def misfit(found, wanted):
+    """What does not fit of two dicts by name, of tensors, entries or shapes, in one line; or ""."""
+    found, wanted = ({name: list(getattr(value, "shape", value)) for name, value in side.items()}
+                     for side in (found, wanted))
+    lists = {"missing": [name for name in wanted if name not in found],
+             "unexpected": [name for name in found if name not in wanted],
+             "misshapen": [f"{name} {found[name]} instead of {wanted[name]}" for name in found
+                           if name in wanted and found[name] != wanted[name]]}
+    return "; ".join(f"{len(names)} {kind} ({', '.join(names[:SHOWN])}"
+                     + f" and {len(names) - SHOWN} more" * (len(names) > SHOWN) + ")"
+                     for kind, names in lists.items() if names)
 
 
 def stamp(file):

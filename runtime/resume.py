@@ -148,9 +148,7 @@ def check_fits(run, net):
     moments = {f"{name}.{kind}": () if kind == "step" else p.shape
                for name, p in net.named_parameters() if p.requires_grad
                for kind in (*MOMENTS, "step")}
-    # a step that was converted has no moments, and no average where its source had none
-    run.require(weights, unet if run.ema or run.meta.get("ema_updates", 0) else {},
-                moments if run.optimizer else {})
+    run.require(weights, unet, moments)
 
 
 def restore_or_init(config, net, run, ranks, device):

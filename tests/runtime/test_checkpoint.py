@@ -621,13 +621,12 @@ def test_forms_follow_each_other_without_loss(tmp_path):
     state = checkpoint_of(small())
     state[EMA + "num_updates"] = state[EMA + "num_updates"].int()
     saved(tmp_path / "a.ckpt", state)
-    forms = ["a.ckpt", "b.safetensors", "out/step_00000012", "c.pt", "d.ckpt"]
+    forms = ["a.ckpt", "b.safetensors", "c.pt", "d.ckpt"]
     for source_form, target_form in zip(forms, forms[1:]):
         assert convert.convert(tmp_path / source_form, tmp_path / target_form) == []
     found = checkpoint.read(tmp_path / "d.ckpt")
     assert_same(found, state)
     assert found.step == 12
-    assert checkpoint.load_run(tmp_path / "out/step_00000012").meta["ema_updates"] == 7
 
 
 def test_written_ckpt_has_the_references_structure(tmp_path):
@@ -681,7 +680,7 @@ def test_what_convert_wrote_is_whole_before_it_gets_its_name(tmp_path, monkeypat
         entries.pop(INPUT_CONV)
         return genuine(path, tensorfile.StateDict(path, entries), metadata)
     monkeypatch.setattr(convert, "write_safetensors", forgetful)
-    with pytest.raises(ValueError, match="1 tensors were not written whole"):
+    with pytest.raises(ValueError, match="b.safetensors was not written whole: 1 missing"):
         convert.convert(tmp_path / "a.ckpt", tmp_path / "b.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
 
@@ -693,7 +692,7 @@ def test_converting_to_a_full_disk_is_one_line(tmp_path):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
-        for target in ("b.ckpt", "b.safetensors", "step_00000005"):
+        for target in ("b.ckpt", "b.safetensors"):
             with pytest.raises(OSError) as error:
                 convert.convert(tmp_path / "a.ckpt", tmp_path / target)
             assert target in str(error.value) and "\n" not in str(error.value)
@@ -719,7 +718,7 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path, monkeypatch):
     def fails(self):
         raise ValueError("gone")
     monkeypatch.setattr(tensorfile.Stored, "read", fails)
-    for target in ("b.ckpt", "b.safetensors", "step_00000005"):
+    for target in ("b.ckpt", "b.safetensors"):
         with pytest.raises(ValueError):
             convert.convert(tmp_path / "a.ckpt", tmp_path / target)
     monkeypatch.undo()
