@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from runtime import lora
-from runtime.export import is_diffusers, read_diffusers
-from runtime.foreign import LazyTensor, StateDict, lazy, misfit, read_file
+from runtime.export import read_diffusers
+from runtime.foreign import read_file
 from runtime.runs import FILES, Run, Writer, damage, latest, load_run, save, step_of, steps
+from runtime.tensors import LazyTensor, StateDict, lazy, misfit
 
 UNET, EMA, PROJECTION = "model.diffusion_model.", "model_ema.", "cc_projection."
 FROZEN = ("first_stage_model.", "cond_stage_model.")
@@ -77,8 +78,7 @@ def merge(found, init):
         raise ValueError(f"{found.path} holds low-rank updates of another file's weights: name it "
                          f"with --init={started_from(found) or 'FILE'}")
     base = read_any(Path(init))
-    weights = unet_of(base)
-    check_base(found.meta, checksum(weights), found.path, init)
+    check_base(found.meta, checksum(base), found.path, init)
     entries = {name: entry for name, entry in base.entries.items() if not name.startswith(EMA)}
     entries |= {name: entry for name, entry in found.entries.items() if not lora.is_update(name)}
     live = [name for name in found if lora.is_update(name) and not name.startswith(EMA)]
@@ -86,7 +86,7 @@ def merge(found, init):
         factors = {name: found.entries[name_of(name)] for name in live if name_of(name) in found}
         if factors:
             entries |= {name_of(name): entry for name, entry in
-                        lora.merged(weights, factors, found.path).items()}
+                        lora.merged(unet_of(base), factors, found.path).items()}
     return StateDict(found.path, entries, found.meta, found.others)
 
 
@@ -96,12 +96,12 @@ def unet_of(tensors):
             for name, entry in tensors.entries.items() if name.startswith(UNET)}
 
 
-def checksum(weights):
-    """CRC-32, as text, of the shapes and first CHECKED numbers of {name: entry}."""
+def checksum(tensors):
+    """CRC-32, as text, of the shapes and first CHECKED numbers of a UNet's weights, see unet_of."""
     crc = 0
-    for name in sorted(weights):
-        first = weights[name].read().reshape(-1)[:CHECKED].float().numpy().tobytes()
-        crc = zlib.crc32(f"{name} {tuple(weights[name].shape)}".encode() + first, crc)
+    for name, entry in sorted(unet_of(tensors).items()):
+        first = entry.read().reshape(-1)[:CHECKED].float().numpy().tobytes()
+        crc = zlib.crc32(f"{name} {tuple(entry.shape)}".encode() + first, crc)
     return f"{crc:08x}"
 
 
@@ -116,11 +116,10 @@ def read_any(path):
     """The StateDict of what `read` reads, as it is. Raises FileNotFoundError, ValueError."""
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint {path}")
-    if path.is_file() or is_diffusers(path):
+    if path.is_file() or (path / "unet").is_dir():
         return with_config(read_file(path) if path.is_file() else read_diffusers(path))
     folder = path if (path / "meta.json").exists() else latest(path)
-    problem = damage(folder) if folder == path else ""
-    if problem:
+    if folder == path and (problem := damage(path)):
         raise ValueError(f"{path} is damaged: {problem}")
     if folder is None:
         raise ValueError(f"{path}: every checkpoint in it is damaged" if steps(path) else
@@ -192,10 +191,12 @@ def load_model(module, path, ema=False, finetune=False):
                     for key, name in wanted.items() if key in entries}
     # departs: missing, unexpected or misshapen weights are an error; the reference prints a list of
     # them and goes on [test_misfit_lists_what_is_wrong_and_leaves_the_module_as_it_was]
-    problem = misfit(entries, {key: current[name] for key, name in wanted.items()})
-    if problem:
-        raise ValueError(f"{tensors.path} does not fit the model: {problem}"
-                         + way_out(tensors, [key for key in wanted if key not in entries], problem))
+    if problem := misfit(entries, {key: current[name] for key, name in wanted.items()}):
+        missing = [key for key in wanted if key not in entries]
+        way_out = ("; a run saves what it trains: name the file that its frozen networks are in "
+                   f"with --init={started_from(tensors) or 'FILE'}")
+        raise ValueError(f"{tensors.path} does not fit the model: {problem}" + way_out * (
+            bool(missing) and all(key.startswith(FROZEN) for key in missing)))
     for name, key in stored.items():
         if key in entries:
             assign(module, name, entries[key].read())
@@ -236,20 +237,6 @@ def is_unused(key, current):
     part = UNET if key.startswith(EMA) else next(
         (part for part in (UNET, PROJECTION, *FROZEN) if key.startswith(part)), None)
     return part is not None and not any(name.startswith(part) for name in current)
-
-
-def way_out(tensors, missing, problem):
-    """What helps where a file does not fit, as the end of a line."""
-    if missing and all(key.startswith(FROZEN) for key in missing):
-        return ("; a run saves what it trains: name the file that its frozen networks are in with "
-                f"--init={started_from(tensors) or 'FILE'}")
-    if missing and all(key.startswith(EMA) for key in missing):
-        return "; it has no averaged weights (EMA), load the raw ones"
-    if any(ema_name(key) in tensors for key in missing):
-        return "; it has averaged weights (EMA) alone, load those: ema=True"
-    if not missing and (POSE in problem or INPUT_CONV in problem):
-        return "; finetune=True ports weights of another pose width"
-    return ""
 
 
 def started_from(tensors):

@@ -11,7 +11,8 @@ from runtime.checkpoint import (CONFIG, EMA, FROZEN, INPUT_CONV, LEFTOVERS, POSE
                                 SCHEDULE, UNET, UNUSED, ema_name)
 from runtime.export import write_diffusers
 from runtime.files import unfinished
-from runtime.foreign import SPARE, StateDict, lazy, misfit, nbytes, write_safetensors
+from runtime.foreign import SPARE
+from runtime.tensors import StateDict, lazy, misfit, nbytes, write_safetensors
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 GROUPS = {      # part of a checkpoint: how its names begin, its use
@@ -79,21 +80,20 @@ def convert(source, target, ema=False, dtype=None, init=""):
         left = WRITERS[target.suffix](partial, StateDict(tensors.path, entries, tensors.meta)) or []
         wanted = {name: entries[name] for name in entries if name not in left}
         found = checkpoint.read(partial).entries
-        problem = misfit({name: found[name] for name in wanted if name in found}, wanted)
-        if problem:
+        if problem := misfit({name: found[name] for name in wanted if name in found}, wanted):
             raise ValueError(f"{target} was not written whole: {problem}")
     return [*left, *tensors.others]
 
 
 def folded(tensors):
     """Entries with the averaged weights in the UNet's place, and no other averages."""
-    entries = {name: entry for name, entry in tensors.entries.items() if not name.startswith(EMA)}
-    averages = {name: ema_name(name) for name in entries if name.startswith(UNET)}
-    missing = [name for name in averages.values() if name not in tensors]
-    if missing or not averages:
+    unet = checkpoint.unet_of(tensors)
+    missing = [name for name in map(ema_name, unet or [UNET]) if name not in tensors]
+    if missing:
         raise ValueError(f"{tensors.path} has no averaged weights (EMA) beside the UNet's own, "
-                         f"which tell their names: {(missing or [UNET])[0]} is missing")
-    return entries | {name: tensors.entries[average] for name, average in averages.items()}
+                         f"which tell their names: {missing[0]} is missing")
+    return unet | {name: entry for name, entry in tensors.entries.items()
+                   if not name.startswith((EMA, UNET))}
 
 
 def meta_of(tensors):

@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 
 from runtime.files import read_json
-from runtime.foreign import StateDict, lazy, read_file, write_safetensors
+from runtime.foreign import read_file
+from runtime.tensors import StateDict, lazy, write_safetensors
 
 CONFIG_FILE = "zeronvs_config.json"     # a run's configuration, which diffusers' files do not tell
 WEIGHTS = [stem + ending for ending in (".safetensors", ".bin", ".fp16.safetensors", ".fp16.bin")
@@ -228,13 +229,9 @@ def to_diffusers(network, found):
 
 # ------------------------------------------------------------------------------ folders
 
-def is_diffusers(folder):
-    return (Path(folder) / "unet").is_dir()
-
-
 def read_diffusers(folder):
     """The StateDict of a diffusers folder under checkpoint names; of the parts that are there."""
-    folder, entries = Path(folder), {}
+    entries = {}
     for part, network in NETWORKS.items():
         if (folder / part).is_dir():
             entries |= from_diffusers(network, read_part(folder / part))

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import nn
 
-from runtime.foreign import lazy
+from runtime.tensors import lazy
 
 DOWN, UP = "lora_down", "lora_up"
 

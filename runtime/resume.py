@@ -7,7 +7,6 @@ rank 0's disk needs it. What all must have alike is compared before anything is 
 import functools
 import itertools
 import socket
-import warnings
 import zlib
 from dataclasses import asdict
 from pathlib import Path
@@ -86,11 +85,7 @@ def newest(config, ranks, say):
     """The run's newest undamaged checkpoint, or None. Rank 0 reads all its bytes to know; the other
     ranks have its step and meta data, and none of its tensors."""
     def read():
-        with warnings.catch_warnings(record=True) as damaged:
-            warnings.simplefilter("always")
-            folder = checkpoint.latest(config.out)
-        for warning in damaged:
-            say(str(warning.message))
+        folder = checkpoint.latest(config.out, say)
         if folder is None and checkpoint.steps(config.out):
             raise ValueError(f"every checkpoint in {config.out} is damaged, and a new run would "
                              "take their place: remove them, or give another --out")
@@ -137,7 +132,7 @@ def saved_weights(net):
 @functools.cache
 def base_checksum(path):
     """The checksum of what low-rank updates are trained on. Once: later the file may be gone."""
-    return checkpoint.checksum(checkpoint.unet_of(checkpoint.read(path)))
+    return checkpoint.checksum(checkpoint.read(path))
 
 
 def check_fits(run, net):

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 from runtime.files import read_json, unfinished, write_text
-from runtime.foreign import StateDict, misfit, read_file, write_safetensors
+from runtime.foreign import read_file
+from runtime.tensors import StateDict, misfit, write_safetensors
 
 FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
 STEP = re.compile(r"step_\d{8,18}")
@@ -40,8 +41,7 @@ class Run:
         """Raises ValueError, one line, unless the run holds exactly these tensors (see misfit)."""
         for file, found, wanted in zip(FILES, (self.model, self.ema, self.optimizer),
                                        map(dict, (weights, averages, moments)), strict=True):
-            problem = misfit(found.entries, wanted)
-            if problem:
+            if problem := misfit(found.entries, wanted):
                 raise ValueError(f"{self.folder / file} does not fit the run: {problem}")
 
 
@@ -187,13 +187,12 @@ def steps(out):
     return sorted(found, key=step_of, reverse=True)
 
 
-def latest(out):
-    """The newest undamaged step folder of a run, or None. Damaged newer ones are warned about."""
+def latest(out, say=warnings.warn):
+    """The newest undamaged step folder of a run, or None. Damaged newer ones are said."""
     for folder in steps(out):
-        problem = damage(folder)
-        if not problem:
+        if not (problem := damage(folder)):
             return folder
-        warnings.warn(f"{folder} is damaged, the step before is used: {problem}", stacklevel=2)
+        say(f"{folder} is damaged, the step before is used: {problem}")
     return None
 
 

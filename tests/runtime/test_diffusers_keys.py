@@ -15,6 +15,7 @@ from runtime import checkpoint, convert
 from runtime import export as diffusers_keys
 import model
 from runtime import foreign as tensorfile
+from runtime.tensors import write_safetensors
 from clip import CLIP
 from vae import AutoencoderKL
 
@@ -42,7 +43,7 @@ def network(kind="two levels", pose=4):
 
 def folder_of(tmp_path, module, kind="two levels"):
     path, file = tmp_path / "diffusers", tmp_path / "module.safetensors"
-    tensorfile.write_safetensors(file, module.state_dict())
+    write_safetensors(file, module.state_dict())
     tensors = tensorfile.read_file(file)
     tensors.meta["config"] = {"num_heads": UNETS[kind]["num_heads"], "prediction": "z"}
     left = diffusers_keys.write_diffusers(path, tensors)
@@ -123,7 +124,7 @@ def test_a_network_in_several_files_reads_by_its_index(tmp_path, ending):
     state, places = dict(tensorfile.read_file(whole)), {}
     for i, names in enumerate((list(state)[::2], list(state)[1::2])):
         part = f"diffusion_pytorch_model-0000{i + 1}-of-00002.safetensors"
-        tensorfile.write_safetensors(path / "unet" / part, {name: state[name] for name in names})
+        write_safetensors(path / "unet" / part, {name: state[name] for name in names})
         places |= dict.fromkeys(names, part)
     whole.unlink()
     index = path / "unet" / f"diffusion_pytorch_model.{ending}"
@@ -169,7 +170,7 @@ def test_a_foreign_network_is_listed_not_half_loaded(tmp_path):
     path = folder_of(tmp_path, network())
     state = dict(tensorfile.read_file(path / "unet/diffusion_pytorch_model.safetensors"))
     state["add_embedding.linear_1.weight"] = torch.zeros(3)
-    tensorfile.write_safetensors(path / "unet/diffusion_pytorch_model.safetensors", state)
+    write_safetensors(path / "unet/diffusion_pytorch_model.safetensors", state)
     with pytest.raises(ValueError, match="1 unexpected .*add_embedding.linear_1.weight"):
         checkpoint.load_model(network(), path)
 

@@ -13,7 +13,7 @@ import configs
 import engine
 import model
 from runtime import checkpoint, convert, lora
-from runtime.foreign import LazyTensor
+from runtime.tensors import LazyTensor
 from views import render
 
 LOW = {"lora_rank": 4, "lora_convs": True, "lr": 1e-2}
