@@ -21,6 +21,9 @@ from views import FOV, MOTIONS, SCALE, STEEPEST, add_model_options
 
 DEFAULT_MOTION, VIEWS, MOST_VIEWS = "swing", 16, 10_000
 FAR, MOST_BATCH, TIMESTEPS = 1_000_000, 1024, 1000
+# departs: what a published file is sampled by unless told, nearer to its limit than the reference's
+# 50 steps of DDIM (docs/speed.md) [test_a_published_file_is_sampled_in_few_steps_unless_told]
+PUBLISHED = {"sampler": "dpm++", "steps": 10, "spacing": "logsnr"}
 BY = "how far a path goes is told by --by"
 UNITS = """One unit of length is the distance from the photo's camera to what it looks at, the
 centre of every orbit. --scale says how many units the model takes as one; a smaller one makes every
@@ -120,8 +123,9 @@ def add_photo(p):
 
 def add_sampling(p):
     """The options of how a view comes out of the noise."""
-    add = p.add_argument_group("sampling (the run's own choices, and for published models ddim, 50 "
-                               "steps, guidance 3, eta 1)").add_argument
+    add = p.add_argument_group(
+        "sampling (the run's own choices; of published models guidance 3 and dpm++ of 10 steps by "
+        "logsnr, and with --sampler, --steps, --eta or --spacing ddim, 50, 1)").add_argument
     add("--sampler", choices=("ddim", "reference", "dpm++", "unipc"),
         help="dpm++ and unipc need 10 to 20 steps where ddim needs 50; reference: exactly the "
              "steps of the original code")
@@ -140,7 +144,7 @@ def add_sampling(p):
     add("--seed", type=numbers_of(int, 0, 2**63 - 1), default=0, metavar="N",
         help="another seed gives other views (%(default)s)")
     add("--same-noise", action=argparse.BooleanOptionalAction, default=True,
-        help="all views from the same noise, which is steadier, or each from its own (same)")
+        help="all views from the same noise, or each from its own (same)")
     add("--progress", action="store_true",
         help="also a strip that shows how one view comes out of the noise")
 
@@ -204,6 +208,15 @@ def photo_of(args, config, album=None):
     return photo
 
 
+def options_of(args, published):
+    """What the command line says of sampling, as options of a Render."""
+    chosen = {name: getattr(args, name) for name in ("sampler", "steps", "eta", "guidance")
+              if getattr(args, name) is not None}
+    few = published and args.spacing == "auto" and not chosen.keys() - {"guidance"}
+    return {"seed": args.seed, "spacing": args.spacing, "interval": args.interval, **chosen,
+            **(PUBLISHED if few else {})}
+
+
 def draw(args):
     """The command, options parsed. Raises ValueError or OSError with one line."""
     tensors, config = open_named(args, needs_data=not (args.image or args.capture))
@@ -221,12 +234,10 @@ def draw(args):
     if max(cameras.shares()) > 1 + paths.RIGID:
         command.say("sample.py: some views are wider than the photo: models have learnt of none "
                     "such and may show no more than the photo does", sys.stderr)
-    chosen = ("sampler", "steps", "guidance", "eta")
-    options = {"seed": args.seed, "spacing": args.spacing, "interval": args.interval,
-               **{name: getattr(args, name) for name in chosen if getattr(args, name) is not None}}
+    options = options_of(args, published="config" not in tensors.meta)
     diffusion.plan(diffusion.schedule_buffers()["alphas_cumprod"],
                    options.get("sampler", config.sampler),
-                   options.get("steps", config.sample_steps), args.spacing)
+                   options.get("steps", config.sample_steps), options["spacing"])
     device = device_of(args.device)
     if args.compile:
         engine.check_compiler(device, "leaving --compile out")

@@ -14,6 +14,7 @@ what comes before the first.
 """
 
 import argparse
+import inspect
 
 import configs
 from runtime import command, threads
@@ -26,14 +27,14 @@ def options(argv):
         "train.py", description=__doc__,
         usage="train.py CONFIG [--name=value ...] [--profile N] [--dry-run [--gpu-memory GB]]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Any field of Config but `sources` may follow as --name=value; configs/__init__.py "
-               "says what each one means.")
+        epilog="fields of Config, which may follow as --name=value (but for `sources`):\n\n"
+               + inspect.getsource(configs.Config).partition('"""\n')[2].partition("@property")[0])
     parser.add_argument("--profile", type=command.numbers_of(int, 0), default=0, metavar="N",
                         help="write a trace of N steps to the folder of the run")
     parser.add_argument("--dry-run", action="store_true",
                         help="print what would run and the memory it needs; the run's folder is "
                              "not touched")
-    parser.add_argument("--gpu-memory", "--gpu_memory", type=command.numbers_of(float, 0),
+    parser.add_argument("--gpu-memory", type=command.numbers_of(float, 0),
                         default=0.0, metavar="GB", help="with --dry-run: say what fits a GPU of "
                         "so many GB, without data or that GPU, and stop")
     found, rest = parser.parse_known_args(argv)

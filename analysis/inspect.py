@@ -17,22 +17,21 @@ from PIL import Image
 
 import camera
 from analysis import metrics
+from captures.datasets import IMAGE_SUFFIXES
 from runtime.command import progress
-from shards.detect import FORMATS, groups
 from shards.files import Damaged
-from shards.scenes import images, of_files
+from shards.scenes import FORMATS, groups, images, of_files
 from views import paths, pictures
 
 VIEWS_SHOWN, SCENES_SHOWN, VIEWS_SAMPLED = 4, 3, 24
 PROBLEMS_SHOWN = 10
-PICTURES = ".png", ".jpg", ".jpeg", ".webp"
 MAP_SIDE = 160                  # pixels of a map of the cameras
-CHECKED_SCENES, CHECKED_PAIRS = 8, 4    # a shard, a scene: of both checks of cameras
-STRIDE_SHARE, MATCHED_SHARE = 8, 6      # their pairs are this part of a scene apart, at most
+CHECKED_SCENES = 8              # of a shard, whose cameras are checked
+FOLLOWED_PAIRS, MATCHED_PAIRS = (8, 4), (5, 8)  # part of a scene that pairs are apart, their number
 QUICK_SIDE = 32                 # pixels of the pictures that a run looks at at its start
 FOLLOWED = 0.75                 # share of pairs that must agree with their cameras
 DEPTHS_AGREE = 0.5              # share of the surfaces that both see
-BETTER = 0.02                   # correlation by which another convention is the cameras' own
+BETTER = 0.01                   # correlation by which another convention is the cameras' own
 AS_THEY_ARE = "as they are"     # of metrics.conventions
 
 
@@ -105,17 +104,6 @@ def strips_of(source):
     return strips
 
 
-def stacked(strips):
-    """Pictures one above the other."""
-    canvas = Image.new("RGB", (max(strip.width for strip in strips),
-                               sum(strip.height for strip in strips)), "white")
-    y = 0
-    for strip in strips:
-        canvas.paste(strip, (0, y))
-        y += strip.height
-    return canvas
-
-
 def depth_picture(depth):
     """Near is bright, far is dark, unknown is red."""
     known = depth > 0
@@ -126,8 +114,9 @@ def depth_picture(depth):
 
 
 def inspect(args):
-    if Path(args.out).suffix.lower() not in PICTURES:
-        raise ValueError(f"--out {args.out}: the picture's name must end in {', '.join(PICTURES)}")
+    if Path(args.out).suffix.lower() not in IMAGE_SUFFIXES:
+        raise ValueError(f"--out {args.out}: the picture's name must end in "
+                         f"{', '.join(IMAGE_SUFFIXES)}")
     strips = []
     for (format, side), files in groups(args.shards, args.format, args.size).items():
         source = of_files(f"{files[0].name} ..." if files[1:] else files[0].name, format, files,
@@ -136,7 +125,7 @@ def inspect(args):
         if format != "encoded":
             strips += strips_of(source)
     if strips:
-        stacked(strips).save(args.out)
+        pictures.stacked(strips).save(args.out)
         print(f"{args.out}: views, a depth, and the cameras from above and from the side; the "
               "wings of a camera open to where it looks")
     return 0
@@ -193,12 +182,12 @@ def encoded_problems(source, scene, view):
             for name in ("moments_target", "clip_cond") if not np.isfinite(pair[name]).all()]
 
 
-def pairs_of(source, scene, share, step=1):
+def pairs_of(source, scene, share, count, step=1):
     """Yields (cond, target, images (3, s, s), depths (s, s)) of a few pairs of views of a scene, of
     every `step`-th pixel each way; what is damaged is reported by others."""
     n = int(source.counts[scene])
     stride = max(1, n // share)
-    for cond in pictures.evenly_spaced(range(n - stride), CHECKED_PAIRS):
+    for cond in pictures.evenly_spaced(range(n - stride), count):
         pair = cond, cond + stride
         try:
             yield (*pair, [images(source.image(scene, v)[:, ::step, ::step]) for v in pair],
@@ -216,7 +205,7 @@ def followed(source, scene, step=1):
     """
     known, figures = source.scene(scene), []
     fov = torch.tensor([known.fov], dtype=torch.float64)
-    for cond, target, views, depths in pairs_of(source, scene, STRIDE_SHARE, step):
+    for cond, target, views, depths in pairs_of(source, scene, *FOLLOWED_PAIRS, step):
         image_cond, image, depth_cond, depth = (x[None] for x in (*views, *depths))
         pose = camera.relative_pose(known.c2w[cond], known.c2w[target])[None]
         # without the target's depth: it would leave out all that disagrees
@@ -235,7 +224,7 @@ def matched(source, scene):
     epipolar lines: how well patches of a view are found in another one if the cameras followed
     that convention. Empty where no pair of pictures tells."""
     known, totals = source.scene(scene), {}
-    for cond, target, views, depths in pairs_of(source, scene, MATCHED_SHARE):
+    for cond, target, views, depths in pairs_of(source, scene, *MATCHED_PAIRS):
         for name, c2w in metrics.conventions(known.c2w).items():
             pose = camera.relative_pose(c2w[cond], c2w[target])
             if pose[:3, 3].norm() > 0:

@@ -269,8 +269,8 @@ def match(image_cond, image, pose, fov, depth_cond):
     0 everywhere: at all inverse depths from 0 to that of the cameras' distance.
     """
     s, reach = MATCH_SIDE, PATCH // 2
-    depth = F.interpolate(depth_cond[None, None].double(), (s, s), mode="nearest")[0, 0]
-    grey_cond, grey = (F.interpolate(x.mean(0)[None, None].double(), (s, s), mode="area")
+    depth = F.interpolate(depth_cond[None, None].float(), (s, s), mode="nearest")[0, 0]
+    grey_cond, grey = (F.interpolate(x.mean(0)[None, None].float(), (s, s), mode="area")
                        for x in (image_cond, image))
     patches = F.unfold(grey_cond, PATCH)[0].T                               # (n, p), p = PATCH^2
     middle = depth[reach:s - reach, reach:s - reach].flatten()
@@ -279,14 +279,14 @@ def match(image_cond, image, pose, fov, depth_cond):
     asked = (middle > 0 if depth.any() else grid.flatten()) & (patches.std(1) > TEXTURED)
     if not asked.any():
         return math.nan
-    fov = torch.tensor([fov], dtype=torch.float64)
-    points = points_of(torch.ones(1, s, s, dtype=torch.float64), fov)
+    fov = torch.tensor([fov])
+    points = points_of(torch.ones(1, s, s), fov)
     rays = F.unfold(points.view(1, 3, s, s), PATCH)[0].unflatten(0, (3, -1)).mT[:, asked]
     if depth.any():
         inverse = 1 / middle[asked][None]                                   # (1, n)
     else:
-        inverse = torch.linspace(0, 1, DEPTHS, dtype=torch.float64)[:, None] / pose[:3, 3].norm()
-    there = torch.linalg.inv(pose.double())
+        inverse = torch.linspace(0, 1, DEPTHS)[:, None] / pose[:3, 3].norm()
+    there = torch.linalg.inv(pose.float())
     # in homogeneous coordinates, so that an infinite depth is no exception: (depths, 3, n * p)
     points = (torch.einsum("ij,jnp->inp", there[:3, :3], rays)[None]
               + there[:3, 3, None, None] * inverse[:, None, :, None]).flatten(2)

@@ -26,9 +26,9 @@ from views.colmap import Lens
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov")
 VIDEO_NAME = re.compile(r"(?:v=|youtu\.be/)([\w-]+)")       # in RealEstate10K's links
+GZIP = b"\x1f\x8b"          # its first bytes
 MICROSECONDS = 1e-6         # RealEstate10K's unit of time
 NDC_FORMAT = "ndc_norm_image_bounds"        # of CO3D's annotations that do not tell theirs
-SAME_SHAPE = 0.05           # largest relative difference of one path in two reconstructions
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,8 @@ def find_co3d(root, categories, quality, depth):
 def annotations(path, kind=dict, hook=None):
     """The objects in a .jgz, a gzipped JSON list of them. Raises ValueError, OSError."""
     try:
-        found = json.loads(gzip.decompress(path.read_bytes()), object_hook=hook)
+        data = path.read_bytes()
+        found = json.loads(gzip.decompress(data) if data[:2] == GZIP else data, object_hook=hook)
     except (gzip.BadGzipFile, EOFError, zlib.error, ValueError, RecursionError) as err:
         raise ValueError(f"{path} is damaged: {err}") from err
     if not isinstance(found, list) or not all(isinstance(each, kind) for each in found):
@@ -153,6 +154,7 @@ def frame_number(frame):
     return number if isinstance(number, float | int) else 0
 
 
+@np.errstate(over="raise", invalid="raise")
 def co3d_view(root, depth, frame):
     """The View of a frame annotation. Raises LeftOut.
 
@@ -176,8 +178,8 @@ def co3d_view(root, depth, frame):
         if depth and entry.get("path"):
             mask = root / entry["mask_path"] if entry.get("mask_path") else None
             stored = DepthMap(root / entry["path"], float(entry["scale_adjustment"]), True, mask)
-        shares = np.array([*focal, *(0.5 - middle)])
-        lens = Lens("PINHOLE", width, height, tuple(shares * (width, height, width, height)))
+        sides = np.array([width, height, width, height], float)
+        lens = Lens("PINHOLE", width, height, tuple((sides * [*focal, *(0.5 - middle)]).tolist()))
         if not 0 < width < colmap.MOST_PIXELS or stored and not 0 < stored.unit < math.inf:
             raise ValueError("the size or scale_adjustment is not positive")
     except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as err:
@@ -226,48 +228,34 @@ def find_re10k(kind, texts, frames, videos, models):
 
 
 def read_re10k(path, place, model):
-    """(Views, LeftOuts) of a clip, in the order of time. Raises LeftOut, OSError."""
+    """(Views, LeftOuts) of a clip, in the order of time: cameras of the text, or of a COLMAP model,
+    in whose unit its sparse depth is. Raises LeftOut, OSError."""
     try:
-        rows = {int(row[0]): row for row in cameras.re10k_rows(path)}
+        rows = sorted(cameras.re10k_rows(path))
+        times = [int(row[0]) for row in rows]
     except (ValueError, OverflowError) as err:      # a time may be nan or infinite
         raise LeftOut(path, "the camera text is damaged", err) from err
-    depths = re10k_depths(rows, model) if model else {}
+    found = read_model(model) if model else None
+    images = {Path(image.name).stem: image for image in found.images} if model else {}
 
-    def view(time):
-        row, where = rows[time], f"{path}: {time}"
+    def view(number):
+        row, time = rows[number], times[number]
+        where = f"{path}: {time}"
+        if time in times[:number]:
+            raise LeftOut(where, "a second camera of the same time")
         if any(row[5:7]):
             raise LeftOut(where, "the lens is distorted", f"k1 {row[5]:g}, k2 {row[6]:g}")
-        if model and time not in depths:
-            raise LeftOut(where, "no image of the COLMAP model")
+        w2c, lens, depth = cameras.re10k_w2c(row), Lens("PINHOLE", 1, 1, tuple(row[1:5])), None
+        if model:
+            image = images.get(str(time))
+            if not image:
+                raise LeftOut(where, "no image of the COLMAP model")
+            w2c, lens, depth = image.w2c, found.lenses[image.camera], points(found, image)
         video = {} if place.is_dir() else {"time": time * MICROSECONDS}
         photo = place if video else photo_at(place, str(time))
-        return View(where, photo, opengl(cameras.re10k_w2c(row), where),
-                    Lens("PINHOLE", 1, 1, tuple(row[1:5])), depths.get(time), **video)
+        return View(where, photo, opengl(w2c, where), lens, depth, **video)
 
-    return collect(view, sorted(rows))
-
-
-def re10k_depths(rows, model):
-    """{time: Points} of a COLMAP model of a clip, in the clip's unit. Raises LeftOut.
-
-    COLMAP's unit of length is any, so the paths of the two are compared.
-    """
-    found = read_model(model)
-    images = {int(Path(image.name).stem): image for image in found.images
-              if Path(image.name).stem.isdecimal()}
-    w2c = np.array([(cameras.re10k_w2c(rows[time]), image.w2c) for time, image in images.items()
-                    if time in rows]).reshape(-1, 2, 4, 4)
-    centres = -np.einsum("vkji,vkj->vki", w2c[..., :3, :3], w2c[..., :3, 3])    # (v, 2, 3)
-    centres = centres[np.isfinite(centres).all((1, 2))]
-    away = np.linalg.norm(centres - centres.mean(0), axis=2).T if len(centres) else np.zeros((2, 0))
-    if not (away > 0).any(1).all():
-        raise LeftOut(model, "the COLMAP model has no camera path to take the unit of length from")
-    unit = away[0] @ away[1] / (away[1] @ away[1])
-    misfit = np.linalg.norm(away[0] - unit * away[1]) / np.linalg.norm(away[0])
-    if not misfit <= SAME_SHAPE:
-        raise LeftOut(model, "the COLMAP model's camera path is not that of the text",
-                      f"they differ by {misfit:.0%}, {SAME_SHAPE:.0%} are allowed")
-    return {time: points(found, image, unit) for time, image in images.items()}
+    return collect(view, range(len(rows)))
 
 
 def read_model(folder):
@@ -278,7 +266,7 @@ def read_model(folder):
         raise LeftOut(folder, "the COLMAP model cannot be used", err) from err
 
 
-def points(model, image, unit=1.0):
-    """The Points of one of a COLMAP model's images, depths times `unit`."""
+def points(model, image):
+    """The Points of one of a COLMAP model's images."""
     lens, (pixel, depth) = model.lenses[image.camera], model.sparse_depth(image)
-    return Points(pixel / (lens.width, lens.height), depth * unit)
+    return Points(pixel / (lens.width, lens.height), depth)

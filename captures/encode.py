@@ -40,9 +40,8 @@ from runtime.files import write_text
 from runtime.networks import load_depth
 from runtime.ranks import device_of, leave, own_device
 from runtime.tensors import pack
-from shards.detect import groups
 from shards.files import Damaged
-from shards.scenes import images, nearplane_quantile, of_files
+from shards.scenes import groups, images, nearplane_quantile, of_files
 
 ENCODE_VERSION = 1
 FEWEST_VIEWS = 2                # of a scene: a pair
@@ -89,14 +88,6 @@ def load(weights, depth_weights, blend, device):
     networks.depth_net = load_depth(depth_weights) if depth_weights else None
     engine.convert(networks)
     return networks.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-
-
-def halve_weights(network):
-    """Products and convolutions get weights in bf16: what autocast would cast them to for every
-    batch, so that the results are the same, bit for bit."""
-    for part in network.modules():
-        if isinstance(part, (nn.Conv2d, nn.Linear)):
-            part.weight.data = part.weight.data.bfloat16()
 
 
 # ---- a shard
@@ -239,13 +230,6 @@ def run(args):
         cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         args.loaders = min(MOST_LOADERS, cores) if device.type == "cuda" else 0
     shards = plan(args)
-    if args.dry_run:
-        todo = [shard for shard in shards if not is_there(shard[0], shard[-1])]
-        views = sum(int(of_files(file.name, format, [file], side).counts.sum())
-                    for file, format, side, _ in todo)
-        print(f"{args.out}: {len(shards)} shards, {len(shards) - len(todo)} of them there; {views} "
-              "views to encode")
-        return
     networks = load(args.weights, args.depth_weights, args.quantile_blend, device)
     if world > 1:
         dist.init_process_group("gloo", timeout=PATIENCE)       # to wait for one another, no more
@@ -281,9 +265,6 @@ def check(shards, networks, args):
 
 def encode(shards, networks, args, device, rank):
     """Encodes shards, one after the other, while the images of the next one are being decoded."""
-    if args.precision == "bf16":
-        halve_weights(networks.first_stage_model)
-        halve_weights(networks.cond_stage_model)
     if args.compile:
         for part in (networks.first_stage_model.encoder, networks.cond_stage_model.model.visual):
             part.compile()

@@ -218,8 +218,8 @@ def run_captures(args):
     make_shards(todo, functools.partial(capture_scenes, args),
                 workers_for(args.workers, len(todo), torch.device("cpu")), args.command)
     summarize(plan)
-    if args.image_format != "png" or not args.depth:
-        print("note: ZeroNVS's original loader reads only shards with png images and depth")
+    if args.image_format != "png":
+        print("note: ZeroNVS's original loader reads png images alone")
 
 
 def is_made(path):

@@ -5,12 +5,10 @@ import math
 from pathlib import Path
 
 import torch
-from PIL import Image
-
 from camera import focus_point
 from captures.datasets import (Capture, collect, found_in, opengl, photo_at, points,
                                read_model)
-from captures.resample import DepthMap, LeftOut, View, decoding, one_camera, square
+from captures.resample import DepthMap, LeftOut, View, opened, one_camera, square
 from views import SCALE, cameras, colmap, paths, photos
 
 MILLIMETRES = 1e-3          # nerfstudio's unit of depth
@@ -87,12 +85,13 @@ def read_nerfstudio(path, depth):
 
 def depth_of(folder, frame):
     """The DepthMap of a frame, or None: nerfstudio's, in millimetres, or instant-ngp's."""
-    if frame.get("depth_file_path"):
-        unit = cameras.number(frame, "applied_scale", default=1.0) * MILLIMETRES
-        return DepthMap(folder / str(frame["depth_file_path"]), unit)
-    unit = cameras.number(frame, "integer_depth_scale", -math.inf, default=0.0)
-    return DepthMap(folder / str(frame["depth_path"]), unit) if (
-        frame.get("depth_path") and unit > 0) else None
+    path, unit = frame.get("depth_file_path"), MILLIMETRES
+    if path:
+        unit *= cameras.number(frame, "applied_scale", default=1.0)
+    else:
+        path = frame.get("depth_path")
+        unit = cameras.number(frame, "integer_depth_scale", -math.inf, default=0.0)
+    return DepthMap(folder / str(path), unit) if path and unit > 0 else None
 
 
 def nerfstudio_view(folder, depth, frame):
@@ -105,7 +104,7 @@ def nerfstudio_view(folder, depth, frame):
             raise LeftOut(photo, f"{field} is not read", reason)
     size = None
     if not frame.get("w") or not frame.get("h"):
-        with decoding(photo), Image.open(photo) as image:
+        with opened(photo) as image:
             size = image.size
     try:
         c2w = cameras.matrix(frame.get("transform_matrix"), "transform_matrix").numpy()

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from captures.datasets import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Capture, found_in
 from captures.own import read_colmap
-from captures.resample import decoding, frame_times, selected
+from captures.resample import frame_times, opened, selected
 from runtime.files import unfinished, write_text
 from views import paths, pictures
 from views.colmap import in_order, pycolmap
@@ -90,7 +90,7 @@ def reconstruct(folder, names, model, is_video):
     colmap.logging.minloglevel = colmap.logging.ERROR
     sizes = set()
     for name in names:
-        with decoding(folder / name), Image.open(folder / name) as picture:
+        with opened(folder / name) as picture:
             sizes.add(picture.size)
     with unfinished(model) as partial, tempfile.TemporaryDirectory() as scratch:
         database = Path(scratch) / "database.db"
@@ -129,8 +129,5 @@ def contact_sheet(views, path):
             cells.append((view.photo.name, ImageOps.pad(photo.convert("RGB"), (CELL, CELL),
                                                         color="white")))
     rows = pictures.sheet([cells[i:i + SHOWN // 2] for i in range(0, len(cells), SHOWN // 2)])
-    canvas = Image.new("RGB", (max(rows.width, chart.width), rows.height + chart.height), "white")
-    canvas.paste(rows, (0, 0))
-    canvas.paste(chart, (0, rows.height))
     with unfinished(path) as partial:
-        canvas.save(partial, "PNG")
+        pictures.stacked([rows, chart]).save(partial, "PNG")

@@ -11,6 +11,7 @@ import json
 import math
 import subprocess
 import tempfile
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from runtime.files import mistaken_for
+from shards.files import Damaged
+from shards.index import FARTHEST
 from shards.scenes import over_white
 from views.cameras import pose_problem
 from views.colmap import Lens, pycolmap
@@ -39,28 +43,37 @@ EARLY = 0.001               # seconds by which ffmpeg's clock may differ from a 
 SEEK = 1.0                  # seconds before the first frame wanted, from which a video is decoded
 
 
-class LeftOut(ValueError):
-    """A view or scene that cannot be used: where, a reason that can be counted, and details."""
-
-    def __init__(self, where, reason, detail=""):
-        super().__init__(where, reason, detail)
-        self.where, self.reason, self.detail = str(where), reason, str(detail)
-
-    def __str__(self):
-        return f"{self.where}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+class LeftOut(Damaged):
+    """A view or scene of a capture that cannot be used."""
 
 
 @contextmanager
 def decoding(path, what="image"):
     """Raises LeftOut for whatever Pillow raises inside: on damaged bytes that is anything."""
     try:
-        yield
+        with warnings.catch_warnings():     # one's own large photo is no attack
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            yield
     except LeftOut:
         raise
-    except FileNotFoundError as err:
-        raise LeftOut(path, f"missing {what}") from err
+    except Image.DecompressionBombError as err:
+        raise LeftOut(path, f"the {what} has more than 178 megapixels", "make it smaller") from err
     except Exception as err:
         raise LeftOut(path, f"{what} cannot be decoded", err) from err
+
+
+@contextmanager
+def opened(path, what="image"):
+    """The Pillow image of a file. Raises LeftOut as `decoding` does; says what else it is."""
+    if not path.is_file():                  # a pipe or a device would be waited for
+        raise LeftOut(path, f"missing {what}")
+    with decoding(path, what):
+        with open(path, "rb") as file:
+            mistaken, way_out = mistaken_for(file.read(64), path)
+        if mistaken:
+            raise LeftOut(path, f"no {what}, but {mistaken}", way_out.partition(", or ")[0])
+        with Image.open(path) as image:
+            yield image
 
 
 @dataclass(frozen=True)
@@ -158,6 +171,7 @@ def one_camera(views):
     return [view for view, wide in zip(good, enough) if wide], float(extents[enough].min()), out
 
 
+@np.errstate(all="ignore")       # depths and cameras may be any: infinite, no numbers
 def square(view, picture, half, size):
     """The pixels (s, s, 3) uint8 and depths (s, s) float32 or None of a view, 0 where not known.
 
@@ -226,7 +240,7 @@ def map_depth(view, half, size):
     source, places = view.depth, view.lens.places(slopes_of(half, size))
 
     def nearest(path, what):
-        with decoding(path, what), Image.open(path) as image:
+        with opened(path, what) as image:
             values = np.asarray(image)
         h, w = values.shape[:2]
         column, row = np.floor(places * (w, h)).astype(int).clip(0, (w - 1, h - 1)).T
@@ -236,11 +250,10 @@ def map_depth(view, half, size):
     if words.ndim != 2 or words.dtype not in (np.uint16, np.int32):     # Pillow 10's is int32
         raise LeftOut(source.path, "depth is not a 16-bit grey PNG")
     words = words.astype(np.uint16)
-    depth = (words.view(np.float16) if source.half_floats else words).astype(np.float32)
-    depth *= np.float32(source.unit)
+    depth = (words.view(np.float16) if source.half_floats else words) * np.float64(source.unit)
     if source.mask:
         depth *= nearest(source.mask, "depth mask").reshape(size, size, -1).any(-1)
-    return np.where(np.isfinite(depth) & (depth > 0), depth, np.float32(0))
+    return np.where((depth > 0) & (depth < FARTHEST), depth, 0).astype(np.float32)
 
 
 def points_depth(view, half, size):
@@ -263,7 +276,7 @@ def pictures(views):
     for view in views:
         try:
             # orientation tags are not obeyed: the cameras are those of the pixels as stored
-            with decoding(view.photo), Image.open(view.photo) as picture:
+            with opened(view.photo) as picture:
                 yield view, picture
         except LeftOut as err:
             yield view, err

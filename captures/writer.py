@@ -109,16 +109,19 @@ def raw_scene(layout, name, images, depths, c2w, fov, image_format="png", scale_
 
     images (v, h, h, 3) uint8, depths (v, h, h) with 0 for unknown, or None for a scene without,
     OpenGL c2w (v, 4, 4) float64 in the same unit, fov in radians, numpy arrays all. Readers
-    multiply the stored depth by `scale_adjustment`, which only co3d has.
+    multiply the stored depth by `scale_adjustment`, which only co3d has. The original's reader
+    needs depths: a scene without gets zeros, and metadata that say so to ours.
     """
     members = []
     for i, (image, pose) in enumerate(zip(images, c2w)):
         frame = f"{name}/frame{i + 1:06d}"
         metadata = (co3d_metadata(pose, fov, scale_adjustment) if layout == "co3d" else
                     re10k_metadata(pose, fov, image.shape[1]))
-        members.append((f"{frame}.{image_format}", image_bytes(image, image_format)))
-        if depths is not None:
+        if depths is None:
+            metadata["depth_known"], depth = False, np.zeros(image.shape[:2], np.float32)
+        else:
             depth = depths[i] / scale_adjustment if layout == "co3d" else depths[i]
-            members.append((f"{frame}_depth.png", depth_bytes(depth)))
+        members.append((f"{frame}.{image_format}", image_bytes(image, image_format)))
+        members.append((f"{frame}_depth.png", depth_bytes(depth)))
         members.append((f"{frame}_metadata.json", json.dumps(metadata).encode()))
     return members

@@ -16,7 +16,7 @@ A capture has no second scene, so `prepare.py` holds out every tenth view of eac
 - conditions are dropped as ever, as views are sampled with guidance, which needs both
 - the average's decay is 0.98, about the last 50 steps; 0.9999 would still be the model of before
 
-Not run at this size yet: rates and counts are what the small model wanted (capture_small.py).
+Not run at this size yet, and no other rates were compared: the reasons are what speaks for them.
 """
 
 from configs import Config, Source

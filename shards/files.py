@@ -2,6 +2,7 @@
 
 import functools
 import http.client
+import itertools
 import math
 import mmap
 import os
@@ -47,7 +48,7 @@ class Damaged(ValueError):
 
     def __init__(self, where, reason, detail=""):
         super().__init__(where, reason, detail)
-        self.where, self.reason, self.detail = where, reason, detail
+        self.where, self.reason, self.detail = str(where), reason, str(detail)
 
     def __str__(self):
         return f"{self.where}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
@@ -137,31 +138,30 @@ class WebFile:
 
     def request(self, offset, size):
         """(headers, bytes) of a range, asked for again while the server is out of order."""
-        began, pause, timeout, said = time.monotonic(), WEB_PAUSE, WEB_TIMEOUT, False
-        while True:
+        began, said = time.monotonic(), False
+        for tries in itertools.count():
             try:
-                answer = self.attempt(offset, size, timeout)
+                answer = self.attempt(offset, size, WEB_TIMEOUT * min(1 + tries, 3))
                 if said:
-                    lasted = time.monotonic() - began
-                    say_outage(f"{self.path} answers again after {lasted:.0f} s", 0)
+                    say_outage(f"{self.path} answers again after {time.monotonic() - began:.0f} s",
+                               0)
                     SAID_AT[0] = -math.inf      # the next outage is news
                 return answer
             except (OSError, http.client.HTTPException) as err:
-                if getattr(err, "code", 503) not in WEB_TRANSIENT:      # HTTPError's
+                # at start an unknown address is rather a wrong one than an outage
+                wrong = not self.size and isinstance(getattr(err, "reason", err),
+                                                     (socket.gaierror, ConnectionRefusedError))
+                if wrong or getattr(err, "code", 503) not in WEB_TRANSIENT:     # HTTPError's
                     raise
-                if not self.size and isinstance(getattr(err, "reason", err),
-                                                (socket.gaierror, ConnectionRefusedError)):
-                    raise               # at start: rather a wrong address than an outage
                 failure = err if isinstance(err, OSError) else repr(err)
             waited = time.monotonic() - began
+            pause = min(WEB_PAUSE * 2**min(tries, 9), WEB_LONGEST_PAUSE)
             if waited + pause > self.patience:
                 raise Outage(f"{self.path} has not answered for {waited:.0f} s: {failure}")
             if waited >= WEB_QUIET:
                 said |= say_outage(f"{self.path} does not answer ({failure}): trying again for "
                                    f"{self.patience - waited:.0f} s", WEB_REMINDER)
             time.sleep(pause)
-            pause, timeout = min(2 * pause, WEB_LONGEST_PAUSE), min(timeout + WEB_TIMEOUT,
-                                                                    3 * WEB_TIMEOUT)
 
     def attempt(self, offset, size, timeout):
         """(headers, bytes) of a range. Raises OSError and HTTPException."""

@@ -31,7 +31,7 @@ MAX_METADATA = 1 << 16              # bytes of a camera's JSON, of an encoded sc
 IMAGE, DEPTH, METADATA = range(3)   # kinds of member, and the most bytes of each
 LIMITS = 1 << 26, 1 << 26, MAX_METADATA
 MAX_SCENE = 1 << 31                 # bytes of an encoded scene, and numbers in it
-INDEX_VERSION = 4
+INDEX_VERSION = 5
 SMALL_INDEX = 1 << 16               # bytes up to which a kept index is read, not mapped: a process
                                     # has some 65,000 mappings
 LITTER_AGE = 5                      # seconds after which an index that is half written is litter
@@ -282,6 +282,8 @@ class RawIndex(Index):
             if without:
                 problems[f"{self.name}: {scene}", WITHOUT_DEPTH] += without
             table = np.array([[views[frame][kind] for kind in (IMAGE, DEPTH)] for frame in frames])
+            # zeros that stand there for the original's reader, which needs some
+            table[[entries[scene][frame].get("depth_known") is False for frame in frames], 1] = 0
             yield scene, {**cameras, "frames": frames, "blocks": table[..., 0],
                           "sizes": table[..., 1]}
 

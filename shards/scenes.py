@@ -5,6 +5,7 @@ Letters: `n` views of a scene, `s` side of the square images in pixels, `c h w` 
 
 import hashlib
 import io
+import json
 import math
 import os
 import threading
@@ -20,10 +21,13 @@ from PIL import Image
 
 import camera
 from runtime.command import progress
-from shards.files import PATIENCE, Damaged, LocalFile, cache_folder
-from shards.index import DEPTH, IMAGE, EncodedIndex, RawIndex, whole_matrices
+from shards.files import PATIENCE, Damaged, LocalFile, TarError, Window, cache_folder
+from shards.index import (DEPTH, ENCODED_MEMBER, IMAGE, MEMBER, EncodedIndex, RawIndex,
+                          encoded_scene, whole_matrices)
 from shards.streams import expand, fetch, find_shards, is_stream
+from shards.tar import tar_members
 
+FORMATS = "co3d", "re10k", "acid", "encoded"
 IMAGE_FORMATS = "PNG", "JPEG", "WEBP"
 MAX_SIDE = 1 << 14                  # pixels of an image's long side
 LATENT_SHRINK = 8                   # pixels a side of an image to one of its latent
@@ -127,6 +131,46 @@ def of_files(name, format, files, image_size, keep=True):
     """RawScenes or EncodedScenes, by format, of LocalFiles and WebFiles; keep: their indexes."""
     kind = EncodedScenes if format == "encoded" else RawScenes
     return kind(name, format, files, image_size, keep)
+
+
+def detect(file):
+    """(format, image size) of a shard, by its first members that can be read. Raises ValueError."""
+    window, side, format, damage = Window(file), None, None, ""
+    try:
+        for name, offset, size in tar_members(window):
+            match = MEMBER.fullmatch(name)
+            try:
+                if ENCODED_MEMBER.fullmatch(name):
+                    latent = encoded_scene(window, offset, size)["latent"]
+                    return "encoded", latent[1] * LATENT_SHRINK
+                if match and match[3] == "_metadata.json" and not format:
+                    fields = json.loads(window.read(offset, size))
+                    format = "re10k" if "extrinsics" in fields else "co3d"
+                elif match and match[3] != "_depth.png" and not side:
+                    side = min(Image.open(io.BytesIO(window.read(offset, size))).size)
+            except Exception as err:    # on damaged bytes Pillow raises anything
+                damage = damage or f"; {name}: {str(err) or type(err).__name__}"
+            if side and format:
+                return format, side
+    except TarError as err:
+        raise ValueError(str(err)) from err
+    raise ValueError(f"{file.name}: no scene in it that data.py reads{damage}")
+
+
+def groups(patterns, format, side, unread=None):
+    """{(format, image size): files} of the shards that the patterns name. What is none is a
+    ValueError, or with a list `unread` a line of it."""
+    found = {}
+    for file in (file for pattern in patterns for file in find_shards("", pattern)):
+        try:
+            kind = (format, side) if format and side else detect(file)
+        except ValueError as err:
+            if unread is None:
+                raise
+            unread.append(str(err))
+            continue
+        found.setdefault((format or kind[0], side or kind[1]), []).append(file)
+    return found
 
 
 class Scenes:
@@ -299,9 +343,9 @@ class EncodedScenes(Scenes):
 class StreamedScenes:
     """Scenes of shards that commands print, of which a few are open at a time.
 
-    The shards are visited in rounds, each in an order of its own. Pair k draws from the `window`
-    visits that are open at k, and every visit gives about `pairs_per_shard` pairs: a pair is still
-    a function of (seed, k), and a run that goes on copies the shards of its window and no others.
+    The shards are visited in rounds, each in its own order. Pair k draws from the `window` visits
+    open at k, and each gives about `pairs_per_shard` pairs: a pair is a function of (seed, k) too,
+    and a run that goes on copies the shards of its window and no others.
     """
 
     def __init__(self, source, pattern, image_size):

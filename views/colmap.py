@@ -14,6 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from runtime.files import mistaken_for
+from shards.index import FARTHEST
+
 UNIT_QUATERNION = 1e-2          # largest error of a quaternion's length, which is made 1
 MOST_PIXELS = 2**31             # a side that no image has
 PARTS = ("cameras", "images", "points3D")       # files of a COLMAP model
@@ -34,6 +37,9 @@ PERSPECTIVE = ("SIMPLE_PINHOLE", "PINHOLE", "SIMPLE_RADIAL", "RADIAL", "OPENCV",
 def text_of(path):
     """The text of a file; a byte order mark is no part of it. Raises ValueError, OSError."""
     data = Path(path).read_bytes()
+    mistaken, way_out = mistaken_for(data[:64], path)
+    if mistaken:
+        raise ValueError(f"{path}: is {mistaken}: {way_out.partition(', or ')[0]}")
     try:
         return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError as err:
@@ -129,6 +135,7 @@ class Model:
     numbers: np.ndarray     # (n,) int64, ascending
     points: np.ndarray      # (n, 3) float64
 
+    @np.errstate(all="ignore")      # of points at infinity
     def sparse_depth(self, image):
         """(pixels (n, 2), distances (n,) along the viewing axis) of the points an image shows."""
         if not len(self.numbers):
@@ -137,7 +144,7 @@ class Model:
         there = self.numbers[at] == image.seen["point"]
         depth = self.points[at[there]] @ image.w2c[2, :3] + image.w2c[2, 3]
         pixel = np.stack([image.seen["x"], image.seen["y"]], axis=1)[there]
-        ahead = np.isfinite(depth) & (depth > 0) & np.isfinite(pixel).all(1)
+        ahead = (depth > 0) & (depth < FARTHEST) & np.isfinite(pixel).all(1)
         return pixel[ahead], depth[ahead]
 
 

@@ -13,7 +13,8 @@ VIEW = re.compile(r"\d{3,}\.png")
 FILMS = [f"{name}.{end}" for name in (*MOTIONS, "grid", "poses", "path", "truth")
          for end in ("gif", "mp4")]
 OPTIONAL = ("truth.png", "progress.png", "scale-sweep.png", *FILMS)     # not in every run
-WRITTEN = ("cond.png", "cameras.json", "path.png", "sheet.png", *OPTIONAL)
+CAMERAS = "cameras.json", "transforms.json"         # one file: nerfstudio wants it by this name
+WRITTEN = ("cond.png", *CAMERAS, "path.png", "sheet.png", *OPTIONAL)
 
 
 class Folder:
@@ -73,9 +74,10 @@ class Folder:
         self.written.append("views/")
         self.save(pictures.path_picture(cameras), "path.png")
         self.save(photo, "cond.png")
-        paths.write(self.path / "cameras.json", cameras, photo.width,
-                    [f"views/{i:03d}.png" for i in range(len(views))], "cond.png")
-        self.written.append("cameras.json")
+        for file in CAMERAS:
+            paths.write(self.path / file, cameras, photo.width,
+                        [f"views/{i:03d}.png" for i in range(len(views))], "cond.png")
+        self.written += CAMERAS
         if progress:
             strip = [(f"t {t:.0f}", pictures.image(render.net.decode(z_0)[0]))
                      for t, z_0 in pictures.evenly_spaced(promised, PROGRESS_VIEWS)]

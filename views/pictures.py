@@ -54,6 +54,15 @@ def blank(picture):
     return Image.new("RGB", picture.size, WHITE)
 
 
+def stacked(strips):
+    """Pictures one above the other."""
+    canvas = Image.new("RGB", (max(strip.width for strip in strips),
+                               sum(strip.height for strip in strips)), WHITE)
+    for i, strip in enumerate(strips):
+        canvas.paste(strip, (0, sum(each.height for each in strips[:i])))
+    return canvas
+
+
 def sheet(rows, title="", side=SMALLEST_CELL):
     """One picture of rows of (label, image) pairs, all images of one size, labels above them, and
     a line on top that says what they are."""

@@ -9,6 +9,7 @@ import sys
 import tarfile
 
 from captures import encode
+import conventions
 from analysis import inspect as inspector
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from made import depth_png, encoded_scene, rewritten, scene_members, write_tar
 from PIL import Image
 
 import prepare
-from shards import detect, files
+from shards import files, scenes
 
 
 @pytest.fixture(scope="module")
@@ -158,18 +159,18 @@ def test_latents_that_are_not_finite_are_problems(tmp_path, capsys):
 
 def test_the_kind_of_a_shard_is_found_out(rendered, tmp_path):
     for format in ("co3d", "re10k"):
-        assert detect.detect(files.LocalFile(path_of(rendered, format))) == (format, 48)
+        assert scenes.detect(files.LocalFile(path_of(rendered, format))) == (format, 48)
     write_tar(tmp_path / "a.tar", {"readme.txt": b"nothing"})
     with pytest.raises(ValueError, match="a.tar: no scene in it that data.py reads"):
-        detect.detect(files.LocalFile(tmp_path / "a.tar"))
+        scenes.detect(files.LocalFile(tmp_path / "a.tar"))
     members = scene_members("a/b")
     members = {name: b"[" if name.endswith("json") else file for name, file in members.items()}
     write_tar(tmp_path / "b.tar", members)
     with pytest.raises(ValueError, match="b.tar: no scene in it that data.py reads; a/b/frame"):
-        detect.detect(files.LocalFile(tmp_path / "b.tar"))
+        scenes.detect(files.LocalFile(tmp_path / "b.tar"))
     write_tar(tmp_path / "c.tar", {"a/b.safetensors": io.BytesIO(b"\xff" * 99).read()})
     with pytest.raises(ValueError, match="c.tar: no scene in it .*; a/b.safetensors: "):
-        detect.detect(files.LocalFile(tmp_path / "c.tar"))
+        scenes.detect(files.LocalFile(tmp_path / "c.tar"))
 
 
 def test_the_command_line_ends_in_one_line_and_a_status(tmp_path):
@@ -182,44 +183,18 @@ def test_the_command_line_ends_in_one_line_and_a_status(tmp_path):
 
 # ---- cameras of captures, whose depth is sparse or unknown
 
-MIRROR = np.diag([-1.0, 1.0, 1.0, 1.0])
-CHANGES = {"OpenCV": lambda c2w: c2w @ np.diag([1.0, -1.0, -1.0, 1.0]), "inverse": np.linalg.inv,
-           "mirrored": lambda c2w: MIRROR @ c2w @ MIRROR}
+@pytest.mark.parametrize("convention", conventions.CONVENTIONS)
+@pytest.mark.parametrize("points, number", [(60, 0), (60, 3), (0, 3)])
+def test_a_wrong_convention_of_a_capture_is_found_and_a_right_one_is_not_accused(
+        points, number, convention, tmp_path, capsys):
+    conventions.write(tmp_path / "a.tar", conventions.rendered(number), convention, points)
+    wrong = conventions.accused(tmp_path / "a.tar")
+    told = capsys.readouterr().out
+    assert wrong == (convention != "right") and "NOT" not in told, told
+    assert "patches of 1 scenes are found where the cameras say" in told
 
 
-@pytest.fixture(scope="module", params=["sparse", "none"])
-def captures(request, tmp_path_factory):
-    """A capture of 20 photos, as scenes of 20 views, with 60 depths a view or without any."""
-    folder = tmp_path_factory.mktemp("captures")
-    prepare.main(["synth", "--out", str(folder), "--scenes", "4", "--held-out", "2", "--size",
-                  "64", "--views", "20", "--workers", "1", "--device", "cpu"])
-    rng = np.random.default_rng(0)
-
-    def thin(name, content):
-        if not name.endswith("_depth.png"):
-            return content
-        depth = np.asarray(Image.open(io.BytesIO(content))).view(np.float16).copy()
-        keep = np.zeros(depth.shape, bool)
-        if request.param == "sparse":
-            keep.flat[rng.choice(depth.size, 60, replace=False)] = True
-        return depth_png(np.where(keep, depth, 0))
-    return rewritten(path_of(folder, "re10k"), folder / "thin.tar", thin)
-
-
-def test_wrong_conventions_of_captures_are_found_and_right_ones_are_not_accused(captures, tmp_path):
-    for name, change in {"right": lambda c2w: c2w, **CHANGES}.items():
-        path = rewritten(captures, tmp_path / f"{name}.tar", with_camera(change))
-        source = inspector.of_files("a", "re10k", [files.LocalFile(path)], 64, keep=False)
-        means, = inspector.matched(source, 0)
-        best = max(means, key=means.get)
-        accused = means[best] > means["as they are"] + inspector.BETTER
-        assert accused == (name != "right"), (name, means)
-
-
-def test_what_was_not_checked_says_so(captures, tmp_path, capsys):
-    assert inspector.main(["verify", str(captures), "--workers", "1"]) == 0
-    said = capsys.readouterr().out
-    assert "patches of 2 scenes are found where the cameras say" in said and "NOT" not in said
+def test_what_was_not_checked_says_so(tmp_path, capsys):
     write_tar(tmp_path / "a.tar", {"a/b.safetensors": encode.member(**encoded_scene(0))})
     assert inspector.main(["verify", str(tmp_path / "a.tar"), "--workers", "1"]) == 0
     told = capsys.readouterr()

@@ -146,7 +146,7 @@ def annotations(root):
 
 
 def write_re10k(root, truths):
-    """Camera texts, frames of pixels twice as wide as high, COLMAP models in another unit."""
+    """Camera texts, frames of pixels twice as wide as high, COLMAP models of them."""
     (root / "cameras").mkdir(parents=True)
     for name, each in truths.items():
         h, w = each.images.shape[1:3]
@@ -161,7 +161,7 @@ def write_re10k(root, truths):
             Image.fromarray(pairs).save(root / "frames" / name / f"{time}.png")
         (root / "cameras" / f"{name}.txt").write_text("\n".join(lines) + "\n")
         names = [f"{5_000_000 + i * STEP}.png" for i in range(VIEWS)]
-        write_colmap(root / "models" / name, each, ".bin", names, unit=3.0)
+        write_colmap(root / "models" / name, each, ".bin", names, squeeze=2)
     (root / "cameras/absent.txt").write_text("https://www.youtube.com/watch?v=nowhere\n")
 
 
@@ -187,12 +187,13 @@ def observations(each, count=4000):
     return points, seen
 
 
-def write_colmap(folder, each, kind, names, unit=1.0, model="PINHOLE"):
-    """A COLMAP model in a folder, all lengths times `unit`."""
+def write_colmap(folder, each, kind, names, squeeze=1, model="PINHOLE"):
+    """A COLMAP model in a folder, of photos `squeeze` times narrower."""
     folder.mkdir(parents=True)
     points, seen = observations(each)
     h, w = each.images.shape[1:3]
     fx, fy, cx, cy = each.lens
+    w, fx, cx = w // squeeze, fx / squeeze, cx / squeeze
     lens = [fx, cx, cy] if model == "SIMPLE_PINHOLE" else [fx, fy, cx, cy]
     if model == "OPENCV":
         lens += [0.1, 0, 0, 0]
@@ -202,17 +203,17 @@ def write_colmap(folder, each, kind, names, unit=1.0, model="PINHOLE"):
     texts = [f"# cameras\n7 {model} {w} {h} {' '.join(map(repr, lens))}\n", "# images\n", "# \n"]
     for i in reversed(range(VIEWS)):                # COLMAP's order is not that of the names
         w2c = opencv(each.c2w[i])
-        pose = [*quaternion(w2c[:3, :3]), *(w2c[:3, 3] * unit)]
+        pose = [*quaternion(w2c[:3, :3]), *w2c[:3, 3]]
         ids, place = seen[i]
         images += struct.pack("<i7di", i + 1, *pose, 7) + names[i].encode() + b"\0"
         images += struct.pack("<Q", len(ids) + 1) + struct.pack("<ddq", 1.0, 2.0, -1)
-        rows = [(*place[k], k + 1) for k in ids]
+        rows = [(*(place[k] / (squeeze, 1)), k + 1) for k in ids]
         images += b"".join(struct.pack("<ddq", *row) for row in rows)
         texts[1] += f"{i + 1} {' '.join(map(repr, map(float, pose)))} 7 {names[i]}\n1.0 2.0 -1 "
         texts[1] += " ".join(f"{x!r} {y!r} {k}" for x, y, k in
                              ((float(x), float(y), k) for x, y, k in rows)) + "\n"
     blob = struct.pack("<Q", len(points))
-    for k, point in reversed(list(enumerate(points * unit))):
+    for k, point in reversed(list(enumerate(points))):
         blob += struct.pack("<Q3d3BdQ4i", k + 1, *point, 1, 2, 3, 0.5, 2, 1, 2, 3, 4)
         texts[2] += f"{k + 1} {' '.join(map(repr, map(float, point)))} 1 2 3 0.5 1 2 3 4\n"
     if kind == ".bin":
@@ -681,6 +682,11 @@ def test_depth_can_be_left_out(miniatures, tmp_path):
     run([*command(miniatures, "co3d"), "--no-depth"], tmp_path / "out")
     source = reader(tmp_path / "out", "co3d")
     assert not source.has_depth and source.counts.tolist() == [VIEWS, VIEWS]
+    assert not source.depth(0, 0).any()
+    with tarfile.open(tmp_path / "out/train-000000.tar") as tar:       # for the original's reader
+        depths = [name for name in tar.getnames() if name.endswith("_depth.png")]
+        assert len(depths) == 2 * VIEWS
+        assert not np.asarray(Image.open(tar.extractfile(depths[0]))).any()
 
 
 @pytest.mark.parametrize("name", ["frame_annotations.jgz", "sequence_annotations.jgz"])
@@ -727,17 +733,6 @@ def test_a_clip_counts_as_many_views_as_its_text_has_cameras(miniatures):
     assert out == {"clips without a folder of frames": 1}
     assert [(each.name, each.count) for each in found] == [("acid/tall", VIEWS),
                                                            ("acid/wide", VIEWS)]
-
-
-def test_a_colmap_model_of_another_path_is_left_out_with_its_clip(miniatures, truths, tmp_path):
-    root = copied(miniatures, "re10k", tmp_path)
-    shutil.rmtree(root / "models/wide")
-    names = [f"{5_000_000 + (i + 1) % VIEWS * STEP}.png" for i in range(VIEWS)]     # not its own
-    write_colmap(root / "models/wide", truths["wide"], ".bin", names)
-    run(command(tmp_path, "re10k"), tmp_path / "out")
-    assert left_out(tmp_path / "out") == {
-        "the COLMAP model's camera path is not that of the text": 1}
-    assert reader(tmp_path / "out", "re10k").scene(0).name == "re10k/tall"
 
 
 def test_lens_distortion_needs_pycolmap(truths, tmp_path, capsys, monkeypatch):

@@ -151,19 +151,6 @@ def test_compiled_networks_see_batches_of_one_size(rendered, encoded, tmp_path, 
     assert re.search(r"rank 0: 4 shards, 18 views in [\d.]+ s: [\d.]+ views/s on cpu\n", told)
 
 
-def test_weights_that_are_halved_once_change_no_bit():
-    networks, known = small_networks(), torch.ones(2, SIDE, SIDE)
-    image = torch.rand(2, 3, SIDE, SIDE) * 2 - 1
-    found = []
-    for halve in (False, True):
-        if halve:
-            encode.halve_weights(networks)
-        with torch.autocast("cpu", torch.bfloat16):
-            found.append(networks(image, known))
-    assert networks.first_stage_model.encoder.conv_in.weight.dtype == torch.bfloat16
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-
-
 def test_a_run_goes_on_where_it_stopped_with_the_same_bytes(rendered, tmp_path, encoded):
     out = run(rendered, tmp_path / "out", pattern="co3d/train-*.tar")
     paths = sorted(out.glob("*.tar"))
@@ -207,12 +194,6 @@ def test_a_damaged_first_image_costs_no_more_than_its_view(rendered, tmp_path, c
     assert made.counts.tolist() == [2, 3]
     left_out = json.loads((tmp_path / "out/a.json").read_text())["left_out"]
     assert len(left_out) == 1 and f"{first}/frame000001: " in left_out[0]
-
-
-def test_a_dry_run_says_what_would_be_encoded(rendered, tmp_path, capsys):
-    run(rendered, tmp_path / "out", dry_run=True)
-    assert "out: 4 shards, 0 of them there; 18 views to encode\n" in capsys.readouterr().out
-    assert not (tmp_path / "out").exists()
 
 
 def of_rank(rank, port, rendered, out, box):

@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import os
 import shutil
 import subprocess
 
@@ -13,7 +14,7 @@ from PIL import Image
 from test_prepare import read_shard
 
 import prepare
-from captures import make, own, resample
+from captures import datasets, make, own, resample
 from views import colmap, paths
 from views.colmap import Lens
 
@@ -190,6 +191,41 @@ def test_colmap_text_is_read_alike_by_prepare_and_path(change, tmp_path):
     truth = np.array(room.cameras(4))[[2, 1, 3, 0]]             # 1, 2, 9, 10
     assert np.allclose(path.c2w, truth, atol=1e-9)
     assert path.cond_fov == pytest.approx(2 * math.atan(H / 2 / 130))
+
+
+@pytest.mark.parametrize("start, says", [
+    (b"\x1f\x8b\x08", "compressed by gzip: gunzip it$"), (b"<!DOCTYPE html>", "an HTML or XML page: a "),
+    (b"version https://git-lfs", "a pointer of Git LFS: `git lfs pull`")])
+def test_a_file_that_is_something_else_is_called_by_its_name(start, says, tmp_path):
+    for name in ("images.txt", "transforms.json"):
+        (tmp_path / name).write_bytes(start)
+        with pytest.raises(ValueError, match=f"{name}: is {says}"):
+            colmap.text_of(tmp_path / name)
+    (tmp_path / "a.png").write_bytes(start)
+    with pytest.raises(resample.LeftOut, match="a.png: no image, but "), \
+            resample.opened(tmp_path / "a.png"):
+        pass
+
+
+def test_a_photo_that_is_a_pipe_or_too_large_is_left_out_at_once(tmp_path, monkeypatch, recwarn):
+    os.mkfifo(tmp_path / "a.png")
+    Image.new("L", (60, 40)).save(tmp_path / "b.png")
+    for most, name, says in ((1, "a", "missing image"), (2000, "b", None), (1000, "b", "megapixels")):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", most)
+        if says:
+            with pytest.raises(resample.LeftOut, match=says), \
+                    resample.opened(tmp_path / f"{name}.png"):
+                pass
+        else:                       # Pillow would warn of an attack
+            with resample.opened(tmp_path / f"{name}.png") as image:
+                assert image.size == (60, 40) and not recwarn.list
+
+
+def test_a_second_camera_of_the_same_time_is_counted(tmp_path):
+    row = " ".join(map(str, [7, 1, 1, 0.5, 0.5, 0, 0, *np.eye(4)[:3].ravel()]))
+    (tmp_path / "clip.txt").write_text(f"link\n{row}\n{row}\n")
+    views, out = datasets.read_re10k(tmp_path / "clip.txt", tmp_path, None)
+    assert len(views) == 1 and [each.reason for each in out] == ["a second camera of the same time"]
 
 
 @pytest.mark.parametrize("line", ["1 2 3", "1 1 0 0 0 0 0 0 1", "1 1 0 0 0 0 x 0 1 a.png"])

@@ -158,7 +158,8 @@ def refused(capsys, *options):
 def test_a_bare_command_makes_views_of_a_scene_that_was_held_out(run, tmp_path, capsys):
     files = sampled(run, tmp_path, "--views", "3")
     assert files == {"sheet.png", "swing.gif", "truth.gif", "path.png", "cameras.json", "cond.png",
-                     "truth.png", "views/000.png", "views/001.png", "views/002.png"} | mp4()
+                     "transforms.json", "truth.png", "views/000.png",
+                     "views/001.png", "views/002.png"} | mp4()
     said = capsys.readouterr().out
     assert "held-out scene" in said and "s a view" in said and str(tmp_path) in said
     assert all(name.split("/")[0] in said for name in files)
@@ -502,6 +503,16 @@ def test_pose_vectors_take_the_scale_as_training_does():
     for scale in (1.0, 2.0):
         found = render.pose_vectors("7dof_unscaled", cond, c2w, fov, scale)
         assert found[1, 3].item() == pytest.approx(3 / scale)
+
+
+def test_a_published_file_is_sampled_in_few_steps_unless_told():
+    def chosen(*words, published=True):
+        return sample.options_of(sample.parser().parse_args(list(words)), published)
+
+    assert sample.PUBLISHED.items() <= chosen("--guidance", "2").items() and chosen()["seed"] == 0
+    for words in (["--sampler", "ddim"], ["--steps", "50"], ["--eta", "0"], ["--spacing", "trailing"]):
+        assert chosen(*words) == chosen(*words, published=False) != chosen()
+    assert "sampler" not in chosen(published=False)
 
 
 def test_a_photo_for_a_model_without_a_scale_has_none(tmp_path):
