@@ -8,7 +8,7 @@ import functools
 import itertools
 import socket
 import zlib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -92,17 +92,16 @@ def newest(config, ranks, say):
         return folder and checkpoint.load_run(folder)
 
     run = ranks.on_rank_0(read)
-    found = ranks.broadcast_object(run and (run.folder, run.step, run.meta))
+    found = ranks.broadcast_object(run and replace(run, model={}, ema={}, optimizer={}))
     if found is None:
         return None
-    folder, step, meta = found
-    saved = asdict(configs.from_dict(meta["config"]))
+    saved = asdict(configs.from_dict(found.meta["config"]))
     changed = [f"{name} was {saved[name]!r}, is {new!r}" for name, new in asdict(config).items()
                if name not in FREE and saved[name] != new]
     if changed:
-        raise ValueError(f"{folder} is a run of another configuration ({'; '.join(changed)}): "
+        raise ValueError(f"{found.folder} is a run of another configuration ({'; '.join(changed)}): "
                          "give another --out, or the same configuration")
-    return run or checkpoint.Run(folder, step, {}, {}, {}, meta)
+    return run or found
 
 
 def build(config, device):

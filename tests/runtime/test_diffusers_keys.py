@@ -11,7 +11,7 @@ import torch
 from golden import fill
 from torch import nn
 
-from runtime import checkpoint, convert
+from runtime import checkpoint
 from runtime import export as diffusers_keys
 import model
 from runtime import foreign as tensorfile
@@ -82,9 +82,9 @@ def test_a_folder_fills_a_module_on_meta(tmp_path):
 def test_convert_goes_to_a_diffusers_folder_and_back(tmp_path):
     module = network()
     torch.save({"state_dict": module.state_dict(), "global_step": 3}, tmp_path / "a.ckpt")
-    assert set(convert.convert(tmp_path / "a.ckpt", tmp_path / "b")) == set(checkpoint.LEFTOVERS)
+    assert set(checkpoint.convert(tmp_path / "a.ckpt", tmp_path / "b")) == set(checkpoint.LEFTOVERS)
     assert (tmp_path / "b/model_index.json").exists()
-    assert convert.convert(tmp_path / "b", tmp_path / "c.safetensors") == []
+    assert checkpoint.convert(tmp_path / "b", tmp_path / "c.safetensors") == []
     found = checkpoint.read(tmp_path / "c.safetensors")
     for name, value in module.state_dict().items():
         assert name in checkpoint.LEFTOVERS or torch.equal(found[name], value)
@@ -148,14 +148,14 @@ def test_a_folder_of_a_small_run_keeps_its_configuration(tmp_path):
     average = {name: value + 1 for name, value in state.items() if name.startswith(checkpoint.UNET)}
     run = checkpoint.save(tmp_path / "out", 7, state, average, {},
                           {"config": config, "ema_updates": 7})
-    left = convert.convert(run, tmp_path / "a")
+    left = checkpoint.convert(run, tmp_path / "a")
     assert any(name.startswith(checkpoint.EMA) for name in left)
     found = checkpoint.read(tmp_path / "a")
     assert found.meta["config"] == config and found.step == 7
     assert json.loads((tmp_path / "a/unet/config.json").read_text())["sample_size"] == 8
     name = checkpoint.UNET + "out.2.bias"
     assert torch.equal(found[name], state[name])
-    convert.convert(run, tmp_path / "b", ema=True)
+    checkpoint.convert(run, tmp_path / "b", ema=True)
     assert torch.equal(checkpoint.read(tmp_path / "b")[name], average[name])
 
 
@@ -179,7 +179,7 @@ def test_a_network_that_diffusers_lacks_is_refused_in_one_line(tmp_path):
     state = network().state_dict() | {"model.diffusion_model.surprise.weight": torch.zeros(1)}
     torch.save(state, tmp_path / "a.ckpt")
     with pytest.raises(ValueError, match="surprise.weight"):
-        convert.convert(tmp_path / "a.ckpt", tmp_path / "b")
+        checkpoint.convert(tmp_path / "a.ckpt", tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
 
@@ -189,7 +189,7 @@ def test_a_first_level_wider_than_the_input_convolution_is_refused(tmp_path):
     module.model.diffusion_model = model.UNet(8, 4, 32, (2,), 1, (1,), 2, 16)
     torch.save(module.state_dict(), tmp_path / "a.ckpt")
     with pytest.raises(ValueError, match="first level is 64 wide"):
-        convert.convert(tmp_path / "a.ckpt", tmp_path / "b")
+        checkpoint.convert(tmp_path / "a.ckpt", tmp_path / "b")
 
 
 # ---- oracles
