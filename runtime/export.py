@@ -234,7 +234,11 @@ def read_diffusers(folder):
     entries = {}
     for part, network in NETWORKS.items():
         if (folder / part).is_dir():
-            entries |= from_diffusers(network, read_part(folder / part))
+            found = read_part(folder / part)
+            try:
+                entries |= from_diffusers(network, found)
+            except ValueError as err:
+                raise ValueError(f"{folder / part}: {err}") from err
     config = folder / CONFIG_FILE
     return StateDict(folder, entries, read_json(config) if config.is_file() else {})
 

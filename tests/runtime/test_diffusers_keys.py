@@ -175,6 +175,16 @@ def test_a_foreign_network_is_listed_not_half_loaded(tmp_path):
         checkpoint.load_model(network(), path)
 
 
+def test_misshapen_parts_of_a_matrix_are_refused_in_one_line(tmp_path):
+    path = folder_of(tmp_path, network())
+    file = path / "image_encoder/model.safetensors"
+    state = dict(tensorfile.read_file(file))
+    state["vision_model.encoder.layers.0.self_attn.k_proj.weight"] = torch.zeros(3)
+    write_safetensors(file, state)
+    with pytest.raises(ValueError, match=r"image_encoder: tensors of shapes .*\[3\].* not what"):
+        checkpoint.read(path)
+
+
 def test_a_network_that_diffusers_lacks_is_refused_in_one_line(tmp_path):
     state = network().state_dict() | {"model.diffusion_model.surprise.weight": torch.zeros(1)}
     torch.save(state, tmp_path / "a.ckpt")
