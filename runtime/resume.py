@@ -99,8 +99,8 @@ def newest(config, ranks, say):
     changed = [f"{name} was {saved[name]!r}, is {new!r}" for name, new in asdict(config).items()
                if name not in FREE and saved[name] != new]
     if changed:
-        raise ValueError(f"{found.folder} is a run of another configuration ({'; '.join(changed)}): "
-                         "give another --out, or the same configuration")
+        raise ValueError(f"{found.folder} is a run of another configuration "
+                         f"({'; '.join(changed)}): give another --out, or the same one")
     return run or found
 
 

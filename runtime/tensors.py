@@ -40,7 +40,7 @@ class LazyTensor:
 
 
 def lazy(function, *entries):
-    """The LazyTensor, dense, of what a function makes of the tensors of entries. Its shape and dtype
+    """The LazyTensor, dense, of what a function makes of the tensors of entries. Its shape and type
     are found without values. Raises ValueError where it does not take such tensors."""
     try:
         like = function(*(torch.empty(e.shape, dtype=e.dtype, device="meta") for e in entries))
