@@ -23,7 +23,7 @@ DEFAULT_MOTION, VIEWS, MOST_VIEWS = "swing", 16, 10_000
 FAR, MOST_BATCH, TIMESTEPS = 1_000_000, 1024, 1000
 # departs: what a published file is sampled by unless told, nearer to its limit than the reference's
 # 50 steps of DDIM (docs/speed.md) [test_a_published_file_is_sampled_in_few_steps_unless_told]
-PUBLISHED = {"sampler": "dpm++", "steps": 10, "spacing": "logsnr"}
+PUBLISHED = {"sampler": "dpm++", "steps": 15, "spacing": "logsnr"}
 BY = "how far a path goes is told by --by"
 UNITS = """One unit of length is the distance from the photo's camera to what it looks at, the
 centre of every orbit. --scale says how many units the model takes as one; a smaller one makes every
@@ -124,7 +124,7 @@ def add_photo(p):
 def add_sampling(p):
     """The options of how a view comes out of the noise."""
     add = p.add_argument_group(
-        "sampling (the run's own choices; of published models guidance 3 and dpm++ of 10 steps by "
+        "sampling (the run's own choices; of published models guidance 3 and dpm++ of 15 steps by "
         "logsnr, and with --sampler, --steps, --eta or --spacing ddim, 50, 1)").add_argument
     add("--sampler", choices=("ddim", "reference", "dpm++", "unipc"),
         help="dpm++ and unipc need 10 to 20 steps where ddim needs 50; reference: exactly the "

@@ -37,9 +37,9 @@ from depth import viewer_scale
 from runtime import checkpoint
 from runtime.command import Progress
 from runtime.files import write_text
-from runtime.foreign import pack
 from runtime.networks import load_depth
 from runtime.ranks import device_of, leave, own_device
+from runtime.tensors import pack
 from shards.files import Damaged
 from shards.scenes import groups, images, nearplane_quantile, of_files
 

@@ -6,6 +6,7 @@
 What a run saves is in runs.py, whose names are to be had here too.
 """
 
+import errno
 import json
 import zlib
 from pathlib import Path
@@ -14,25 +15,23 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from runtime import lora
-from runtime.export import is_diffusers, read_diffusers
-from runtime.foreign import LazyTensor, StateDict, read_file
-from runtime.runs import (FILES, Run, Writer, damage, latest, load_run, misfit, save, step_of,
-                          steps)
+from configs import Config
+from diffusion import schedule_buffers
+from runtime import command, lora
+from runtime.export import read_diffusers, write_diffusers
+from runtime.files import unfinished
+from runtime.foreign import SPARE, read_file
+from runtime.runs import FILES, Run, Writer, damage, latest, load_run, save, step_of, steps
+from runtime.tensors import LazyTensor, StateDict, lazy, misfit, nbytes, write_safetensors
 
 UNET, EMA, PROJECTION = "model.diffusion_model.", "model_ema.", "cc_projection."
 FROZEN = ("first_stage_model.", "cond_stage_model.")
-EMA_DECAY = 0.9999          # the reference's, where a run does not name its own
 INPUT_CONV = UNET + "input_blocks.0.0.weight"
 CHECKED = 256               # numbers of each weight that a checksum of it has
 LATENT_CHANNELS = 4         # which the input convolution had before zero123
 POSE = PROJECTION + "weight"
 CONFIG = "zeronvs_config"       # in a file, as JSON, beside the weights of a run
-SCHEDULE = (
-    "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod",
-    "sqrt_one_minus_alphas_cumprod", "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod",
-    "sqrt_recipm1_alphas_cumprod", "posterior_variance", "posterior_log_variance_clipped",
-    "posterior_mean_coef1", "posterior_mean_coef2")
+SCHEDULE = tuple(schedule_buffers())
 # how names begin that other tools leave in files and no model needs: an average's state, constants
 # that the model computes, text encoders where ours sees an image
 UNUSED = (EMA + "num_updates", EMA + "decay", "lvlb_weights", "logvar", *SCHEDULE,
@@ -42,6 +41,17 @@ UNUSED = (EMA + "num_updates", EMA + "decay", "lvlb_weights", "logvar", *SCHEDUL
 LEFTOVERS = tuple("cond_stage_model.model." + name for name in (
     "positional_embedding", "text_projection", "logit_scale", "token_embedding.weight",
     "ln_final.weight", "ln_final.bias"))
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+GROUPS = {      # part of a checkpoint: how its names begin, its use
+    "UNet": (UNET, "used"),
+    "UNet's average (EMA)": (EMA, "used instead, where asked for"),
+    "autoencoder": (FROZEN[0], "used"),
+    "CLIP's text side": (LEFTOVERS, "unused, kept for other tools"),
+    "noise schedule": (SCHEDULE, "used"),
+    "other": (UNUSED, "unused"),
+    "CLIP's image side": (FROZEN[1], "used"),
+    "pose projection": (PROJECTION, "used"),
+    "unknown": ("", "refused by load_model")}
 
 
 def ema_name(name):
@@ -78,17 +88,15 @@ def merge(found, init):
         raise ValueError(f"{found.path} holds low-rank updates of another file's weights: name it "
                          f"with --init={started_from(found) or 'FILE'}")
     base = read_any(Path(init))
-    weights = unet_of(base)
-    check_base(found.meta, checksum(weights), found.path, init)
-    others = {name: entry for name, entry in base.entries.items() if not name.startswith(EMA)}
-    own = {name: entry for name, entry in found.entries.items() if not lora.is_update(name)}
-    live = {name: entry for name, entry in found.entries.items()
-            if lora.is_update(name) and not name.startswith(EMA)}
-    averages = {name: found.entries[ema_name(name)] for name in live if ema_name(name) in found}
-    entries = others | lora.merged(weights, live, found.path) | own
-    if averages:
-        entries |= {ema_name(name): entry for name, entry in
-                    lora.merged(weights, averages, found.path).items()}
+    check_base(found.meta, checksum(base), found.path, init)
+    entries = {name: entry for name, entry in base.entries.items() if not name.startswith(EMA)}
+    entries |= {name: entry for name, entry in found.entries.items() if not lora.is_update(name)}
+    live = [name for name in found if lora.is_update(name) and not name.startswith(EMA)]
+    for name_of in (str, ema_name):
+        factors = {name: found.entries[name_of(name)] for name in live if name_of(name) in found}
+        if factors:
+            entries |= {name_of(name): entry for name, entry in
+                        lora.merged(unet_of(base), factors, found.path).items()}
     return StateDict(found.path, entries, found.meta, found.others)
 
 
@@ -98,12 +106,12 @@ def unet_of(tensors):
             for name, entry in tensors.entries.items() if name.startswith(UNET)}
 
 
-def checksum(weights):
-    """CRC-32, as text, of the shapes and first CHECKED numbers of {name: entry}."""
+def checksum(tensors):
+    """CRC-32, as text, of the shapes and first CHECKED numbers of a UNet's weights, see unet_of."""
     crc = 0
-    for name in sorted(weights):
-        first = weights[name].read().reshape(-1)[:CHECKED].float().numpy().tobytes()
-        crc = zlib.crc32(f"{name} {tuple(weights[name].shape)}".encode() + first, crc)
+    for name, entry in sorted(unet_of(tensors).items()):
+        first = entry.read().reshape(-1)[:CHECKED].float().numpy().tobytes()
+        crc = zlib.crc32(f"{name} {tuple(entry.shape)}".encode() + first, crc)
     return f"{crc:08x}"
 
 
@@ -118,11 +126,10 @@ def read_any(path):
     """The StateDict of what `read` reads, as it is. Raises FileNotFoundError, ValueError."""
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint {path}")
-    if path.is_file() or is_diffusers(path):
+    if path.is_file() or (path / "unet").is_dir():
         return with_config(read_file(path) if path.is_file() else read_diffusers(path))
     folder = path if (path / "meta.json").exists() else latest(path)
-    problem = damage(folder) if folder == path else ""
-    if problem:
+    if folder == path and (problem := damage(path)):
         raise ValueError(f"{path} is damaged: {problem}")
     if folder is None:
         raise ValueError(f"{path}: every checkpoint in it is damaged" if steps(path) else
@@ -131,10 +138,10 @@ def read_any(path):
     run = load_run(folder)
     entries = run.model.entries | {ema_name(name): entry for name, entry in run.ema.entries.items()}
     if run.ema:
-        decay = torch.tensor(float(run.meta.get("config", {}).get("ema_decay", EMA_DECAY)))
-        updates = torch.tensor(run.meta.get("ema_updates", 0), dtype=torch.int32)
-        entries[EMA + "decay"] = LazyTensor(decay.dtype, (), lambda: decay)
-        entries[EMA + "num_updates"] = LazyTensor(updates.dtype, (), lambda: updates)
+        decay = float(run.meta.get("config", {}).get("ema_decay", Config.ema_decay))
+        entries[EMA + "decay"] = lazy(lambda: torch.tensor(decay))
+        entries[EMA + "num_updates"] = lazy(
+            lambda: torch.tensor(run.meta.get("ema_updates", 0), dtype=torch.int32))
     return StateDict(folder, entries, run.meta, run.optimizer.entries)
 
 
@@ -194,10 +201,12 @@ def load_model(module, path, ema=False, finetune=False):
                     for key, name in wanted.items() if key in entries}
     # departs: missing, unexpected or misshapen weights are an error; the reference prints a list of
     # them and goes on [test_misfit_lists_what_is_wrong_and_leaves_the_module_as_it_was]
-    problem = misfit(entries, {key: current[name] for key, name in wanted.items()})
-    if problem:
-        raise ValueError(f"{tensors.path} does not fit the model: {problem}"
-                         + way_out(tensors, [key for key in wanted if key not in entries], problem))
+    if problem := misfit(entries, {key: current[name] for key, name in wanted.items()}):
+        missing = [key for key in wanted if key not in entries]
+        way_out = ("; a run saves what it trains: name the file that its frozen networks are in "
+                   f"with --init={started_from(tensors) or 'FILE'}")
+        raise ValueError(f"{tensors.path} does not fit the model: {problem}" + way_out * (
+            bool(missing) and all(key.startswith(FROZEN) for key in missing)))
     for name, key in stored.items():
         if key in entries:
             assign(module, name, entries[key].read())
@@ -240,20 +249,6 @@ def is_unused(key, current):
     return part is not None and not any(name.startswith(part) for name in current)
 
 
-def way_out(tensors, missing, problem):
-    """What helps where a file does not fit, as the end of a line."""
-    if missing and all(key.startswith(FROZEN) for key in missing):
-        return ("; a run saves what it trains: name the file that its frozen networks are in with "
-                f"--init={started_from(tensors) or 'FILE'}")
-    if missing and all(key.startswith(EMA) for key in missing):
-        return "; it has no averaged weights (EMA), load the raw ones"
-    if any(ema_name(key) in tensors for key in missing):
-        return "; it has averaged weights (EMA) alone, load those: ema=True"
-    if not missing and (POSE in problem or INPUT_CONV in problem):
-        return "; finetune=True ports weights of another pose width"
-    return ""
-
-
 def started_from(tensors):
     """The file that a run says that it started from, to be shown and never opened; else ""."""
     return " ".join(str(tensors.meta.get("config", {}).get("init", "")).split())[:200]
@@ -274,7 +269,124 @@ def assign(module, name, value):
         setattr(owner, leaf, value)
 
 
-if __name__ == "__main__":
-    from runtime import command, convert
+# ------------------------------------------------------------------------------ other forms
 
-    command.run("checkpoint.py", convert.main)
+def info(path):
+    """What is in a checkpoint, as text: facts, then a line for each part."""
+    tensors, parts = read_any(Path(path)), {group: [] for group in GROUPS}
+    for name, entry in tensors.entries.items():
+        group = next(group for group, (starts, _) in GROUPS.items() if name.startswith(starts))
+        parts[group].append(entry)
+    facts = [f"step {tensors.step:,}" if tensors.step else "no step recorded"]
+    if EMA + "num_updates" in tensors:
+        facts.append(f"average of {updates_of(tensors):,} updates")
+    for name, says in ((INPUT_CONV, "{1} input channels"), (POSE, "pose projection {1} -> {0}")):
+        if name in tensors and len(tensors.entries[name].shape) > 1:
+            facts.append(says.format(*tensors.entries[name].shape))
+    if "config" in tensors.meta:
+        facts.append(f"of a run that started from {started_from(tensors) or 'nothing'}")
+    lines = [f"{tensors.path}: {', '.join(facts)}",
+             f"{'part':20} {'tensors':>8} {'elements':>14} {'bytes':>15}  dtypes, use"]
+    parts["optimizer, trainer"] = tensors.others.values()
+    for group, entries in parts.items():
+        kinds = sorted({str(entry.dtype).removeprefix("torch.") for entry in entries})
+        elements = sum(nbytes(entry) // entry.dtype.itemsize for entry in entries)
+        use = GROUPS.get(group, ("", "unused"))[1]
+        if entries:
+            lines.append(f"{group:20} {len(entries):8,} {elements:14,} "
+                         f"{sum(map(nbytes, entries)):15,}  {', '.join(kinds)}; {use}")
+    return "\n".join(lines)
+
+
+def convert(source, target, ema=False, dtype=None, init=""):
+    """Writes the weights of a checkpoint in the form that `target` names; returns names left out.
+
+    NAME.ckpt or .pt: the reference's structure; NAME.safetensors; a name without an ending: a
+    diffusers folder. ema: the averaged weights take the place of the UNet's. dtype: of the weights;
+    the schedule stays. init: the file that has a run's frozen networks. What was written is read
+    back before it gets its name. Raises ValueError where target exists, or the source lacks what is
+    asked for.
+    """
+    tensors, target = read(source, init), Path(target)
+    if target.suffix not in WRITERS:
+        raise ValueError(f"{target}: {target.suffix} is no form of checkpoint; .ckpt, .pt and "
+                         ".safetensors are, or no ending for a folder")
+    if target.exists() or target.is_symlink():
+        raise ValueError(f"{target} exists already: give a new name, or remove it")
+    entries = folded(tensors) if ema else dict(tensors.entries)
+    for name, entry in entries.items():
+        if dtype and entry.dtype.is_floating_point and name not in (*SCHEDULE, EMA + "decay"):
+            entries[name] = lazy(lambda w: w.to(dtype), entry)
+    size = sum(map(nbytes, entries.values()))
+    if tensors.path.is_file() and size > 2 * tensors.path.stat().st_size + SPARE:
+        raise ValueError(f"{tensors.path} repeats its numbers: written out they are {size:,} bytes")
+    with unfinished(target, "converting") as partial:
+        left = WRITERS[target.suffix](partial, StateDict(tensors.path, entries, tensors.meta)) or []
+        wanted = {name: entries[name] for name in entries if name not in left}
+        found = read(partial).entries
+        if problem := misfit({name: found[name] for name in wanted if name in found}, wanted):
+            raise ValueError(f"{target} was not written whole: {problem}")
+    return [*left, *tensors.others]
+
+
+def folded(tensors):
+    """Entries with the averaged weights in the UNet's place, and no other averages."""
+    unet = unet_of(tensors)
+    missing = [name for name in map(ema_name, unet or [UNET]) if name not in tensors]
+    if missing:
+        raise ValueError(f"{tensors.path} has no averaged weights (EMA) beside the UNet's own, "
+                         f"which tell their names: {missing[0]} is missing")
+    return unet | {name: entry for name, entry in tensors.entries.items()
+                   if not name.startswith((EMA, UNET))}
+
+
+def meta_of(tensors):
+    """What a file says beside weights: the step, and a run's configuration where there is one."""
+    config = {CONFIG: json.dumps(tensors.meta["config"])} if "config" in tensors.meta else {}
+    return {"global_step": tensors.step, **config}
+
+
+def write_ckpt(path, tensors):
+    """What torch.load gives is {"state_dict": names to tensors, "global_step": steps}."""
+    try:
+        torch.save({"state_dict": dict(tensors), **meta_of(tensors)}, path)
+    except RuntimeError as err:         # torch's own writer has no other word for a full disk
+        raise OSError(errno.EIO, f"cannot be written ({str(err).split(' at ')[0]}): is the disk "
+                      "full?", str(path)) from err
+
+
+def write_file(path, tensors):
+    write_safetensors(path, tensors, {key: str(value) for key, value in meta_of(tensors).items()})
+
+
+WRITERS = {".ckpt": write_ckpt, ".pt": write_ckpt, ".safetensors": write_file, "": write_diffusers}
+
+
+def main(argv=None):
+    parser = command.Parser("checkpoint.py", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="info | convert")
+    add = commands.add_parser(
+        "info", help="parts, dtypes, sizes, steps, what is unused").add_argument
+    add("file", help="a file, a run, a step_... folder of it, a diffusers folder")
+    add = commands.add_parser("convert", help="write the weights in another form").add_argument
+    add("source", metavar="IN", help="a checkpoint, as for info")
+    add("target", metavar="OUT", help="NAME.ckpt, structured as the reference's; NAME.safetensors; "
+        "NAME, a diffusers folder")
+    add("--ema", action="store_true", help="write the UNet's average as the UNet")
+    add("--dtype", choices=PRECISIONS, help="of the weights; default: as they are")
+    add("--init", default="", metavar="FILE",
+        help="the file that a run started from: its frozen networks are written too")
+    args = parser.parse_args(argv)
+    if args.command == "info":
+        print(info(args.file))
+        return
+    left = convert(args.source, args.target, args.ema, PRECISIONS.get(args.dtype), args.init)
+    print(f"wrote {args.target}")
+    if left:
+        print(f"{len(left)} tensors have no place in it: {', '.join(left[:5])}"
+              + ", ..." * (len(left) > 5)
+              + "; --ema writes averaged weights as the UNet" * left[0].startswith(EMA))
+
+
+if __name__ == "__main__":
+    command.run("checkpoint.py", main)

@@ -17,6 +17,7 @@ import re
 import signal
 import sys
 import time
+from contextlib import suppress
 
 EVERY = 10.0                    # seconds between lines of progress, where there is no terminal
 STOPPED = 130                   # exit status after Ctrl-C, as shells have it
@@ -150,10 +151,9 @@ def say(line, stream=None, end="\n"):
     try:
         print(f"{line}{end}", end="", file=stream, flush=True)
     except (OSError, ValueError):
-        try:        # what is left in the stream would fail again, with a traceback, at the end
+        with suppress(OSError, ValueError, AttributeError):
+            # what is left in the stream would fail again, with a traceback, at the end
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        except (OSError, ValueError, AttributeError):
-            pass
 
 
 class Progress:

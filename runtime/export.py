@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 
 from runtime.files import read_json
-from runtime.foreign import LazyTensor, StateDict, read_file, write_safetensors
+from runtime.foreign import read_file
+from runtime.tensors import StateDict, lazy, write_safetensors
 
 CONFIG_FILE = "zeronvs_config.json"     # a run's configuration, which diffusers' files do not tell
 WEIGHTS = [stem + ending for ending in (".safetensors", ".bin", ".fp16.safetensors", ".fp16.bin")
@@ -108,12 +109,6 @@ def rename(name, table, *inside):
     return None
 
 
-def changed(entry, shape, change, dtype=None):
-    """The entry that `change` makes of another one when it is read."""
-    return LazyTensor(dtype or entry.dtype, tuple(shape),
-                      lambda: change(entry.read()).contiguous())
-
-
 # ------------------------------------------------------------------------------ networks
 
 def unet_config(found):
@@ -158,12 +153,11 @@ def clip_config(found):
             "projection_dim": found["visual_projection.weight"].shape[0]}
 
 
-def threestudio_config(found):
-    width, inputs = found["proj.weight"].shape
-    return {"embedding_dim": width, "additional_embeddings": inputs - width}
-
-
-def zero123_hf_config(found):
+def projection_config(found):
+    """As threestudio's class and as zero123-hf's take it."""
+    if "proj.weight" in found:
+        width, inputs = found["proj.weight"].shape
+        return {"embedding_dim": width, "additional_embeddings": inputs - width}
     width, inputs = found["projection.weight"].shape
     return {"in_channel": inputs, "out_channel": width}
 
@@ -187,10 +181,10 @@ NETWORKS = {
                              "transformers", "CLIPVisionModelWithProjection", clip_config),
     "clip_camera_projection": Network(
         "cc_projection.", (("weight", "proj.weight"), ("bias", "proj.bias")), {}, "zero123",
-        "CLIPCameraProjection", threestudio_config),
+        "CLIPCameraProjection", projection_config),
     "cc_projection": Network(
         "cc_projection.", (("weight", "projection.weight"), ("bias", "projection.bias")), {},
-        "pipeline_zero1to3", "CCProjection", zero123_hf_config)}
+        "pipeline_zero1to3", "CCProjection", projection_config)}
 
 
 def from_diffusers(network, found):
@@ -202,14 +196,12 @@ def from_diffusers(network, found):
     for name, entry in list(entries.items()):
         qkv = [name.replace(".q_proj.", f".{x}_proj.") for x in "qkv"]
         if ".attn.q_proj." in name and all(part in entries for part in qkv):
-            parts = [entries.pop(part) for part in qkv]
-            shape = (sum(part.shape[0] for part in parts), *entry.shape[1:])
-            entries[name.replace("q_proj.", "in_proj_")] = LazyTensor(
-                entry.dtype, shape, lambda parts=parts: torch.cat([part.read() for part in parts]))
+            entries[name.replace("q_proj.", "in_proj_")] = lazy(
+                lambda *parts: torch.cat(parts), *map(entries.pop, qkv))
         elif ".mid.attn_1." in name and len(entry.shape) == 2:
-            entries[name] = changed(entry, (*entry.shape, 1, 1), lambda w: w[:, :, None, None])
+            entries[name] = lazy(lambda w: w[:, :, None, None], entry)
         elif name == "proj":
-            entries[name] = changed(entry, entry.shape[::-1], torch.Tensor.t)
+            entries[name] = lazy(torch.t, entry)
     return {network.prefix + name: entry for name, entry in entries.items()}
 
 
@@ -220,13 +212,12 @@ def to_diffusers(network, found):
     for name, entry in found.items():
         parts = {name: entry}
         if ".attn.in_proj_" in name:
-            shape = (entry.shape[0] // 3, *entry.shape[1:])
-            parts = {name.replace("in_proj_", f"{x}_proj."): changed(
-                entry, shape, lambda w, j=j: w.chunk(3)[j]) for j, x in enumerate("qkv")}
+            parts = {name.replace("in_proj_", f"{x}_proj."): lazy(
+                lambda w, j=j: w.chunk(3)[j], entry) for j, x in enumerate("qkv")}
         elif ".mid.attn_1." in name and len(entry.shape) == 4:
-            parts = {name: changed(entry, entry.shape[:2], lambda w: w[:, :, 0, 0])}
+            parts = {name: lazy(lambda w: w[:, :, 0, 0], entry)}
         elif name == "proj":
-            parts = {name: changed(entry, entry.shape[::-1], torch.Tensor.t)}
+            parts = {name: lazy(torch.t, entry)}
         names = [rename(part, table, network.inside) for part in parts]
         unknown += [name] * (None in names)
         entries |= zip(names, parts.values())
@@ -238,16 +229,16 @@ def to_diffusers(network, found):
 
 # ------------------------------------------------------------------------------ folders
 
-def is_diffusers(folder):
-    return (Path(folder) / "unet").is_dir()
-
-
 def read_diffusers(folder):
     """The StateDict of a diffusers folder under checkpoint names; of the parts that are there."""
-    folder, entries = Path(folder), {}
+    entries = {}
     for part, network in NETWORKS.items():
         if (folder / part).is_dir():
-            entries |= from_diffusers(network, read_part(folder / part))
+            found = read_part(folder / part)
+            try:
+                entries |= from_diffusers(network, found)
+            except ValueError as err:
+                raise ValueError(f"{folder / part}: {err}") from err
     config = folder / CONFIG_FILE
     return StateDict(folder, entries, read_json(config) if config.is_file() else {})
 

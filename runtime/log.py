@@ -121,11 +121,11 @@ def summary(config, ranks, device, needs, micro_batch, micro_steps):
     """What a run begins with, as text: code, machine, network, step, memory."""
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     count, why = threads.choose(config)
-    machine = [f"{ranks.world} x {device.type}", chip or platform.machine(), config.precision]
-    machine += ["compiled"] * config.compile
-    machine += ["as a CUDA graph"] * engine.can_capture(config, ranks, device)
-    machine += ["moments and average divided"] * (config.divide_optimizer and ranks.world > 1)
-    machine += [f"{count} thread{'s' * (count > 1)} a rank ({why})"]
+    machine = [f"{ranks.world} x {device.type}", chip or platform.machine(), config.precision,
+               *["compiled"] * config.compile,
+               *["as a CUDA graph"] * engine.can_capture(config, ranks, device),
+               *["moments and average divided"] * (config.divide_optimizer and ranks.world > 1),
+               f"{count} thread{'s' * (count > 1)} a rank ({why})"]
     return "\n".join([
         f"code     {revision() or 'no git revision'}, torch {torch.__version__}, "
         f"Python {platform.python_version()}",

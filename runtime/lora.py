@@ -10,7 +10,7 @@ import math
 import torch
 from torch import nn
 
-from runtime.foreign import LazyTensor
+from runtime.tensors import lazy
 
 DOWN, UP = "lora_down", "lora_up"
 
@@ -72,12 +72,9 @@ def merged(weights, factors, where):
     for name in factors:
         stem = name.removesuffix(DOWN).removesuffix(UP)
         parts = [weights.get(stem + "weight"), factors.get(stem + UP), factors.get(stem + DOWN)]
-        shapes = [list(part.shape) if part else [] for part in parts]
-        d, c = (shapes[0] or [0])[0], math.prod(shapes[0][1:])
-        r = (shapes[2] or [0])[0]
-        if shapes[1:] != [[d, r], [r, c]] or not shapes[0]:
-            raise ValueError(f"{where}: {name} is no update of a weight {shapes[0]}")
-        found[stem + "weight"] = LazyTensor(
-            torch.float32, tuple(shapes[0]),
-            lambda parts=parts: summed(*(part.read() for part in parts)))
+        weight, up, down = (tuple(part.shape) if part else () for part in parts)
+        if not weight or not down or up != (weight[0], down[0]) or (
+                down[1:] != (math.prod(weight[1:]),)):
+            raise ValueError(f"{where}: {name} is no update of a weight {list(weight)}")
+        found[stem + "weight"] = lazy(summed, *parts)
     return found

@@ -5,6 +5,7 @@ import torch
 import clip
 import depth
 from runtime import checkpoint
+from runtime.tensors import misfit
 
 # Buffers that some versions of timm store and others do not; they follow from the sizes alone.
 DERIVED = (".attn_mask", ".relative_coords_table", ".relative_position_index", ".k_bias")
@@ -17,8 +18,7 @@ def load_depth(path):
     tensors, model = checkpoint.read(path), depth.DPT()
     found, wanted = ({name: w for name, w in side.items() if not name.endswith(DERIVED)}
                      for side in (tensors.entries, model.state_dict()))
-    problem = checkpoint.misfit(found, wanted)
-    if problem:
+    if problem := misfit(found, wanted):
         raise ValueError(f"{path}: not DPT_SwinV2_T_256 (dpt_swin2_tiny_256.pt): {problem}")
     model.load_state_dict({name: tensors[name] for name in found}, strict=False)
     return model.eval().requires_grad_(False)
@@ -48,8 +48,7 @@ def clip_of(state, build=clip.CLIP):
     state = {name: w for name, w in state.items() if not name.startswith(build.LEFT_OUT)}
     with torch.device("meta"):
         network = build(**build.sizes_of(state))
-    problem = checkpoint.misfit(state, network.state_dict())
-    if problem:
+    if problem := misfit(state, network.state_dict()):
         raise ValueError(f"not CLIP's tensors: {problem}")
     # OpenAI's files hold most of it in half precision
     network.load_state_dict({name: w.float() for name, w in state.items()}, assign=True)

@@ -47,7 +47,7 @@ class Alone:
 
     def broadcast_object(self, value):
         """Rank 0's value, on every rank: anything that can be pickled."""
-        return value
+        return self.gather(value if self.rank == 0 else None)[0]
 
     def gather(self, value):
         """The values of all ranks, a list in their order, on every rank."""
@@ -66,8 +66,7 @@ class Alone:
                 found = function(*arguments)
             except (ValueError, OSError) as err:
                 problem = command.reason(err)
-        problem = self.broadcast_object(problem)
-        if problem:
+        if problem := self.broadcast_object(problem):
             raise ValueError(problem)
         return found
 
@@ -116,11 +115,6 @@ class Ranks(Alone):
         count = torch.tensor(float(bool(flag)))
         dist.all_reduce(count, group=self.hosts)
         return count.item() > 0
-
-    def broadcast_object(self, value):
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.hosts)
-        return box[0]
 
     def gather(self, value):
         box = [None] * self.world

@@ -7,9 +7,8 @@ rank 0's disk needs it. What all must have alike is compared before anything is 
 import functools
 import itertools
 import socket
-import warnings
 import zlib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -86,28 +85,23 @@ def newest(config, ranks, say):
     """The run's newest undamaged checkpoint, or None. Rank 0 reads all its bytes to know; the other
     ranks have its step and meta data, and none of its tensors."""
     def read():
-        with warnings.catch_warnings(record=True) as damaged:
-            warnings.simplefilter("always")
-            folder = checkpoint.latest(config.out)
-        for warning in damaged:
-            say(str(warning.message))
+        folder = checkpoint.latest(config.out, say)
         if folder is None and checkpoint.steps(config.out):
             raise ValueError(f"every checkpoint in {config.out} is damaged, and a new run would "
                              "take their place: remove them, or give another --out")
         return folder and checkpoint.load_run(folder)
 
     run = ranks.on_rank_0(read)
-    found = ranks.broadcast_object(run and (run.folder, run.step, run.meta))
+    found = ranks.broadcast_object(run and replace(run, model={}, ema={}, optimizer={}))
     if found is None:
         return None
-    folder, step, meta = found
-    saved = asdict(configs.from_dict(meta["config"]))
+    saved = asdict(configs.from_dict(found.meta["config"]))
     changed = [f"{name} was {saved[name]!r}, is {new!r}" for name, new in asdict(config).items()
                if name not in FREE and saved[name] != new]
     if changed:
-        raise ValueError(f"{folder} is a run of another configuration ({'; '.join(changed)}): "
-                         "give another --out, or the same configuration")
-    return run or checkpoint.Run(folder, step, {}, {}, {}, meta)
+        raise ValueError(f"{found.folder} is a run of another configuration "
+                         f"({'; '.join(changed)}): give another --out, or the same one")
+    return run or found
 
 
 def build(config, device):
@@ -137,7 +131,7 @@ def saved_weights(net):
 @functools.cache
 def base_checksum(path):
     """The checksum of what low-rank updates are trained on. Once: later the file may be gone."""
-    return checkpoint.checksum(checkpoint.unet_of(checkpoint.read(path)))
+    return checkpoint.checksum(checkpoint.read(path))
 
 
 def check_fits(run, net):
@@ -148,9 +142,7 @@ def check_fits(run, net):
     moments = {f"{name}.{kind}": () if kind == "step" else p.shape
                for name, p in net.named_parameters() if p.requires_grad
                for kind in (*MOMENTS, "step")}
-    # a step that was converted has no moments, and no average where its source had none
-    run.require(weights, unet if run.ema or run.meta.get("ema_updates", 0) else {},
-                moments if run.optimizer else {})
+    run.require(weights, unet, moments)
 
 
 def restore_or_init(config, net, run, ranks, device):

@@ -13,19 +13,18 @@ import shutil
 import threading
 import warnings
 import zlib
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from runtime.files import read_json, unfinished, write_text
-from runtime.foreign import StateDict, read_file, write_safetensors
+from runtime.foreign import read_file
+from runtime.tensors import StateDict, misfit, write_safetensors
 
 FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
 STEP = re.compile(r"step_\d{8,18}")
 LEFTOVER = re.compile(r"\.(unfinished|removed)_step_\d{8,}")      # of saves that were killed
-SHOWN = 5                       # names of each kind, of tensors that do not fit
 
 
 @dataclass
@@ -42,22 +41,8 @@ class Run:
         """Raises ValueError, one line, unless the run holds exactly these tensors (see misfit)."""
         for file, found, wanted in zip(FILES, (self.model, self.ema, self.optimizer),
                                        map(dict, (weights, averages, moments)), strict=True):
-            problem = misfit(found.entries, wanted)
-            if problem:
+            if problem := misfit(found.entries, wanted):
                 raise ValueError(f"{self.folder / file} does not fit the run: {problem}")
-
-
-def misfit(found, wanted):
-    """What does not fit of two dicts by name, of tensors, entries or shapes, in one line; or ""."""
-    found, wanted = ({name: list(getattr(value, "shape", value)) for name, value in side.items()}
-                     for side in (found, wanted))
-    lists = {"missing": [name for name in wanted if name not in found],
-             "unexpected": [name for name in found if name not in wanted],
-             "misshapen": [f"{name} {found[name]} instead of {wanted[name]}" for name in found
-                           if name in wanted and found[name] != wanted[name]]}
-    return "; ".join(f"{len(names)} {kind} ({', '.join(names[:SHOWN])}"
-                     + f" and {len(names) - SHOWN} more" * (len(names) > SHOWN) + ")"
-                     for kind, names in lists.items() if names)
 
 
 def save(out, step, model, ema, optimizer, meta, keep=2, keep_every=0, say=warnings.warn):
@@ -124,20 +109,13 @@ def superfluous(out, step, keep, keep_every):
 def clear(out, say, old=()):
     """Removes the `old` steps of a run, and what killed saves and removals left in its folder, and
     nothing else. What cannot be removed is said, and stays."""
-    @contextmanager
-    def tolerant(path):
-        try:
-            yield
+    left = [path for path in out.iterdir() if LEFTOVER.fullmatch(path.name)]
+    for path in [*(path for path in left if path.is_dir() and not path.is_symlink()), *old]:
+        try:        # a step is out of the way at once: cut short, it is no step any more
+            shutil.rmtree(path.rename(path.with_name(f".removed_{path.name}")) if path in old
+                          else path)
         except OSError as err:
             say(f"{path} cannot be removed: {err.strerror or err}")
-
-    for folder in old:
-        with tolerant(folder):      # out of the way at once: cut short, it is no step any more
-            folder.rename(folder.with_name(f".removed_{folder.name}"))
-    for path in out.iterdir():
-        if LEFTOVER.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
-            with tolerant(path):
-                shutil.rmtree(path)
 
 
 class Writer:
@@ -209,13 +187,12 @@ def steps(out):
     return sorted(found, key=step_of, reverse=True)
 
 
-def latest(out):
-    """The newest undamaged step folder of a run, or None. Damaged newer ones are warned about."""
+def latest(out, say=warnings.warn):
+    """The newest undamaged step folder of a run, or None. Damaged newer ones are said."""
     for folder in steps(out):
-        problem = damage(folder)
-        if not problem:
+        if not (problem := damage(folder)):
             return folder
-        warnings.warn(f"{folder} is damaged, the step before is used: {problem}", stacklevel=2)
+        say(f"{folder} is damaged, the step before is used: {problem}")
     return None
 
 

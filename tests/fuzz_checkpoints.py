@@ -17,7 +17,7 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from runtime import convert, foreign        # noqa: E402
+from runtime import checkpoint, foreign        # noqa: E402
 from runtime.command import progress        # noqa: E402
 
 FILES = sorted((ROOT / "tests/golden/checkpoints").iterdir())
@@ -61,7 +61,7 @@ def run(count, seed, folder):
             found = foreign.read_file(path)
             for name in found:
                 found[name]
-            convert.info(path)
+            checkpoint.info(path)
             read += 1
         except ValueError as error:
             assert "\n" not in str(error) and path.name in str(error), f"file {number}: {error}"

@@ -20,7 +20,7 @@ import configs
 import diffusion
 import engine
 import model
-from runtime import checkpoint, convert
+from runtime import checkpoint
 from runtime.command import Progress
 from views import CONFIG, RUN, paths, pictures
 
@@ -109,7 +109,7 @@ def to_precision(net, precision):
     """Turns UNet and image decoder to their precision. Returns them."""
     autoencoder = dict(net.first_stage_model.named_children())      # none, of pixels
     decoding = [autoencoder[name] for name in ("decoder", "post_quant_conv") if name in autoencoder]
-    return [part.to(convert.PRECISIONS[precision]) for part in (net.model, *decoding)]
+    return [part.to(checkpoint.PRECISIONS[precision]) for part in (net.model, *decoding)]
 
 
 def config_of(tensors, data="", named=None):

@@ -11,10 +11,11 @@ import torch
 from golden import fill
 from torch import nn
 
-from runtime import checkpoint, convert
+from runtime import checkpoint
 from runtime import export as diffusers_keys
 import model
 from runtime import foreign as tensorfile
+from runtime.tensors import write_safetensors
 from clip import CLIP
 from vae import AutoencoderKL
 
@@ -42,7 +43,7 @@ def network(kind="two levels", pose=4):
 
 def folder_of(tmp_path, module, kind="two levels"):
     path, file = tmp_path / "diffusers", tmp_path / "module.safetensors"
-    tensorfile.write_safetensors(file, module.state_dict())
+    write_safetensors(file, module.state_dict())
     tensors = tensorfile.read_file(file)
     tensors.meta["config"] = {"num_heads": UNETS[kind]["num_heads"], "prediction": "z"}
     left = diffusers_keys.write_diffusers(path, tensors)
@@ -81,9 +82,9 @@ def test_a_folder_fills_a_module_on_meta(tmp_path):
 def test_convert_goes_to_a_diffusers_folder_and_back(tmp_path):
     module = network()
     torch.save({"state_dict": module.state_dict(), "global_step": 3}, tmp_path / "a.ckpt")
-    assert set(convert.convert(tmp_path / "a.ckpt", tmp_path / "b")) == set(checkpoint.LEFTOVERS)
+    assert set(checkpoint.convert(tmp_path / "a.ckpt", tmp_path / "b")) == set(checkpoint.LEFTOVERS)
     assert (tmp_path / "b/model_index.json").exists()
-    assert convert.convert(tmp_path / "b", tmp_path / "c.safetensors") == []
+    assert checkpoint.convert(tmp_path / "b", tmp_path / "c.safetensors") == []
     found = checkpoint.read(tmp_path / "c.safetensors")
     for name, value in module.state_dict().items():
         assert name in checkpoint.LEFTOVERS or torch.equal(found[name], value)
@@ -123,7 +124,7 @@ def test_a_network_in_several_files_reads_by_its_index(tmp_path, ending):
     state, places = dict(tensorfile.read_file(whole)), {}
     for i, names in enumerate((list(state)[::2], list(state)[1::2])):
         part = f"diffusion_pytorch_model-0000{i + 1}-of-00002.safetensors"
-        tensorfile.write_safetensors(path / "unet" / part, {name: state[name] for name in names})
+        write_safetensors(path / "unet" / part, {name: state[name] for name in names})
         places |= dict.fromkeys(names, part)
     whole.unlink()
     index = path / "unet" / f"diffusion_pytorch_model.{ending}"
@@ -147,14 +148,14 @@ def test_a_folder_of_a_small_run_keeps_its_configuration(tmp_path):
     average = {name: value + 1 for name, value in state.items() if name.startswith(checkpoint.UNET)}
     run = checkpoint.save(tmp_path / "out", 7, state, average, {},
                           {"config": config, "ema_updates": 7})
-    left = convert.convert(run, tmp_path / "a")
+    left = checkpoint.convert(run, tmp_path / "a")
     assert any(name.startswith(checkpoint.EMA) for name in left)
     found = checkpoint.read(tmp_path / "a")
     assert found.meta["config"] == config and found.step == 7
     assert json.loads((tmp_path / "a/unet/config.json").read_text())["sample_size"] == 8
     name = checkpoint.UNET + "out.2.bias"
     assert torch.equal(found[name], state[name])
-    convert.convert(run, tmp_path / "b", ema=True)
+    checkpoint.convert(run, tmp_path / "b", ema=True)
     assert torch.equal(checkpoint.read(tmp_path / "b")[name], average[name])
 
 
@@ -169,16 +170,26 @@ def test_a_foreign_network_is_listed_not_half_loaded(tmp_path):
     path = folder_of(tmp_path, network())
     state = dict(tensorfile.read_file(path / "unet/diffusion_pytorch_model.safetensors"))
     state["add_embedding.linear_1.weight"] = torch.zeros(3)
-    tensorfile.write_safetensors(path / "unet/diffusion_pytorch_model.safetensors", state)
+    write_safetensors(path / "unet/diffusion_pytorch_model.safetensors", state)
     with pytest.raises(ValueError, match="1 unexpected .*add_embedding.linear_1.weight"):
         checkpoint.load_model(network(), path)
+
+
+def test_misshapen_parts_of_a_matrix_are_refused_in_one_line(tmp_path):
+    path = folder_of(tmp_path, network())
+    file = path / "image_encoder/model.safetensors"
+    state = dict(tensorfile.read_file(file))
+    state["vision_model.encoder.layers.0.self_attn.k_proj.weight"] = torch.zeros(3)
+    write_safetensors(file, state)
+    with pytest.raises(ValueError, match=r"image_encoder: tensors of shapes .*\[3\].* not what"):
+        checkpoint.read(path)
 
 
 def test_a_network_that_diffusers_lacks_is_refused_in_one_line(tmp_path):
     state = network().state_dict() | {"model.diffusion_model.surprise.weight": torch.zeros(1)}
     torch.save(state, tmp_path / "a.ckpt")
     with pytest.raises(ValueError, match="surprise.weight"):
-        convert.convert(tmp_path / "a.ckpt", tmp_path / "b")
+        checkpoint.convert(tmp_path / "a.ckpt", tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
 
@@ -188,7 +199,7 @@ def test_a_first_level_wider_than_the_input_convolution_is_refused(tmp_path):
     module.model.diffusion_model = model.UNet(8, 4, 32, (2,), 1, (1,), 2, 16)
     torch.save(module.state_dict(), tmp_path / "a.ckpt")
     with pytest.raises(ValueError, match="first level is 64 wide"):
-        convert.convert(tmp_path / "a.ckpt", tmp_path / "b")
+        checkpoint.convert(tmp_path / "a.ckpt", tmp_path / "b")
 
 
 # ---- oracles

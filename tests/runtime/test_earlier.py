@@ -9,7 +9,7 @@ from golden import FOLDER
 
 import configs
 import model
-from runtime import checkpoint, convert
+from runtime import checkpoint
 
 RUN = FOLDER / "earlier"
 SUMS = {"model": 16405.500186151992, "ema": 687.0147059295563,
@@ -52,8 +52,8 @@ def test_an_earlier_run_fills_a_model_is_described_and_converted(tmp_path):
     name = checkpoint.UNET + "out.2.bias"
     assert torch.equal(net.state_dict()[name], found[checkpoint.ema_name(name)])
     assert report.num_updates == 3
-    assert "step 3, average of 3 updates" in convert.info(RUN)
-    convert.convert(RUN, tmp_path / "a.ckpt")
+    assert "step 3, average of 3 updates" in checkpoint.info(RUN)
+    checkpoint.convert(RUN, tmp_path / "a.ckpt")
     again = checkpoint.read(tmp_path / "a.ckpt")
     assert set(again) == set(found) and again.meta["config"] == found.meta["config"]
     assert all(torch.equal(again[name], found[name]) for name in found)

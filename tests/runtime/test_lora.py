@@ -12,8 +12,8 @@ from test_train import (SOURCES, assert_same_state, logged, one_thread, run, sav
 import configs
 import engine
 import model
-from runtime import checkpoint, convert, lora
-from runtime.foreign import LazyTensor
+from runtime import checkpoint, lora
+from runtime.tensors import LazyTensor
 from views import render
 
 LOW = {"lora_rank": 4, "lora_convs": True, "lr": 1e-2}
@@ -71,7 +71,7 @@ def test_merged_weights_are_those_that_were_trained_and_their_views_the_same(
         whole_run, low_run, tmp_path):                  # noqa: F811
     out, base = low_run[0], str(whole_run[0])
     for ema in (False, True):
-        convert.convert(out, tmp_path / f"merged{ema}.safetensors", ema=ema, init=base)
+        checkpoint.convert(out, tmp_path / f"merged{ema}.safetensors", ema=ema, init=base)
     read, weights = checkpoint.read(out, base), saved(whole_run[0], 6, "ema")
     updates, averages = saved(out, 6), saved(out, 6, "ema")
     for merged, factors in (("mergedFalse", updates), ("mergedTrue", averages)):
@@ -88,7 +88,7 @@ def test_updates_are_opened_with_the_file_that_they_were_trained_on_and_no_other
         shards, whole_run, low_run, tmp_path):          # noqa: F811
     with pytest.raises(ValueError, match="holds low-rank updates .* name it with --init=.*whole"):
         checkpoint.read(low_run[0])
-    assert "step 6" in convert.info(low_run[0])
+    assert "step 6" in checkpoint.info(low_run[0])
     run(tiny(shards, tmp_path / "other", steps=1))
     says = r"other is not what the updates in .*step_00000006 were trained on: its .* is \w{8}, theirs is \w{8}"
     for open_it in (lambda: checkpoint.read(low_run[0], tmp_path / "other"),
