@@ -758,10 +758,10 @@ def test_a_refusal_is_one_line_on_the_command_line_and_exit_code_2(shards, tmp_p
 
 
 BEFORE_TORCH = """
-import runpy, sys, types
+import runpy, sys, configs
 def load(argv):
     raise ValueError("option stepz is not known, did you mean steps?")
-sys.modules["configs"] = types.SimpleNamespace(load=load)
+configs.load = load
 try:
     runpy.run_path("train.py", run_name="__main__")
 finally:
