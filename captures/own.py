@@ -5,6 +5,8 @@ import math
 from pathlib import Path
 
 import torch
+from PIL import Image
+
 from camera import focus_point
 from captures.datasets import (Capture, collect, found_in, opengl, photo_at, points,
                                read_model)
