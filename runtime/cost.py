@@ -80,7 +80,7 @@ def of(config, ranks, micro_batch):
     if config.lora_rank:
         lora.add(net, config)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        net.to_empty(device="cpu")
+        net.model.diffusion_model.to_empty(device="cpu")
         activations, flops = of_forward(config, net, micro_batch)
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in net.parameters() if not p.requires_grad)
