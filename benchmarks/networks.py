@@ -140,7 +140,7 @@ def encoder(name, peer, tiny):
     engine.convert(net)
     # CPUs are slow in half precision
     dtype = torch.bfloat16 if device_here().type == "cuda" else torch.float32
-    net.to(dtype=dtype, memory_format=torch.channels_last)
+    net.to(device_here(), dtype, memory_format=torch.channels_last)     # buffers too
     return net.eval().requires_grad_(False)
 
 
