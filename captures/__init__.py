@@ -107,7 +107,8 @@ def add_options(parser, name):
     if name != "encode":
         add("--image-format", choices=("png", "jpg", "webp"), default="png",
             help="of colour images")
-        add("--workers", type=count(0), default=0, help="processes; 0: one a core, on a GPU at most 6")
+        add("--workers", type=count(0), default=0,
+            help="processes; 0: one a core, on a GPU at most 6")
     if name not in ("synth", "encode"):
         add("--dry-run", action="store_true", help="say what would be made, and stop")
     add("--overwrite", action="store_true", help="replace shards made with other arguments")
