@@ -20,6 +20,13 @@ import sys
 from bisect import bisect_right
 from collections import Counter
 
+from runtime import command
+
+if __name__ == "__main__":      # answered before torch, which takes seconds, is imported
+    from analysis import shards_parser
+
+    command.parse(shards_parser())
+
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -256,8 +263,4 @@ def check_damage(draws, damaged, most, where):
 if __name__ == "__main__":
     from analysis import inspect as inspector
 
-    try:
-        sys.exit(inspector.main(sys.argv[1:]))
-    except (ValueError, OSError) as err:
-        print(f"data.py: {err}", file=sys.stderr)
-        sys.exit(2)
+    command.run("data.py", inspector.main, sys.argv[1:])

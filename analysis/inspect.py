@@ -3,9 +3,7 @@
 `python data.py inspect SHARDS...` and `python data.py verify SHARDS...`.
 """
 
-import argparse
 import math
-import os
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -16,11 +14,11 @@ import torch
 from PIL import Image
 
 import camera
-from analysis import metrics
+from analysis import metrics, shards_parser
 from captures.datasets import IMAGE_SUFFIXES
 from runtime.command import progress
 from shards.files import Damaged
-from shards.scenes import FORMATS, groups, images, of_files
+from shards.scenes import groups, images, of_files
 from views import paths, pictures
 
 VIEWS_SHOWN, SCENES_SHOWN, VIEWS_SAMPLED = 4, 3, 24
@@ -264,7 +262,7 @@ def verify(args):
         print(f"! {problem}")
     for (format, side), files in found.items():
         figures, matches = [], []
-        with ProcessPoolExecutor(min(max(args.workers, 1), len(files))) as pool:
+        with ProcessPoolExecutor(min(args.workers, len(files))) as pool:
             results = pool.map(partial(verify_shard, format=format, side=side), files)
             for file, (views, problems, judged, compared) in zip(files, progress(
                     results, "verify", "shards", len(files))):
@@ -285,21 +283,5 @@ def verify(args):
 
 def main(argv):
     """The exit status of `inspect` or `verify`."""
-    parser = argparse.ArgumentParser(prog="data.py", description="Looks into shards.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for run, text, option, default, kind, what in (
-            (inspect, "print what shards hold, and draw views, depths and cameras", "--out",
-             "inspect.png", str, "the picture's name (%(default)s)"),
-            (verify, "read every member, and check cameras against images and depths", "--workers",
-             os.cpu_count() or 1, int, "processes (%(default)s)")):
-        command = commands.add_parser(run.__name__, help=text, description=text)
-        command.set_defaults(run=run)
-        command.add_argument("shards", nargs="+",
-                             help="files, globs, {000..012} patterns, http:// addresses")
-        command.add_argument("--format", choices=FORMATS, help="of the shards; else it is detected")
-        command.add_argument("--size", type=int, help="side of the images in pixels; else detected")
-        command.add_argument(option, default=default, type=kind, help=what)
-    args = parser.parse_args(argv)
-    if args.size is not None and args.size < 1:
-        raise ValueError(f"--size {args.size}: it must be at least 1")
-    return args.run(args)
+    args = shards_parser().parse_args(argv)
+    return {"inspect": inspect, "verify": verify}[args.command](args)

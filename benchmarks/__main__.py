@@ -1,74 +1,51 @@
 """Measures the product beside peers and ceilings, prints a table, and writes its rows.
 
     python -m benchmarks train --batch 192 48       steps of training, beside diffusers'
-    python -m benchmarks scale --gpus 1 2 8         ranks of one machine; --check: the same losses?
     python -m benchmarks sample | encode            views, beside diffusers and transformers
     python -m benchmarks engine --batch 192         with and without each part of the engine
-    python -m benchmarks load                       a checkpoint, beside reading its bytes
 """
-
-import tempfile
 
 from benchmarks import PARTS, VARIANTS
 from runtime import command
 
-BENCHMARKS = {"train": "steps of training the full-size UNet",
-              "scale": "training steps on several GPUs of one machine",
-              "sample": "seconds a view",
+BENCHMARKS = {"train": "steps of training the full-size UNet", "sample": "seconds a view",
               "encode": "views through the frozen encoders",
-              "engine": "rates with and without each part of the engine",
-              "load": "a model filled from a file of zero123-xl's structure"}
-# (benchmarks, option, default, help, choices); a list takes several values
-OPTIONS = [
-    *((name, "variants", list(variants)[:2], "what is measured", variants)
-      for name, variants in VARIANTS.items()),
-    ("train engine", "batch", [192, 48], "pairs a step"),
-    ("scale", "batch", 192, "pairs a GPU"),
-    ("encode", "batch", [64], "views at once"),
-    ("sample", "views", [1, 16, 24], "views at once"),
-    ("engine", "views", [1, 16], "views at once"),
-    ("scale", "gpus", [], "how many, one after the other; without: 1, and all there are"),
-    ("scale", "check", False, "instead: the losses of steps of the same --batch pairs in all"),
-    ("scale", "divide-optimizer", False, "also with moments and average divided (ZeRO-1)"),
-    (" ".join(BENCHMARKS), "tiny", False, "a network of a few kilobytes"),
-    ("train sample encode", "no-ceilings", False,
-     "without the rate of a large product, and so without shares of it"),
-    ("engine", "without", list(PARTS), "parts that are left out, one at a time", PARTS),
-    ("engine", "rates", list(VARIANTS), "what is measured", VARIANTS),
-    ("load", "folder", tempfile.gettempdir(), "where 15.5 GB are written, and removed again"),
-    (" ".join(BENCHMARKS), "json", "", "file to write the rows to"),
-    (" ".join(BENCHMARKS), "seconds-limit", 560, "of everything")]
+              "engine": "rates with and without each part of the engine"}
+# option: (its meaning, {benchmark: how many, unless told})
+SIZES = {"batch": ("pairs a step, or views at once", {"train": [192, 48], "encode": [64],
+                                                      "engine": [192, 48]}),
+         "views": ("views at once", {"sample": [1, 16, 24], "engine": [1, 16]})}
 
 
 def parser():
     p = command.Parser("python -m benchmarks", description=__doc__.splitlines()[0])
     commands = p.add_subparsers(dest="name", required=True, metavar="NAME")
-    subs = {name: commands.add_parser(name, help=text, description=text)
-            for name, text in BENCHMARKS.items()}
-    for names, option, default, text, *choices in OPTIONS:
-        kind = {"help": f"{text} (%(default)s)", "default": default}
-        if default is False:
-            kind = {"help": text, "action": "store_true"}
-        elif choices:
-            kind |= {"choices": list(choices[0]), "metavar": "NAME", "nargs": "+",
-                     "help": f"{text}, of {'; '.join(choices[0])} (%(default)s)"}
-        elif not isinstance(default, str):
-            kind |= {"type": command.numbers_of(int, 1), "metavar": "N",
-                     "nargs": "+" if isinstance(default, list) else None}
-        for name in names.split():
-            subs[name].add_argument(f"--{option}", **kind)
+    number = {"type": command.numbers_of(int, 1), "metavar": "N"}
+    for name, text in BENCHMARKS.items():
+        add = commands.add_parser(name, help=text, description=text).add_argument
+        chosen = {"variants": (list(VARIANTS[name])[:2], VARIANTS[name])} if name in VARIANTS else {
+            "without": (list(PARTS), PARTS), "rates": (list(VARIANTS), VARIANTS)}
+        for option, (default, choices) in chosen.items():
+            add(f"--{option}", nargs="+", metavar="NAME", choices=list(choices), default=default,
+                help=f"of {'; '.join(choices)} (%(default)s)")
+        for option, (meaning, defaults) in SIZES.items():
+            if name in defaults:
+                add(f"--{option}", nargs="+", default=defaults[name],
+                    help=f"{meaning} (%(default)s)", **number)
+        add("--tiny", action="store_true", help="a network of a few kilobytes")
+        add("--json", default="", metavar="FILE", help="to write the rows to")
+        add("--seconds-limit", default=560, help="of everything (%(default)s)", **number)
     return p
 
 
 def main(args):
     import json
 
-    from benchmarks import load, networks
+    from benchmarks import networks
     from benchmarks.measure import table
     from runtime.files import write_text
 
-    run = {"load": load.run, "scale": networks.run_scale, "engine": networks.run_engine}
-    rows = run.get(args.name, networks.run_variants)(args)
+    rows = (networks.run_engine if args.name == "engine" else networks.run_variants)(args)
     print(table(rows))
     if args.json:
         write_text(args.json, json.dumps(rows, indent=1) + "\n")

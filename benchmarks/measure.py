@@ -5,7 +5,6 @@ ceiling_share}. ratio: value / peer_value; ceiling_share: share of what a large 
 the same run. Each variant has a process of its own, so its peak memory is its own too.
 """
 
-import math
 import multiprocessing
 import os
 import re
@@ -17,8 +16,8 @@ from pathlib import Path
 import torch
 
 from runtime import cost
+from runtime.log import peak_memory
 
-GB = 1e9
 CEILING = "sustained bf16 product"
 SECONDS = 4.0                           # of a rate; in less a GPU does not come to its limit
 WARM = 2                                # calls between the first and those that are counted
@@ -147,7 +146,7 @@ def timed(variant, what, function, count, unit, tiny, work, in_a_row=1):
     rate = count / seconds
     yield row(variant, what, 1 / rate if unit == "s/view" else rate, unit, flops=work * rate)
     yield row(variant, f"{what}: first call", first, "s")
-    yield row(variant, f"{what}: peak memory", peak_gb(), "GB")
+    yield row(variant, f"{what}: peak memory", peak_memory(device_here()), "GB")
 
 
 @torch.no_grad()
@@ -158,12 +157,3 @@ def ceiling(tiny=False):
     a, b = torch.randn(2, side, side, device=device).bfloat16()
     _, seconds = clock(lambda: [a @ b], 0 if tiny else SECONDS, in_a_row=10)
     yield row(CEILING, "", 2 * side**3 / seconds / 1e12, "TFLOP/s")
-
-
-def peak_gb():
-    """GB of GPU memory that this process has had at most; on a CPU, of resident memory, or nan."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / GB
-    status = Path("/proc/self/status")      # getrusage's begins with that of the parent process
-    peak = re.search(r"VmHWM:\s*(\d+)", status.read_text() if status.exists() else "")
-    return int(peak[1]) * 1024 / GB if peak else math.nan

@@ -1,4 +1,4 @@
-"""What networks need: training steps, ranks, sampling, encoding, and the engine part by part.
+"""What networks need: training steps, sampling, encoding, and the engine part by part.
 
 A step of training is train.py's: forward, backward, AdamW and the moving average, on encoded pairs
 that lie on the device (drawing, reading and sending pairs is not in it). A view is 50 steps of DDIM
@@ -7,9 +7,6 @@ random weights. A variant's name says whose network it is and how it runs.
 """
 
 import functools
-import os
-import socket
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -21,10 +18,9 @@ import engine
 import model
 import vae
 from benchmarks import PARTS, VARIANTS, peers
-from benchmarks.measure import ceiling, clock, collect, device_here, finish, peak_gb, row, timed
+from benchmarks.measure import ceiling, collect, device_here, finish, row, timed
 from configs import Config, Source
 from runtime import cost
-from runtime import ranks as distributed
 from runtime.optimizer import Ema, Optimizer
 from runtime.ranks import ALONE
 
@@ -32,7 +28,6 @@ EMBEDDING, SIDE = 768, 256              # width of the image embedding; pixels a
 WARMED_UP = 1000                        # a step with the full learning rate
 IN_A_ROW = 5                            # calls between looks at the clock
 STEPS, FEW_STEPS = 50, 20               # of DDIM, of DPM-Solver++
-CHECKED, AVERAGED = 20, 30              # steps of `scale`: with --check, without
 ENCODED = 64                            # views at once, for `engine`
 TINY = {"latent": "pixels", "image_size": 32, "model_channels": 32, "channel_mult": (1, 2),
         "num_res_blocks": 1, "attention_resolutions": (1,), "num_heads": 2, "context_dim": 16,
@@ -75,44 +70,37 @@ def network(config, peer=False, autoencoder=None):
 
 class Step:
     """A whole step of training at every call, by our UNet or diffusers'."""
-    def __init__(self, config, ranks=ALONE, peer=False, compiled=True):
+    def __init__(self, config, peer=False, compiled=True):
         torch.manual_seed(0)
-        self.net, self.device = network(config, peer).train(), device_here()
+        self.config, self.net, self.device = config, network(config, peer).train(), device_here()
         engine.channels_last(self.net)
         unet = self.net.model.diffusion_model
-        self.ema = Ema(unet, config.ema_decay, ranks, config.divide_optimizer)
-        self.optimizer = Optimizer(self.net, config, ranks)
+        self.ema = Ema(unet, config.ema_decay)
+        self.optimizer = Optimizer(self.net, config)
         if compiled and peer:
             unet.compile()      # with the layouts that the compiler chooses
         elif compiled:
             engine.compiled(self.net)
-        self.config, self.ranks, self.wrapped = config, ranks, ranks.wrap(self.net)
-        self.passes = self.forward_backward
-        self.use(self.pairs(config.micro_batch), torch.arange(config.micro_batch))
+        self.passes, self.tensors = self.forward_backward, self.pairs(config.micro_batch)
 
     def pairs(self, count):
-        """Encoded pairs: mean, logvar, z_cond, embedding, T."""
-        mean, z_cond = torch.randn(2, count, *model.latent_shape(self.config), device=self.device)
+        """Encoded pairs and their draws: mean, logvar, z_cond, embedding, T, those of `Draws`."""
+        shape, width = model.latent_shape(self.config), self.net.cc_projection.in_features
+        mean, z_cond = torch.randn(2, count, *shape, device=self.device)
+        draws = diffusion.draw(0, torch.arange(count, device=self.device), shape)
         return (mean, torch.full_like(mean, vae.LOGVAR_MIN), z_cond,
                 torch.randn(count, EMBEDDING, device=self.device),
-                torch.randn(count, self.net.cc_projection.in_features - EMBEDDING,
-                            device=self.device))
-
-    def use(self, pairs, numbers):
-        """Trains on these pairs from now on, of these numbers."""
-        draws = diffusion.draw(0, numbers.to(self.device), model.latent_shape(self.config))
-        self.tensors = *pairs, *vars(draws).values()
+                torch.randn(count, width - EMBEDDING, device=self.device), *vars(draws).values())
 
     def forward_backward(self, *tensors):
         with torch.autocast(self.device.type, torch.bfloat16):
-            loss = self.wrapped(*tensors[:5], diffusion.Draws(*tensors[5:]), self.config.drop)
+            loss = self.net(*tensors[:5], diffusion.Draws(*tensors[5:]), self.config.drop)
             loss.mean().backward()
         return loss.detach()
 
-    def __call__(self, last=True):
-        """The losses (b,). last: gradients are averaged over the ranks."""
-        with nullcontext() if last or self.ranks.world == 1 else self.wrapped.no_sync():
-            loss = self.passes(*self.tensors)
+    def __call__(self):
+        """The losses (b,)."""
+        loss = self.passes(*self.tensors)
         self.optimizer.step(WARMED_UP, self.ema)
         return loss
 
@@ -201,8 +189,7 @@ def run_variants(args):
     sizes = args.views if args.name == "sample" else args.batch
     jobs = [(variant, MEASURES[args.name], variant, size, args.tiny)
             for size in sizes for variant in args.variants]
-    rows = collect([("ceiling", ceiling, args.tiny)] * (not args.no_ceilings) + jobs,
-                   args.seconds_limit)
+    rows = collect([("ceiling", ceiling, args.tiny), *jobs], args.seconds_limit)
     return finish(rows, VARIANTS[args.name])
 
 
@@ -234,80 +221,3 @@ def leave_out(part, measure, variant, *arguments):
         engine.kernels.enabled[part] = False
         variant += f" without {part}"
     yield from measure(variant, *arguments)
-
-
-# ---- ranks
-
-def run_scale(args):
-    """Training steps on 1 to N GPUs of one machine: --batch pairs on each, or in all to --check."""
-    worlds, jobs = args.gpus or sorted({1, max(1, torch.cuda.device_count())}), []
-    for world in worlds:
-        if args.check and args.batch % world:
-            raise ValueError(f"{args.batch} pairs do not divide among {world} GPUs")
-        batch = args.batch // world if args.check else args.batch
-        for divided in (False, True) if args.divide_optimizer and world > 1 else (False,):
-            label = f"{world} GPU{'s' * (world > 1)}{', divided' * divided}"
-            jobs.append((label, launch, world, label, batch, divided, args.check, args.tiny))
-    rows = collect(jobs, args.seconds_limit)
-    checked = [entry for entry in rows if "losses" in entry]
-    for entry in checked[1:]:
-        apart = max(abs(a - b) / b for a, b in zip(entry["losses"], checked[0]["losses"]))
-        rows.append(row(entry["variant"], "largest relative difference of losses", apart, ""))
-    return finish(rows, {label: "1 GPU" for label, *_ in jobs if label != "1 GPU"})
-
-
-def launch(world, *arguments):
-    """Yields the rows of `world` ranks."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]),
-                          WORLD_SIZE=str(world))
-    box = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    if world == 1:
-        rank_of(0, box, *arguments)
-    else:
-        torch.multiprocessing.spawn(rank_of, (box, *arguments), world)
-    while not box.empty():
-        yield box.get()
-
-
-def rank_of(rank, box, label, batch, divided, checks, tiny):
-    """One rank: puts its rows into the box if it is the first."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-    ranks, device = distributed.join(device_here(), not tiny)
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    torch.backends.cudnn.benchmark = device.type == "cuda"
-    config = config_of(tiny, batch, device=device.type, divide_optimizer=divided)
-    step = Step(config, ranks, compiled=not tiny)
-    for entry in (check if checks else rates_of_ranks)(label, step, batch, tiny):
-        if rank == 0:
-            box.put(entry)
-    ranks.close()
-
-
-def rates_of_ranks(label, step, batch, tiny):
-    """Yields speed, memory, and what the averaging of gradients costs that nothing hides: the time
-    of a step less that of a step without it. The times are the slowest rank's."""
-    ranks, times = step.ranks, []
-    for last in (True, False)[:ranks.world]:
-        # all make as many calls, or one would wait
-        _, seconds = clock(functools.partial(step, last), 0, 1 if tiny else AVERAGED)
-        times.append(max(ranks.gather(seconds)))
-    yield row(label, "all", ranks.world * batch / times[0], "pairs/s")
-    yield row(label, "a GPU", batch / times[0], "pairs/s")
-    yield row(label, "peak memory a GPU", peak_gb(), "GB")
-    if ranks.world > 1:
-        yield row(label, "averaging gradients, not hidden", 1e3 * (times[0] - times[1]), "ms")
-
-
-def check(label, step, batch, tiny):
-    """Yields the losses of steps of the same pairs and draws, however many ranks share them."""
-    ranks, losses = step.ranks, []
-    torch.manual_seed(1)
-    total, first = ranks.world * batch, ranks.rank * batch
-    mine = [values[first:first + batch] for values in step.pairs(total)]
-    for number in range(4 if tiny else CHECKED):
-        step.use(mine, number * total + torch.arange(first, first + batch))
-        losses.append(ranks.all_reduce(step().sum() / total).item())
-    yield row(label, f"loss after {len(losses)} steps", losses[-1], "", losses=losses)

@@ -262,10 +262,9 @@ def truth_of(photo, data):
     except (ValueError, KeyError, TypeError) as err:
         raise ValueError(f"{note} is not what `prepare.py synth` writes of {known.name}") from err
 
-    def truth(c2w, fov, depths=False):      # depths: z-depths (n, s, s) instead, in units of paths
-        found = torch.cat([render(solids, pose[None], angle, photo.size)[depths]
-                           for pose, angle in zip(photo.in_scene(c2w), fov)])
-        return found * photo.scale / photo.scene_scale if depths else found
+    def truth(c2w, fov):
+        return torch.cat([render(solids, pose[None], angle, photo.size)[0]
+                          for pose, angle in zip(photo.in_scene(c2w), fov)])
 
     own = truth(photo.camera()[None], [photo.fov])
     if (own - pictures.tensor(photo.picture)).square().mean() > ALIKE:

@@ -6,6 +6,32 @@
 What a run saves is in runs.py, whose names are to be had here too.
 """
 
+from runtime import command
+
+PRECISION_NAMES = "fp32", "fp16", "bf16"
+
+
+def parser():
+    """The command line."""
+    top = command.Parser("checkpoint.py", description=__doc__)
+    commands = top.add_subparsers(dest="command", required=True, metavar="info | convert")
+    add = commands.add_parser(
+        "info", help="parts, dtypes, sizes, steps, what is unused").add_argument
+    add("file", help="a file, a run, a step_... folder of it, a diffusers folder")
+    add = commands.add_parser("convert", help="write the weights in another form").add_argument
+    add("source", metavar="IN", help="a checkpoint, as for info")
+    add("target", metavar="OUT", help="NAME.ckpt, structured as the reference's; NAME.safetensors; "
+        "NAME, a diffusers folder")
+    add("--ema", action="store_true", help="write the UNet's average as the UNet")
+    add("--dtype", choices=PRECISION_NAMES, help="of the weights; default: as they are")
+    add("--init", default="", metavar="FILE",
+        help="the file that a run started from: its frozen networks are written too")
+    return top
+
+
+if __name__ == "__main__":      # answered before torch, which takes seconds, is imported
+    command.parse(parser())
+
 import errno
 import json
 import zlib
@@ -17,7 +43,7 @@ from torch import nn
 
 from configs import Config
 from diffusion import schedule_buffers
-from runtime import command, lora
+from runtime import lora
 from runtime.export import read_diffusers, write_diffusers
 from runtime.files import unfinished
 from runtime.foreign import SPARE, read_file
@@ -41,7 +67,7 @@ UNUSED = (EMA + "num_updates", EMA + "decay", "lvlb_weights", "logvar", *SCHEDUL
 LEFTOVERS = tuple("cond_stage_model.model." + name for name in (
     "positional_embedding", "text_projection", "logit_scale", "token_embedding.weight",
     "ln_final.weight", "ln_final.bias"))
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PRECISIONS = dict(zip(PRECISION_NAMES, (torch.float32, torch.float16, torch.bfloat16)))
 GROUPS = {      # part of a checkpoint: how its names begin, its use
     "UNet": (UNET, "used"),
     "UNet's average (EMA)": (EMA, "used instead, where asked for"),
@@ -363,20 +389,7 @@ WRITERS = {".ckpt": write_ckpt, ".pt": write_ckpt, ".safetensors": write_file, "
 
 
 def main(argv=None):
-    parser = command.Parser("checkpoint.py", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="info | convert")
-    add = commands.add_parser(
-        "info", help="parts, dtypes, sizes, steps, what is unused").add_argument
-    add("file", help="a file, a run, a step_... folder of it, a diffusers folder")
-    add = commands.add_parser("convert", help="write the weights in another form").add_argument
-    add("source", metavar="IN", help="a checkpoint, as for info")
-    add("target", metavar="OUT", help="NAME.ckpt, structured as the reference's; NAME.safetensors; "
-        "NAME, a diffusers folder")
-    add("--ema", action="store_true", help="write the UNet's average as the UNet")
-    add("--dtype", choices=PRECISIONS, help="of the weights; default: as they are")
-    add("--init", default="", metavar="FILE",
-        help="the file that a run started from: its frozen networks are written too")
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     if args.command == "info":
         print(info(args.file))
         return

@@ -83,7 +83,8 @@ def unknown(kind, name, choices):
 
 def numbers_of(kind, low, high=math.inf, above=False):
     """A parser of numbers of one kind in [low, high], or in (low, high) with `above`."""
-    bounds = f"above {low:,} and below {high:,}" if above else f"from {low:,} to {high:,}"
+    bounds = f"above {low:,}" if above else f"from {low:,}"
+    bounds += "" if high == math.inf else f"{' and below' if above else ' to'} {high:,}"
 
     def parse_number(text):
         try:

@@ -87,7 +87,7 @@ class LocalFile:
 
     def read(self, offset, size):
         """At most `size` bytes from `offset`; less only where the file ends. Raises OSError."""
-        file = opened(self.path)
+        file = opened(self.path, *self.stamp)
         if hasattr(os, "pread"):
             return os.pread(file.fileno(), size, offset)
         with SEEKING:               # Windows: two steps
@@ -99,8 +99,9 @@ SEEKING = threading.Lock()
 
 
 @functools.lru_cache(MAX_OPEN)
-def opened(path):
-    """A file that stays open as long as it is one of the MAX_OPEN that were read last."""
+def opened(path, *_stamp):
+    """A file that stays open as long as it is one of the MAX_OPEN that were read last; one that
+    took its place, with another stamp, is another."""
     return open(path, "rb", buffering=0)
 
 

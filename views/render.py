@@ -9,7 +9,6 @@ Letters: `b` batch, `n` views, `s` side of the square images in pixels.
 """
 
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -22,12 +21,12 @@ import engine
 import model
 from runtime import checkpoint
 from runtime.command import Progress
+from runtime.log import peak_memory
 from views import CONFIG, RUN, paths, pictures
 
 NEAREST = 2             # photos that a view starts from, of several
 CLIP_WIDTH = 768
 MODE_OF_WIDTH = {mode.width: name for name, mode in camera.MODES.items() if mode.weights}
-MEGABYTE = 2**20
 
 
 # ---- the model
@@ -276,12 +275,7 @@ class Render:
 
     def memory(self):
         """The most memory that was used so far, in words; "" where there is no such figure."""
-        if self.net.betas.device.type == "cuda":
-            return f"{torch.cuda.max_memory_allocated() / MEGABYTE:,.0f} MB of GPU memory"
-        try:
-            import resource
-        except ImportError:         # Windows
-            return ""
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        return f"{peak / MEGABYTE:,.0f} MB of memory at most"
+        device = self.net.betas.device
+        kind = "GPU memory" if device.type == "cuda" else "memory at most"
+        peak = peak_memory(device)
+        return f"{1000 * peak:,.0f} MB of {kind}" if peak else ""

@@ -1,7 +1,6 @@
 """follow.py: the truth along a path is what the renderer shows from there, and its figures."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from views import render
 from captures import synth
 from analysis.metrics import psnr
 from runtime import command
-from test_sample import SCENES, capture_of, save, small_run
+from test_sample import SCENES, save, small_run
 
 __all__ = ["small_run"]      # the fixture `run`
 
@@ -109,33 +108,3 @@ def test_a_spoilt_or_missing_note_of_the_scenes_is_named(photo, tmp_path, conten
 def test_other_data_are_refused_in_a_line(run, tmp_path, capsys):
     assert main(run, data=tmp_path) == 2
     assert "no shards at" in capsys.readouterr().err
-
-
-def test_views_from_several_photos_are_measured(run, capsys):
-    assert main(run, "--photos", "1", "2", "--scenes", "2") == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["photos", "1", "2"] and lines[2].count("+-") == 5
-    assert main(run, "--photos", "5", "--scenes", "2") == 2
-    assert "of 5 photos, others have to be left" in capsys.readouterr().err
-
-
-def test_a_capture_is_measured_against_its_own_photos(run, tmp_path, capsys):
-    folder, _ = capture_of(run, tmp_path / "capture")
-    assert main(run, "--capture", str(folder), data=tmp_path) == 0
-    assert capsys.readouterr().out.splitlines()[1].count("+-") == 3
-
-
-def test_true_views_are_steady_and_those_of_a_still_camera_are_not(run, photo, monkeypatch):
-    views, c2w, photo = follow.views_of(render.open_run(run, str(SCENES["data"]))[1], 2)
-
-    truth = synth.truth_of(photo, SCENES["data"])
-
-    def true(drawn, views, cameras, places, wanted):
-        return truth(wanted.c2w, wanted.fov)
-
-    fov = torch.full((len(c2w),), photo.fov, dtype=torch.float64)
-    cameras, found = paths.Cameras(c2w[0], c2w, fov, photo.fov), []
-    for drawn_from in (true, lambda *given: true(*given)[:1].expand(follow.VIEWS, -1, -1, -1)):
-        monkeypatch.setattr(follow, "drawn_from", drawn_from)
-        found += follow.steadiness(SimpleNamespace(), views, cameras, [0], truth)
-    assert min(found[:2]) > max(found[2:]) + 1

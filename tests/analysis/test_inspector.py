@@ -88,9 +88,20 @@ def test_inspect_of_shards_without_depth_and_of_a_picture_that_cannot_be(tmp_pat
     out = str(tmp_path / "a.png")
     assert inspector.main(["inspect", str(tmp_path / "a.tar"), "--out", out]) == 0
     assert "depth " in capsys.readouterr().out
-    for options, says in ((["--out", "x.foo"], "end in .png"), (["--size", "-5"], "at least 1")):
-        with pytest.raises(ValueError, match=says):
-            inspector.main(["inspect", str(tmp_path / "a.tar"), *options])
+    with pytest.raises(ValueError, match="end in .png"):
+        inspector.main(["inspect", str(tmp_path / "a.tar"), "--out", "x.foo"])
+
+
+@pytest.mark.parametrize("command, says", [
+    (["data.py", "inspect", "x", "--outt=3"], "option --outt is not known, did you mean --out?"),
+    (["data.py", "verify", "x", "--size", "-5"], "--size: -5 is not possible, only numbers from 1"),
+    (["-m", "runtime.checkpoint", "convert", "a", "b", "--emaa"], "did you mean --ema?")])
+def test_a_mistake_on_the_command_line_is_answered_in_a_line_without_torch(command, says):
+    done = subprocess.run([sys.executable, "-X", "importtime", *command], capture_output=True,
+                          text=True, cwd=os.path.dirname(prepare.__file__))
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert done.returncode == 2 and len(lines) == 1 and says in lines[0]
+    assert "| torch\n" not in done.stderr and "| numpy" not in done.stderr
 
 
 def test_a_shard_that_cannot_be_read_does_not_hide_the_others(rendered, tmp_path, capsys):

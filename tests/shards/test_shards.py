@@ -357,6 +357,15 @@ def test_a_changed_shard_on_the_web_is_indexed_anew(web):
         assert read_source("/nowhere", address + "/x.tar").shards[0].scenes == [name]
 
 
+def test_a_shard_that_took_the_place_of_another_is_read_and_not_the_old_one(tmp_path):
+    for name in ("a/b", "a/c"):     # written beside it and renamed, as commands here do
+        write_tar(tmp_path / "new.tar", scene_members(name))
+        os.replace(tmp_path / "new.tar", tmp_path / "x.tar")
+        reader = read_source(tmp_path, "x.tar")
+        assert reader.shards[0].scenes == [name]
+        assert reader.shards[0].read(0, 3, "")[:3] == name.encode()
+
+
 def test_transient_failures_of_a_server_are_tried_again(web, monkeypatch):
     folder, address, handler = web
     monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
