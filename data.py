@@ -8,13 +8,10 @@ files: tars of scenes, raw (images, depths, cameras) or encoded (what the frozen
 these). Letters: `s` side of the square images in pixels, `c h w` of a latent.
 """
 
-import atexit
-import functools
 import hashlib
 import itertools
 import logging
 import math
-import multiprocessing
 import struct
 import sys
 from bisect import bisect_right
@@ -29,10 +26,11 @@ if __name__ == "__main__":      # answered before torch, which takes seconds, is
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 import camera
-from runtime.workers import DEAD_WORKER, is_dead_worker, packed, start_worker, unpacked
+from runtime import workers
+from runtime.workers import DEAD_WORKER, is_dead_worker
 from shards.files import Damaged
 from shards.index import whole_matrices
 from shards.scenes import distinct, examples, images, open_source
@@ -110,14 +108,14 @@ class Pairs(Dataset):
     def draw(self, k, attempt=0):
         """(source, what its `pair` takes) of pair k, after `attempt` damaged draws: scene, cond
         view, target view."""
-        words = self.words(k, 0)
         if self.rounds is not None:
             source, *views = self.draw_in_order(k)
             if not attempt:
                 return source, *views
         else:                   # min: the shares may sum to a hair less than 1
-            source = min(bisect_right(self.shares, words[0] / 2.0**64), len(self.readers) - 1)
-        words = self.words(k, attempt) if attempt else words
+            share = self.words(k, 0)[0] / 2.0**64
+            source = min(bisect_right(self.shares, share), len(self.readers) - 1)
+        words = self.words(k, attempt)
         return source, *self.readers[source].draw(words, k, self.probabilities[source], self.seed)
 
     def draw_in_order(self, k):
@@ -198,45 +196,21 @@ class Batches(Sampler):
                 yield list(range(at, min(at + self.micro_batch, first + self.share)))
 
 
-class Loader(DataLoader):
-    """A DataLoader of the micro-batches of Batches: Pairs' dicts stacked, `uid` a list. It takes
-    `damage` out of the batches; say(line) is told of everything damaged, once.
-
-    Memory is pinned for CUDA. Raises ValueError, in the loop, once more than `max_damaged` of the
-    draws were damaged. When a worker dies, ChildProcessError in the loop, or a RuntimeError
-    wherever the main thread is: is_dead_worker.
-
-    report    {source: Counter of damaged draws by reason}
-    """
+class Loader(workers.Loader):
+    """The micro-batches of Batches: Pairs' dicts stacked, `uid` a list. It takes `damage` out of
+    them; say(line) is told of everything damaged, once. Raises ValueError, in the loop, once more
+    than `max_damaged` of the draws were damaged. `report`: {source: Counter of damaged draws by
+    reason}."""
 
     def __init__(self, pairs, batches, workers=0, device="cpu", max_damaged=0.05, say=log.warning):
-        try:
-            ending = multiprocessing.get_context("spawn").Event()      # works under fork too
-        except OSError as err:          # of a semaphore, which lies there
-            raise OSError(err.errno, err.strerror, "/dev/shm") from err
-        atexit.register(ending.set)     # runs before multiprocessing ends and awaits its children
-        super().__init__(pairs, batch_sampler=batches, num_workers=workers, collate_fn=packed,
-                         persistent_workers=workers > 0,
-                         worker_init_fn=functools.partial(start_worker, ending),
-                         pin_memory=torch.device(device).type == "cuda")
+        super().__init__(pairs, batches, workers, device, say)
         self.report = {reader.name: Counter() for reader in pairs.readers}
-        self.max_damaged, self.say, self.draws = max_damaged, say, 0
-        self.logged = {}                # in the order in which they were met
+        self.max_damaged, self.draws, self.logged = max_damaged, 0, {}  # in the order they were met
 
     def __iter__(self):
-        batches, say_once = super().__iter__(), functools.cache(self.say)
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except ValueError as err:       # a worker's ends in its traceback: keep our line
-                line = str(err).strip().splitlines()[-1]
-                raise ValueError(line.removeprefix("ValueError: ")) from err
-            except (EOFError, ConnectionError) as err:      # it died while it sent a batch
-                raise ChildProcessError(DEAD_WORKER) from err
+        for batch in super().__iter__():
             self.count(batch.pop("damage"))
-            yield unpacked(batch, say_once)
+            yield batch
 
     def count(self, damage):
         """Books the damage of one batch. Raises ValueError when the run has seen too much."""

@@ -9,7 +9,6 @@ worst) into the folder eval/ of the run. The loop is in analysis/score.py.
 """
 
 import json
-import os
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -44,11 +43,9 @@ def parser():
 
 def main(args, overrides):
     """Scores a checkpoint. Raises ValueError or OSError with one line."""
-    import torch.distributed as dist
-
     import configs
     from analysis import score
-    from runtime.ranks import device_of, leave, own_device
+    from runtime.ranks import device_of, join, own_device
     from views import render
 
     for name in (text.removeprefix("--").partition("=")[0] for text in overrides):
@@ -59,7 +56,6 @@ def main(args, overrides):
     config = configs.override(config, overrides)
     config = replace(config, eval_pairs=args.pairs or config.eval_pairs,
                      seed=config.seed if args.seed is None else args.seed)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = own_device(device_of(config.device))
     pairs = score.held_out_pairs(config, config.eval_pairs)     # before anything large is read
     path = Path(args.checkpoint)
@@ -69,15 +65,12 @@ def main(args, overrides):
     net = render.load(tensors, device, "fp32")[0]
     depth_net = score.load_depth(config, device)
     judges, notes = score.judges_of(net, config, args.lpips, args.clip)
-    if world > 1:
-        dist.init_process_group("gloo")     # only rows of numbers travel
-    rows = score.score(net, pairs, config, judges, depth_net, True, rank, world)
-    if world > 1:
-        parts = [None] * world
-        dist.all_gather_object(parts, rows)
-        leave()
-        rows = sorted((row for part in parts for row in part), key=lambda row: row["number"])
-    if rank == 0:
+    ranks, _ = join(device)         # only rows of numbers travel
+    found = ranks.gather(score.score(net, pairs, config, judges, depth_net, True, ranks.rank,
+                                     ranks.world))
+    ranks.close()
+    rows = sorted(sum(found, []), key=lambda row: row["number"])
+    if ranks.rank == 0:
         write(net, pairs, config, rows, depth_net, str(tensors.path), notes, out)
 
 

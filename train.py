@@ -48,13 +48,10 @@ threads.wait_passively()
 OPTIONS = command.begin("train.py", options) if __name__ == "__main__" else None
 
 import functools
-import json
 import signal
 from contextlib import ExitStack, nullcontext
-from pathlib import Path
 
 import torch
-from torch.utils.data import Subset
 
 import data
 import depth
@@ -68,7 +65,6 @@ from runtime import ranks as group
 from runtime.log import Log, Meter, check_finite, peak_memory, revision, summary
 from runtime.optimizer import learning_rate
 
-GRID_PAIRS, BEGIN = 8, "begin.json"
 # Save and end; sent again they change nothing.
 STOP = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
@@ -81,7 +77,7 @@ def train(run):
     batches, shape, meter = iter(run.loader), model.latent_shape(config), Meter()
     done = logged = saved = run.first_step
     if run.scores and config.init and not done:
-        averaged(run, begin, run)
+        averaged(run, score.begin, run.log)
     stopped, norm, worse = False, None, ranks.any_rank(log.is_worse(config.patience))
     meter.start_clock()
     while done < config.steps and not stopped and not worse:
@@ -122,7 +118,7 @@ def train(run):
             resume.save(run.writer, config, done, net, run.ema, run.optimizer, ranks)
             saved = done
         if shows:
-            averaged(run, show, run, done)
+            averaged(run, score.show, log, done)
         if saves or shows or validates:
             meter.start_clock()         # the rate is that of training
     end(run, done, stopped)
@@ -164,8 +160,7 @@ def report(run, meter, logged, done, norm, validates):
     if damaged:
         numbers["damaged"] = damaged
     if validates:
-        numbers |= averaged(run, score.validate, run.net, run.held_out, config,
-                            run.depth_net) or {}
+        numbers |= averaged(run, score.validate) or {}
     flops = (1 + cost.BACKWARD) * run.needs.flops * numbers["pairs_per_s"] / ranks.world
     run.log(done, **numbers, lr=learning_rate(done - 1, config) * config.lr,
             ceiling_share=flops / run.peak, memory_gb=peak_memory(run.device),
@@ -174,48 +169,10 @@ def report(run, meter, logged, done, norm, validates):
 
 
 def averaged(run, function, *arguments):
-    """What a function gives on rank 0 with the averaged weights in place; None on other ranks."""
+    """What a function of score.py gives for the averaged weights on rank 0; None on other ranks."""
     with run.ema.in_place(run.net):
-        return function(*arguments) if run.ranks.rank == 0 else None
-
-
-def show(run, step):
-    """Writes a grid of held-out pairs, a row each: conditioning view | truth | sample."""
-    batch = run.held_out.__getitems__(range(min(GRID_PAIRS, len(run.held_out))))
-    views, image_cond, truth = score.views_of(run.net, batch, run.config, run.depth_net)
-    path = run.log.picture(step, "grids", score.grid(image_cond, truth, views))
-    run.log.say(f"{path}: conditioning view | truth | sample, of held-out views")
-
-
-# ---- at both ends
-
-def rows_of(run):
-    """The rows of the `eval_pairs` held-out pairs, see score.score."""
-    pairs = Subset(run.held_out.dataset, run.held_out.indices[:run.config.eval_pairs])
-    return score.score(run.net, pairs, run.config, score.FAST, run.depth_net)
-
-
-def begin(run):
-    """Scores the model of `init`, so that the end can say what was gained."""
-    path = Path(run.config.out) / BEGIN
-    with run.log.tolerant(path):
-        files.write_text(path, json.dumps({"rows": rows_of(run)}))
-    if run.validates:
-        run.log(0, **score.validate(run.net, run.held_out, run.config, run.depth_net))
-
-
-def conclude(run):
-    """Scores the model: metrics.json, and the last lines on the screen."""
-    rows, path = rows_of(run), Path(run.config.out) / "metrics.json"
-    before = path.with_name(BEGIN)
-    before = files.read_json(before)["rows"] if before.is_file() else []
-    methods = score.summarize(rows)["methods"]
-    means = {name: found["psnr"]["mean"] for name, found in methods.items()}
-    with run.log.tolerant(path):
-        files.write_text(path, json.dumps({"psnr": means, "pairs": len(rows)}, indent=1))
-    run.log.say("\n".join([
-        f"held-out PSNR over {len(rows)} pairs of views never seen in training",
-        *score.report(rows, ["methods"], before)]))
+        if run.ranks.rank == 0:
+            return function(run.net, run.held_out, run.config, run.depth_net, *arguments)
 
 
 def end(run, done, stopped):
@@ -225,7 +182,7 @@ def end(run, done, stopped):
         run.log.say(f"stopped by signal after step {done}, {'not ' * bool(run.writer.problem)}"
                     "saved; the same command goes on from the newest checkpoint")
     elif run.scores:
-        averaged(run, conclude, run)
+        averaged(run, score.conclude, run.log)
     run.writer.wait()
     run.ranks.any_rank(False)        # nobody leaves while rank 0 still writes
 
@@ -302,7 +259,7 @@ def open_data(config, log):
     pairs = data.Pairs(readers, [s.probability for s in config.sources], config.seed,
                        config.image_size, config.mode)
     log.say("\n".join(f"data     {reader.summary()}" for reader in readers))
-    held_out = score.held_out_pairs(config, max(config.eval_pairs, GRID_PAIRS), fewer=True)
+    held_out = score.held_out_pairs(config, max(config.eval_pairs, score.GRID_PAIRS), fewer=True)
     raw = [each for each in (*readers, *held_out.dataset.readers) if hasattr(each, "pixels")]
     for line in sum(map(inspector.contradictions, raw[:len(readers)] if log.main else []), []):
         log.say(f"{line} (python data.py verify looks at all)")

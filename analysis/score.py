@@ -6,8 +6,10 @@ the cameras in radii of the scene, "scores": {method: {figure: number}}}; figure
 are left out. Figures are explained in metrics.py. Letters: `b` batch, `c` channels, `h w` pixels.
 """
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,7 +21,7 @@ import depth
 import diffusion
 import model
 from analysis import metrics
-from runtime import networks
+from runtime import files, networks
 from runtime.command import progress
 from views import pictures
 
@@ -32,6 +34,7 @@ TABLES = {"methods": "method", "sources": "source", "distances": "camera distanc
 FAR = 3                     # radii of the scene: all camera distances from there on are one row
 SURE = 3                    # standard errors that make a difference clear
 BANDS = 4                   # equal parts of the timesteps, each with its own validation loss
+GRID_PAIRS, BEGIN = 8, "begin.json"
 CASES = 12                  # rows of the sheet, from the best pair to the worst
 FAST = {"psnr": metrics.psnr, "ssim": metrics.ssim,
         "sharpness": metrics.sharpness}     # figures that need no weights
@@ -54,6 +57,11 @@ def held_out_pairs(config, count, fewer=False):
     if count > len(pairs):
         raise ValueError(f"{count} held-out pairs are asked for, but there are {len(pairs)}")
     return Subset(pairs, range(count))
+
+
+def first(pairs, count):
+    """The first `count` of held_out_pairs."""
+    return Subset(pairs.dataset, pairs.indices[:count])
 
 
 def load_depth(config, device):
@@ -197,7 +205,7 @@ def validate(net, pairs, config, depth_net=None):
     # departs: samples of a validation are of at most validate_steps steps of DPM-Solver++, the
     # reference's of 50 of DDIM; evaluate.py has the run's own sampler
     # [test_a_validation_takes_few_steps_and_says_what_the_log_needs]
-    pairs = Subset(pairs.dataset, pairs.indices[:config.validate_pairs])
+    pairs = first(pairs, config.validate_pairs)
     fewer = replace(config, sampler="dpm++",
                     sample_steps=min(config.sample_steps, config.validate_steps))
     methods = summarize(score(net, pairs, fewer, FAST, depth_net))["methods"]
@@ -206,6 +214,42 @@ def validate(net, pairs, config, depth_net=None):
             "val_baseline_psnr": methods[best_baseline(methods)]["psnr"]["mean"],
             "val_loss": sum(losses.values()) / len(losses),
             **{f"val_loss_{band}": loss for band, loss in losses.items()}}
+
+
+# ---- what a run in training shows
+
+def rows_of(net, pairs, config, depth_net=None):
+    """The rows of the first `eval_pairs` pairs, see `score`."""
+    return score(net, first(pairs, config.eval_pairs), config, FAST, depth_net)
+
+
+def begin(net, pairs, config, depth_net, log):
+    """Scores the model of `init` into begin.json, so that the end can say what was gained."""
+    path = Path(config.out) / BEGIN
+    with log.tolerant(path):
+        files.write_text(path, json.dumps({"rows": rows_of(net, pairs, config, depth_net)}))
+    if config.validate_every:
+        log(0, **validate(net, pairs, config, depth_net))
+
+
+def show(net, pairs, config, depth_net, log, step):
+    """Writes a grid of pairs, a row each: conditioning view | truth | sample."""
+    batch = pairs.__getitems__(range(min(GRID_PAIRS, len(pairs))))
+    views, image_cond, truth = views_of(net, batch, config, depth_net)
+    path = log.picture(step, "grids", grid(image_cond, truth, views))
+    log.say(f"{path}: conditioning view | truth | sample, of held-out views")
+
+
+def conclude(net, pairs, config, depth_net, log):
+    """Scores the trained model: metrics.json, and the last lines on the screen."""
+    rows, before = rows_of(net, pairs, config, depth_net), Path(config.out) / BEGIN
+    before = files.read_json(before)["rows"] if before.is_file() else []
+    means = {name: found["psnr"]["mean"] for name, found in summarize(rows)["methods"].items()}
+    path = Path(config.out) / "metrics.json"
+    with log.tolerant(path):
+        files.write_text(path, json.dumps({"psnr": means, "pairs": len(rows)}, indent=1))
+    log.say("\n".join([f"held-out PSNR over {len(rows)} pairs of views never seen in training",
+                       *report(rows, ["methods"], before)]))
 
 
 # ---- means and their errors

@@ -1,6 +1,9 @@
 """Loader processes: how they begin and end, and how batches leave them."""
 
+import atexit
+import functools
 import io
+import multiprocessing
 import os
 import signal
 import threading
@@ -8,12 +11,45 @@ import time
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 
 DEAD_WORKER = "a loader process was killed, for want of memory or by somebody"
 FULL = ("shared memory (/dev/shm) is full, so batches come through pipes, slower: fewer --workers, "
         "a smaller --micro_batch or a container's larger --shm-size make room")
 ORPHANED = 2.0          # seconds after which a process looks whether its parent is there
 SMALL = 1 << 17         # bytes up to which a tensor is sent between processes as bytes
+
+
+class Loader(DataLoader):
+    """Batches (dicts) of a Dataset by lists of its numbers, from processes that end with this one.
+    Memory is pinned for CUDA. A worker's ValueError is raised in the loop. When a worker dies,
+    ChildProcessError in the loop, or a RuntimeError wherever the main thread is: is_dead_worker."""
+
+    def __init__(self, dataset, batches, workers, device, say):
+        try:
+            ending = multiprocessing.get_context("spawn").Event()      # works under fork too
+        except OSError as err:          # of a semaphore, which lies there
+            raise OSError(err.errno, err.strerror, "/dev/shm") from err
+        atexit.register(ending.set)     # runs before multiprocessing ends and awaits its children
+        super().__init__(dataset, batch_sampler=batches, num_workers=workers, collate_fn=packed,
+                         persistent_workers=workers > 0,
+                         worker_init_fn=functools.partial(start_worker, ending),
+                         pin_memory=torch.device(device).type == "cuda")
+        self.say = say
+
+    def __iter__(self):
+        batches, say_once = super().__iter__(), functools.cache(self.say)
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except ValueError as err:       # a worker's ends in its traceback: keep our line
+                line = str(err).strip().splitlines()[-1]
+                raise ValueError(line.removeprefix("ValueError: ")) from err
+            except (EOFError, ConnectionError) as err:      # it died while it sent a batch
+                raise ChildProcessError(DEAD_WORKER) from err
+            yield unpacked(batch, say_once)
 
 
 def start_worker(ending, worker):

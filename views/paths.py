@@ -16,7 +16,7 @@ import torch
 from camera import look_at, relative_pose, spherical
 from runtime.files import write_text
 from shards.index import RIGID
-from views import MOTIONS, STEEPEST
+from views import DEFAULT_MOTION, MOTIONS, STEEPEST
 from views.cameras import read as read_cameras
 
 SPIRAL_TURNS = 2
@@ -178,6 +178,19 @@ def poses(texts, fov, elevation):
         numbers.append((azimuth, elevation + rise, radius))
     fovs = torch.full((len(numbers),), fov, dtype=torch.float64)
     return Cameras(around(0.0, elevation, 1.0), around(*zip(*numbers)), fovs, fov)
+
+
+def asked_for(args, fov, elevation):
+    """The Cameras that views.add_path_options ask for, and their name. Raises ValueError."""
+    if args.path:
+        return read(args.path, fov), "path"
+    if args.pose:
+        return poses(args.pose, fov, elevation), "poses"
+    if args.grid:
+        return grid(fov, elevation), "grid"
+    name = args.motion or DEFAULT_MOTION
+    by = MOTIONS[name][0] if args.by is None else args.by
+    return motion(name, args.views, by, fov, elevation), name
 
 
 # ---- key frames

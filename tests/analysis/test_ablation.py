@@ -1,11 +1,14 @@
 """compare.py and curves.py: one command that can be cut short, and ends in one table."""
 
+import contextlib
 import importlib.util
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 from analysis import compare, curves
@@ -18,13 +21,23 @@ TINY = ["--scenes", "4", "--held-out", "4", "--pairs", "8", "--modes", "3dof,7do
         "--steps=4", "--batch_size=4", "--micro_batch=4", "--validate_every=2",
         "--validate_pairs=4",
         "--eval_pairs=0", "--device=cpu", "--compile=false", "--precision=fp32", "--workers=0",
-        "--log_every=1", "--save_every=2", "--sample_every=100"]
+        "--log_every=1", "--save_every=2", "--sample_every=100", "--sample_steps=2"]
 
 
 def run(folder, *more):
-    command = [sys.executable, "-m", "analysis.compare", str(ROOT / "configs" / "ablation.py"),
-               f"--data={folder / 'data'}", f"--out={folder / 'out'}", *TINY, *more]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    """The command as a finished process; the scripts that it runs are forks of this one."""
+    with (contextlib.redirect_stdout(io.StringIO()) as out, pytest.MonkeyPatch.context() as patch,
+          contextlib.redirect_stderr(io.StringIO()) as err):
+        patch.setattr(compare, "start", forked.Popen)
+        forked.quick(patch)
+        try:
+            command.run("compare.py", compare.main, *compare.parser().parse_known_args(
+                [str(ROOT / "configs" / "ablation.py"), f"--data={folder / 'data'}",
+                 f"--out={folder / 'out'}", *TINY, *more]))
+            code = 0
+        except SystemExit as end:
+            code = end.code
+    return subprocess.CompletedProcess(more, code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -79,14 +92,16 @@ def test_a_run_that_fails_is_named_with_its_reason(finished):
     (["--pairs", "5000"], "5000 held-out pairs are asked for"),
     (["--stepz=3"], "did you mean --steps?"),
 ])
-def test_bad_input_is_one_clear_line(finished, capsys, arguments, message):
-    folder = finished[0]
-    with pytest.raises(SystemExit) as end:
-        command.run("compare.py", compare.main, *compare.parser().parse_known_args(
-            [str(ROOT / "configs" / "ablation.py"), f"--data={folder / 'data'}",
-             f"--out={folder / 'bad'}", *TINY, *arguments]))
-    assert end.value.code == 2
-    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+def test_bad_input_is_one_clear_line(finished, arguments, message):
+    refused = run(finished[0], f"--out={finished[0] / 'bad'}", *arguments)
+    assert refused.returncode == 2 and message in refused.stderr.strip().splitlines()[-1]
+
+
+def test_scripts_that_it_runs_are_the_projects_and_one_that_fails_ends_it(capfd):
+    compare.run_script("no", "prepare.py", "--help")
+    assert "usage: prepare.py" in capfd.readouterr().out
+    with pytest.raises(ValueError, match="no scenes, see above"):
+        compare.run_script("no scenes", "prepare.py", "nothing")
 
 
 def rows(psnr):
