@@ -79,15 +79,11 @@ def split_captures(found, args):
     train = order[held_out:][:args.scenes or None]
     by_name = functools.partial(sorted, key=lambda capture: capture.name)
     if by_views:
-        return {split: [part_of(capture, split) for capture in by_name(train)
-                        if places(capture.count, split)] for split in SPLITS}
+        return {split: [
+            replace(capture, count=len(mine), read=functools.partial(read_part, capture.read, split))
+            for capture in by_name(train) if (mine := places(capture.count, split))]
+            for split in SPLITS}
     return dict(zip(SPLITS, (by_name(train), by_name(order[:held_out]))))
-
-
-def part_of(capture, split):
-    """The Capture of those views of a scene that are of one split."""
-    return replace(capture, count=len(places(capture.count, split)),
-                   read=functools.partial(read_part, capture.read, split))
 
 
 def read_part(read, split):
