@@ -12,6 +12,7 @@ import json
 from dataclasses import fields, replace
 from pathlib import Path
 
+import configs
 from runtime import command
 from runtime.files import unfinished, write_text
 from views import add_data_options
@@ -43,7 +44,6 @@ def parser():
 
 def main(args, overrides):
     """Scores a checkpoint. Raises ValueError or OSError with one line."""
-    import configs
     from analysis import score
     from runtime.ranks import device_of, join, own_device
     from views import render
@@ -95,4 +95,4 @@ def write(net, pairs, config, rows, depth_net, checkpoint, notes, out):
 
 
 if __name__ == "__main__":
-    command.run("evaluate.py", main, *parser().parse_known_args())
+    command.run("evaluate.py", main, *configs.parse_with_fields(parser()))
