@@ -41,13 +41,17 @@ def parser():
     return p
 
 
+ARGS = (command.begin("evaluate.py", parser().parse_known_args)     # before torch is imported
+        if __name__ == "__main__" else None)
+
+import configs
+from analysis import score
+from runtime.ranks import device_of, join, own_device
+from views import render
+
+
 def main(args, overrides):
     """Scores a checkpoint. Raises ValueError or OSError with one line."""
-    import configs
-    from analysis import score
-    from runtime.ranks import device_of, join, own_device
-    from views import render
-
     for name in (text.removeprefix("--").partition("=")[0] for text in overrides):
         if name in {field.name for field in fields(configs.Config)} - set(FIELDS):
             raise ValueError(f"--{name} belongs to the training of the run and cannot be changed "
@@ -60,7 +64,7 @@ def main(args, overrides):
     pairs = score.held_out_pairs(config, config.eval_pairs)     # before anything large is read
     path = Path(args.checkpoint)
     folder = path.parent if path.name.startswith("step_") or path.is_file() else path
-    out = Path(args.out) if args.out else folder / "eval"
+    out = Path(args.out or folder / "eval")
     out.mkdir(parents=True, exist_ok=True)                      # or the command ends here
     net = render.load(tensors, device, "fp32")[0]
     depth_net = score.load_depth(config, device)
@@ -76,8 +80,6 @@ def main(args, overrides):
 
 def write(net, pairs, config, rows, depth_net, checkpoint, notes, out):
     """Writes what was found into the folder `out`, and prints its tables."""
-    from analysis import score
-
     if not any("reprojection" in row["scores"][score.MODEL] for row in rows):
         notes.append("no depth is known, so neither the warp nor the camera figures are there")
     found, scenes = score.summarize(rows), len({row["scene"] for row in rows})
@@ -95,4 +97,4 @@ def write(net, pairs, config, rows, depth_net, checkpoint, notes, out):
 
 
 if __name__ == "__main__":
-    command.run("evaluate.py", main, *parser().parse_known_args())
+    command.run("evaluate.py", main, *ARGS)
