@@ -18,7 +18,6 @@ LARGEST_ENTRY = 20.0                        # of the relative pose where it is c
 TANH_GAIN, TANH_RANGE = 0.5, 10.0           # squashed translations: gain * range * tanh(t / range)
 STEREOMAG_RANGE = (0.1, 100.0)              # near-plane quantiles are clipped to it
 QUANTILE, QUANTILE_STRIDE = 0.2, 4          # of the conditioning depth, every 4th row and column
-SMALLEST_SQUARES = 1e-3                     # of the metric depth, summed
 
 
 # ---- the modes
@@ -204,10 +203,3 @@ def quantile_scale(depth):
     """Depth at every pixel (b, h, w) of conditioning views -> 20% quantiles (b,): the published
     scale, which a fifth of the view is nearer than."""
     return depth[:, ::QUANTILE_STRIDE, ::QUANTILE_STRIDE].flatten(1).quantile(QUANTILE, dim=1)
-
-
-def metric_scale(metric, depth):
-    """Factor (b,) from metric depth (b, h, w) to the scene's unit: least squares over depth > 0."""
-    valid = depth > 0
-    product = torch.where(valid, metric * depth, 0).flatten(1).sum(1)
-    return product / torch.where(valid, metric**2, 0).flatten(1).sum(1).clamp(min=SMALLEST_SQUARES)

@@ -350,7 +350,8 @@ def report(rows, tables=TABLES, before=()):
         lines[-1] += ", on one scene, which tells nothing of others"
     if [row["uid"] for row in rows] == [row["uid"] for row in before]:
         gain, error, _ = mean_of(rows, MODEL, minus=MODEL, others=before)
-        lines.append(f"the model gained {gain:+.2f} dB +- {error:.2f} over the one it started from")
+        verb = judged(gain, error, "gained on", "lost to", "equals, within noise,")
+        lines.append(f"the model {verb} the one it started from: {gain:+.2f} dB +- {error:.2f}")
     return lines
 
 

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from captures.resample import DepthMap, LeftOut, Points, View, check_pose
 from views import cameras, colmap
@@ -76,7 +75,7 @@ def photo_at(folder, name):
 
 def opengl(w2c, where):
     """OpenCV world-to-camera (4, 4) -> OpenGL camera-to-world. LeftOut unless it is rigid."""
-    check_pose(torch.from_numpy(w2c), where)
+    check_pose(w2c, where)
     return cameras.opengl(w2c).numpy()
 
 

@@ -24,7 +24,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -38,7 +37,7 @@ from runtime import checkpoint
 from runtime.command import Progress
 from runtime.files import write_text
 from runtime.networks import load_depth
-from runtime.ranks import device_of, leave, own_device
+from runtime.ranks import device_of, join, own_device
 from runtime.tensors import pack
 from shards.files import Damaged
 from shards.scenes import groups, images, nearplane_quantile, of_files
@@ -222,28 +221,23 @@ def start(file):
 
 def run(args):
     """Encodes the shards that are not there yet; under torchrun, each rank its part of them."""
-    rank, world = (int(os.environ.get(name, default)) for name, default in
-                   (("RANK", 0), ("WORLD_SIZE", 1)))
     device = own_device(torch.device(device_of(args.device, ("cuda", "cpu")).type))
+    # to wait for one another, and no more: a CPU's group
+    ranks, _ = join(torch.device("cpu"), solo=PATIENCE)
     args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     if args.loaders is None:
         cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         args.loaders = min(MOST_LOADERS, cores) if device.type == "cuda" else 0
     shards = plan(args)
     networks = load(args.weights, args.depth_weights, args.quantile_blend, device)
-    if world > 1:
-        dist.init_process_group("gloo", timeout=PATIENCE)       # to wait for one another, no more
-    if rank == 0:
-        check(shards, networks, args)
-    if world > 1:
-        dist.barrier()      # with --overwrite, shards that are there now are to stay
-    encode([shard for shard in shards[rank::world] if not is_there(shard[0], shard[-1])],
-           networks, args, device, rank)
-    if world > 1:
-        dist.barrier()
-        leave()
+    # before any rank looks: with --overwrite, shards that are there now are not to stay
+    ranks.on_rank_0(check, shards, networks, args)
+    encode([shard for shard in shards[ranks.rank::ranks.world]
+            if not is_there(shard[0], shard[-1])], networks, args, device, ranks.rank)
+    ranks.any_rank(False)       # all are done
+    ranks.close()
     lacking = sum(read_note(path).get("without_scale", 0) for *_, path in shards)
-    if rank == 0 and lacking:
+    if ranks.rank == 0 and lacking:
         print(f"{lacking} of the views have no scale, and mode 7dof_quantile_scale needs it: give "
               "--depth-weights=dpt_swin2_tiny_256.pt, or train with --mode=7dof")
 

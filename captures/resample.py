@@ -23,9 +23,8 @@ from torch.nn import functional as F
 
 from runtime.files import mistaken_for
 from shards.files import Damaged
-from shards.index import FARTHEST
+from shards.index import FARTHEST, pose_problems
 from shards.scenes import over_white
-from views.cameras import pose_problem
 from views.colmap import Lens, pycolmap
 
 NARROWEST = 0.5             # share of the scene's median extent, below which a view is left out
@@ -131,15 +130,14 @@ def extent(lens):
 
 
 def check_pose(pose, where):
-    """Raises LeftOut unless a matrix (4, 4), a tensor, is a rotation and shift."""
-    problem = pose_problem(pose)
-    if problem:
+    """Raises LeftOut unless a matrix (4, 4) is a rotation and shift."""
+    if problem := pose_problems(pose[None])[0]:
         raise LeftOut(where, f"the camera {problem}")
 
 
 def check_camera(view):
     """Raises LeftOut where a view's camera cannot be used."""
-    check_pose(torch.from_numpy(view.c2w), view.where)
+    check_pose(view.c2w, view.where)
     if view.lens.distorted and not pycolmap():
         raise LeftOut(view.where, "lens distortion is undone by pycolmap, which is not "
                       "installed: pip install pycolmap", view.lens.model)

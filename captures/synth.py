@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from captures import make
-from captures.solids import BOX, CYLINDER, FACES, MATERIAL, SPHERE, Scene, cameras, scene
+from captures.solids import BOX, CYLINDER, FACES, MATERIAL, SPHERE, cameras, scene
 from captures.writer import raw_scene
 from runtime.ranks import device_of
 from views import pictures
@@ -221,13 +221,10 @@ def rays(c2w, fov, size, places):
 def render(scene, c2w, fov, size):
     """Images (v, 3, size, size) in [-1, 1] and z-depths (v, size, size), float32, on c2w's device.
 
-    c2w (v, 4, 4) float64 in the scene's unit, fov in radians; or lists of these, whose results are
-    stacked. Depth is the distance along the viewing axis at the pixel's centre (x + 0.5, y + 0.5),
-    in the scene's unit, known all over: the sky is a far wall.
+    c2w (v, 4, 4) float64 in the scene's unit, fov in radians. Depth is the distance along the
+    viewing axis at the pixel's centre (x + 0.5, y + 0.5), in the scene's unit, known all over: the
+    sky is a far wall.
     """
-    if not isinstance(scene, Scene):
-        images, depths = zip(*(render(*each, size) for each in zip(scene, c2w, fov)))
-        return torch.stack(images), torch.stack(depths)
     world = World(scene, c2w.device)
     fov = torch.as_tensor(fov, dtype=torch.float32, device=c2w.device)
     inner = torch.cat([c2w[..., :3], c2w[..., 3:] / scene.unit], dim=-1).float()

@@ -9,48 +9,37 @@ five runs share, or several. On one H200: 8.5 minutes. Of two trainings: 17.3, 1
 and 18.5, 19.8, 20.0 and 20.1 dB.
 """
 
-from configs import Config, Source
+from dataclasses import replace
 
-config = Config(
+from configs import Source
+from configs.small import config as small
+
+config = replace(
+    small,
     sources=tuple(
         Source(f"{extent} {layout}", layout, f"{extent}/{layout}/train-*.tar", 0.25,
                f"{extent}/{layout}/held-out-*.tar")
         for extent in ("near", "far") for layout in ("co3d", "re10k")),
     data="data/ablation",
     out="out/ablation",
-    latent="pixels",
-    prediction="z",
-    image_size=64,
     model_channels=64,
     channel_mult=(1, 2, 3, 4),
     num_res_blocks=2,
     attention_resolutions=(4, 8),
-    num_heads=4,
     norm_groups=16,
     context_dim=256,
-    mode="7dof_quantile_scale",
     steps=4000,
     batch_size=128,
     micro_batch=128,
     lr=5e-4,
     lr_projection=5e-3,
-    lr_schedule="cosine",
-    warmup_steps=200,
+    grad_clip=0.0,
     drop_clip=0.0, drop_both=0.0, drop_latent=0.0,
-    ema_decay=0.999,
-    compile=True,
-    graph=True,
     workers=5,
-    log_every=20,
     save_every=500,
-    keep=1,
-    keep_every=100_000,
     sample_every=1000,
-    eval_pairs=256,
     validate_every=500,
     validate_pairs=256,
-    sampler="dpm++",
     sample_steps=8,
     guidance=1.0,
-    eta=0.0,
 )

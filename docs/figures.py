@@ -91,57 +91,6 @@ def png(made):
     return Image.open(file).convert("RGB")
 
 
-# section 1: {middle (x, y): (what it is, the file and function that make it)}
-BOXES = {
-    (3.2, 4.1): ("autoencoder, frozen", "vae.AutoencoderKL.encode"),
-    (3.2, 2.7): ("image encoder, frozen", "clip.CLIP.encode_image"),
-    (3.2, 1.3): ("pose vector", "camera.conditioning"),
-    (3.2, 0.0): ("length that counts as one", "depth.viewer_scale"),
-    (6.9, 5.3): ("noise, of (seed, number)", "diffusion.normal"),
-    (6.9, 1.9): ("one context token", "model.ZeroNVS.context"),
-    (9.9, 4.1): ("the noise in z_t", "model.UNet.forward"),
-    (9.9, 2.2): ("a step to less noise", "diffusion.ddim"),
-    (12.9, 3.1): ("autoencoder, frozen", "vae.AutoencoderKL.decode"),
-}
-WIDE, HIGH = 2.5, 0.8
-# (from, to, what goes there, how far its name stands from the middle)
-ARROWS = [((0.75, 3.5), (1.9, 4.1), "", (0, 0)), ((0.75, 3.1), (1.9, 2.7), "", (0, 0)),
-          ((0.85, 1.3), (1.9, 1.3), "c2w, fov", (0, 0.1)), ((3.2, 0.45), (3.2, 0.85), "", (0, 0)),
-          ((4.5, 4.1), (8.6, 4.1), "z_cond, concatenated to z_t", (0, 0.1)),
-          ((4.5, 2.7), (5.6, 2.1), "embedding", (0.5, 0.1)),
-          ((4.5, 1.3), (5.6, 1.7), "T", (0, 0.1)),
-          ((8.2, 1.9), (9.0, 3.65), "", (0, 0)), ((8.2, 5.3), (9.6, 4.55), "z_T", (0.05, 0.1)),
-          ((9.7, 3.65), (9.7, 2.65), "eps", (-0.35, -0.1)),
-          ((10.2, 2.65), (10.2, 3.65), "z_t", (0.35, -0.1)),
-          ((11.2, 2.3), (11.9, 2.65), "z_0", (0.35, -0.25)), ((14.2, 3.1), (14.5, 3.1), "", (0, 0))]
-
-
-def whole():
-    """Section 1: photo, cameras, networks, latent, view."""
-    from matplotlib.patches import FancyBboxPatch
-
-    figure, axes = canvas(10.5, 4.3)
-    images = scene(4)[2]
-    for (x, y), (title, name) in BOXES.items():
-        axes.add_patch(FancyBboxPatch((x - WIDE / 2, y - HIGH / 2), WIDE, HIGH, facecolor=PALE,
-                                      edgecolor=BLUE, boxstyle="round,pad=0,rounding_size=0.1"))
-        axes.text(x, y + 0.17, title, ha="center", va="center", color=INK, fontsize=8)
-        axes.text(x, y - 0.18, name, ha="center", va="center", color=BLUE, fontsize=6.5,
-                  family="monospace")
-    for start, end, label, (right, up) in ARROWS:
-        axes.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": INK})
-        axes.text((start[0] + end[0]) / 2 + right, (start[1] + end[1]) / 2 + up, label,
-                  fontsize=7.5, color=INK, ha="center", va="bottom")
-    for x, y, label, image in ((0.1, 3.3, "photo", images[1]), (15.2, 3.1, "view",
-                                                                views(4, 1, 4)[0])):
-        axes.imshow(pictures.image(image), extent=(x - 0.65, x + 0.65, y - 0.65, y + 0.65))
-        axes.text(x, y + 0.75, label, ha="center", color=INK)
-    axes.text(0.1, 1.3, "two cameras", ha="center", va="center", color=INK)
-    axes.set(xlim=(-0.7, 16), ylim=(-0.5, 5.8))
-    axes.axis("off")
-    return figure
-
-
 def schedule():
     """Section 2: one image at five timesteps, and how much of it and of noise is in z_t."""
     figure, _ = canvas(7.5, 3.8)
@@ -341,7 +290,7 @@ def broken():
     return figure
 
 
-FIGURES = {"whole.png": whole, "schedule.png": schedule, "cameras.svg": cameras,
+FIGURES = {"schedule.png": schedule, "cameras.svg": cameras,
            "modes.png": modes, "guidance.png": guidance, "profile.svg": profile,
            "samplers.svg": samplers, "broken.png": broken}
 

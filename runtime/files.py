@@ -17,6 +17,7 @@ except ImportError:         # Windows
 COMPRESSED = {b"\x1f\x8b": ("gzip", "gunzip"), b"BZh": ("bzip2", "bunzip2"),
               b"\xfd7zXZ": ("xz", "unxz"), b"(\xb5/\xfd": ("zstd", "unzstd")}
 STALE = 60.0            # seconds after which the sign of life of a run counts for nothing
+LARGEST_JSON = 1 << 24  # bytes
 
 
 def mistaken_for(start, path):
@@ -65,11 +66,11 @@ def remove(path):
         path.unlink(missing_ok=True)
 
 
-def read_json(path, largest=1 << 24):
-    """The dict in a JSON file of up to `largest` bytes. Raises ValueError, one line."""
+def read_json(path):
+    """The dict in a JSON file of up to LARGEST_JSON bytes. Raises ValueError, one line."""
     try:
-        if path.stat().st_size > largest:
-            raise ValueError(f"it has more than {largest:,} bytes")
+        if path.stat().st_size > LARGEST_JSON:
+            raise ValueError(f"it has more than {LARGEST_JSON:,} bytes")
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             raise ValueError("it is no table of entries")

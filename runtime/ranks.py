@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from runtime import command, workers
 
-SOLO = timedelta(minutes=60)        # the longest that one rank may work alone, scoring included
+SOLO = timedelta(minutes=60)        # of one rank that works alone, scoring included
 STUCK = timedelta(minutes=1)        # of a transfer between GPUs: all ranks enter it together
 COMPILING = timedelta(minutes=15)   # the same where ranks may still be compiling their first step
 LEAVING = 0.1                       # seconds that threads get to end what they do, see leave
@@ -91,7 +91,7 @@ class Alone:
 
 class Ranks(Alone):
     """This process among the others: `rank` of `world`, on `device`."""
-    def __init__(self, device, compiles=False):
+    def __init__(self, device, compiles=False, solo=SOLO):
         store, self.rank, self.world = next(dist.rendezvous("env://"))
         if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
             # torchrun on one node keeps its store when it starts the ranks again, and in it the
@@ -102,9 +102,9 @@ class Ranks(Alone):
         if device.type == "cuda":
             dist.init_process_group("nccl", timeout=COMPILING if compiles else STUCK,
                                     device_id=device, **place)
-            self.hosts = dist.new_group(backend="gloo", timeout=SOLO)
+            self.hosts = dist.new_group(backend="gloo", timeout=solo)
         else:
-            dist.init_process_group("gloo", timeout=SOLO, **place)
+            dist.init_process_group("gloo", timeout=solo, **place)
             self.hosts = dist.group.WORLD
 
     def all_reduce(self, values):
@@ -211,14 +211,15 @@ def own_device(device):
     return torch.device("cuda", local)
 
 
-def join(device, compiles=False):
-    """(the ranks of this run, this rank's own device), see own_device."""
+def join(device, compiles=False, solo=SOLO):
+    """(the ranks of this run, this rank's own device), see own_device. solo: the longest that one
+    rank may work alone."""
     device = own_device(device)
     if "TORCHELASTIC_RUN_ID" in os.environ:     # nobody would stop what torchrun has started
         workers.end_with_parent()
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return ALONE, device
-    return Ranks(device, compiles), device
+    return Ranks(device, compiles, solo), device
 
 
 def is_loss_of_a_rank(err):

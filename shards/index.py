@@ -62,15 +62,24 @@ def metadata(entries, field, *shape):
     return values
 
 
+def pose_problems(c2w):
+    """(n,) texts: what keeps each of the matrices (n, 4, 4) from being a rotation and shift; ""."""
+    turn, last_row = c2w[:, :3, :3], c2w[:, 3]
+    with np.errstate(all="ignore"):     # of huge numbers, which are refused
+        error = np.abs(turn @ turn.transpose(0, 2, 1) - np.eye(3)).max((1, 2))
+        problems = {
+            "holds numbers that are not finite": ~np.isfinite(c2w).all((1, 2)),
+            "has a last row other than 0 0 0 1": np.abs(last_row - (0, 0, 0, 1)).max(1) > RIGID,
+            "is not rigid: its rotation times its transpose is not 1": ~(error <= RIGID),
+            "mirrors: the determinant of its rotation is negative": np.linalg.det(turn) < 0}
+    return np.select(list(problems.values()), list(problems), "")
+
+
 def check_cameras(c2w):
     """Raises ValueError unless all of (n, 4, 4) are rigid and at a place that can be used."""
-    rotation, position = c2w[:, :3, :3], c2w[:, :3, 3]
-    with np.errstate(all="ignore"):     # of huge numbers, which are refused
-        stretch = np.abs(rotation @ rotation.transpose(0, 2, 1) - np.eye(3)).max()
-    last_row = np.abs(c2w[:, 3] - (0, 0, 0, 1)).max()
-    if not max(stretch, last_row) <= RIGID or (np.linalg.det(rotation) < 0).any():
+    if any(pose_problems(c2w)):
         raise ValueError("a camera is not rigid")
-    if not np.abs(position).max() <= FARTHEST:
+    if not np.abs(c2w[:, :3, 3]).max() <= FARTHEST:
         raise ValueError(f"a camera is farther than {FARTHEST:g} from the origin")
 
 

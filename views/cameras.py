@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from camera import opengl_from_opencv
+from shards.index import pose_problems
 from views.colmap import MOST_PIXELS, Lens, read_images, read_lenses, text_of
 
-RIGID = 1e-3                    # largest error of a rotation matrix, as files round it
 RE10K_NUMBERS = 19              # of a line of RealEstate10K's text
 # fields of transforms.json without which a picture is not what its camera says
 REFUSED = {"fisheye_crop_radius": "pixels outside a circle do not count",
@@ -24,25 +24,9 @@ PINHOLES = "SIMPLE_PINHOLE", "PINHOLE", "SIMPLE_RADIAL", "RADIAL", "OPENCV"
 BENDS = "k1", "k2", "k3", "k4", "p1", "p2"      # in the order of nerfstudio's distortion_params
 
 
-def pose_problem(pose):
-    """What keeps a matrix (4, 4), a tensor, from being a rotation and shift, or ""."""
-    turn = pose[:3, :3]
-    error = (turn @ turn.T - torch.eye(3, dtype=turn.dtype)).abs().max()
-    if not pose.isfinite().all():
-        return "holds numbers that are not finite"
-    if (pose[3] - pose.new_tensor([0.0, 0.0, 0.0, 1.0])).abs().max() > RIGID:
-        return "has a last row other than 0 0 0 1"
-    if not error <= RIGID:
-        return "is not rigid: its rotation times its transpose is not 1"
-    if torch.linalg.det(turn) < 0:
-        return "mirrors: the determinant of its rotation is negative"
-    return ""
-
-
 def check_rigid(c2w, path):
     """Raises ValueError for the first of the matrices (n, 4, 4) that is no rotation and shift."""
-    for number, pose in enumerate(c2w):
-        problem = pose_problem(pose)
+    for number, problem in enumerate(pose_problems(c2w.numpy())):
         if problem:
             raise ValueError(f"{path}: camera {number} {problem}")
 

@@ -15,8 +15,9 @@ import torch
 
 from camera import look_at, relative_pose, spherical
 from runtime.files import write_text
+from shards.index import RIGID
 from views import DEFAULT_MOTION, MOTIONS, STEEPEST
-from views.cameras import RIGID, read as read_cameras
+from views.cameras import read as read_cameras
 
 SPIRAL_TURNS = 2
 GRID_AZIMUTHS = (-40.0, -20.0, 0.0, 20.0, 40.0)

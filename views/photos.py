@@ -241,12 +241,9 @@ def held_out_sources(config):
             yield scenes.open_source(source, config.data, config.image_size, held_out=True)
 
 
-def held_out(config, number, view=None):
-    """A HeldOut view, the middle one unless told, of a scene of a Config whose sources the user
-    named.
-
-    Raises ValueError or FileNotFoundError where there is no such scene.
-    """
+def held_out(config, number):
+    """The middle view, HeldOut, of a scene of a Config whose sources the user named. Raises
+    ValueError or FileNotFoundError where there is no such scene."""
     asked, known = number, 0
     for reader in held_out_sources(config):
         known += len(reader)
@@ -259,7 +256,7 @@ def held_out(config, number, view=None):
                              "IMAGE")
         raise ValueError(f"held-out scene {asked}: there are scenes 0 to {known - 1}")
     scene = reader.scene(number)
-    view = len(scene.c2w) // 2 if view is None else view
+    view = len(scene.c2w) // 2
     known = torch.from_numpy(reader.depth(number, view))
     image = scenes.images(reader.image(number, view))
     scene_scale = scale_in_scene(config, reader, number, known, image)

@@ -46,7 +46,7 @@ def test_the_truth_of_a_pan_is_the_view_of_the_turned_camera(photo):
     scene = synth.scene(0, int(known.name.split("/")[1]))
     c2w = known.c2w[photo.view].clone()
     c2w[:3, :3] = paths.rotation("z", torch.deg2rad(torch.tensor([-20.0]))).double() @ c2w[:3, :3]
-    wanted = synth.render([scene], c2w[None, None], torch.tensor([scene.fov]), 16)[0][0]
+    wanted = synth.render(scene, c2w[None], scene.fov, 16)[0]
     assert psnr(found[2:], wanted) > 60 and psnr(found[:1], wanted) < 30
 
 
@@ -57,7 +57,7 @@ def test_the_truth_of_a_dolly_goes_towards_what_is_in_the_middle_of_the_photo(ph
     depth = photos.middle(torch.from_numpy(photo.reader.depth(photo.number, photo.view)))
     c2w = known.c2w[photo.view].clone()
     c2w[:3, 3] -= 0.5 * depth[depth > 0].median() * c2w[:3, 2]
-    wanted = synth.render([scene], c2w[None, None], torch.tensor([scene.fov]), 16)[0][0]
+    wanted = synth.render(scene, c2w[None], scene.fov, 16)[0]
     assert psnr(truth_of(photo, cameras)[1:], wanted) > 40
 
 

@@ -164,8 +164,8 @@ def pairs():
 
 
 def rendered(pairs, c2w):
-    image, depth = synth.render(pairs.scenes, c2w[:, None], pairs.fov.double(), SIZE)
-    return image[:, 0], depth[:, 0]
+    views = [synth.render(scene, pose[None], scene.fov, SIZE) for scene, pose in zip(pairs.scenes, c2w)]
+    return [torch.cat(each) for each in zip(*views)]
 
 
 def test_the_warp_shows_what_a_rendering_from_there_shows(pairs):

@@ -24,8 +24,10 @@ def golden_scale(mode, variant, dtype):
         blend = not variant.endswith("noblend")
         dense = depth.dense_depth(GOLDEN["in/depth_model_disparity"], known, blend)
         return camera.quantile_scale(dense)
-    if mode == "7dof_metric_scale":
-        return camera.metric_scale(GOLDEN["in/depth_model_metric"][:, 0], known)
+    if mode == "7dof_metric_scale":     # no network of this project has metric depth
+        metric = GOLDEN["in/depth_model_metric"][:, 0]
+        product, square = (torch.where(known > 0, metric * other, 0).flatten(1).sum(1) for other in (known, metric))
+        return product / square.clamp(min=1e-3)
     if mode == "7dof_stereomag_scale":
         return camera.stereomag_scale(GOLDEN["in/nearplane_quantile"].to(dtype))
     return GOLDEN["in/scene_radius"].to(dtype)

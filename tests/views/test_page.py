@@ -474,7 +474,7 @@ def test_a_smooth_path_passes_its_key_frames_and_an_orbit_is_round():
     found = paths.smooth(replace(keys, c2w=other, fov=fov), 9, False)
     torch.testing.assert_close(found.c2w[::4], other, rtol=0, atol=1e-9)
     torch.testing.assert_close(found.fov[::4], fov)
-    assert all(not cameras.pose_problem(pose) for pose in found.c2w)
+    cameras.check_rigid(found.c2w, "the path")
 
 
 @pytest.mark.skipif("PICTURES" not in os.environ, reason="PICTURES=FOLDER takes the pictures of the page there")
