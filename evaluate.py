@@ -46,6 +46,7 @@ ARGS = (command.begin("evaluate.py", parser().parse_known_args)     # before tor
 
 import configs
 from analysis import score
+from runtime.networks import load_depth
 from runtime.ranks import device_of, join, own_device
 from views import render
 
@@ -67,7 +68,7 @@ def main(args, overrides):
     out = Path(args.out or folder / "eval")
     out.mkdir(parents=True, exist_ok=True)                      # or the command ends here
     net = render.load(tensors, device, "fp32")[0]
-    depth_net = score.load_depth(config, device)
+    depth_net = load_depth(config.depth_weights, device)
     judges, notes = score.judges_of(net, config, args.lpips, args.clip)
     ranks, _ = join(device)         # only rows of numbers travel
     found = ranks.gather(score.score(net, pairs, config, judges, depth_net, True, ranks.rank,

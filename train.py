@@ -60,7 +60,7 @@ import engine
 import model
 from analysis import inspect as inspector
 from analysis import score
-from runtime import checkpoint, cost, files, resume
+from runtime import checkpoint, cost, files, networks, resume
 from runtime import ranks as group
 from runtime.log import Log, Meter, check_finite, peak_memory, revision, summary
 from runtime.optimizer import learning_rate
@@ -216,7 +216,7 @@ class Run:
         forms = engine.convert(net)
         if forms:
             log.say("fast     " + ", ".join(f"{count} {form}" for form, count in forms.items()))
-        self.depth_net = score.load_depth(config, device)       # or None
+        self.depth_net = networks.load_depth(config.depth_weights, device)    # or None
         self.ema, self.optimizer = resume.restore_or_init(config, net, saved, ranks, device)
         # tries out kernels at the first step; a GPU's sums differ from run to run in any case
         torch.backends.cudnn.benchmark = device.type == "cuda"
