@@ -12,6 +12,7 @@ import json
 from dataclasses import fields, replace
 from pathlib import Path
 
+import configs
 from runtime import command
 from runtime.files import unfinished, write_text
 from views import add_data_options
@@ -41,10 +42,9 @@ def parser():
     return p
 
 
-ARGS = (command.begin("evaluate.py", parser().parse_known_args)     # before torch is imported
-        if __name__ == "__main__" else None)
+# answered before torch, which takes seconds, is imported
+ARGS = configs.parse_with_fields(parser()) if __name__ == "__main__" else None
 
-import configs
 from analysis import score
 from runtime.networks import load_depth
 from runtime.ranks import device_of, join, own_device

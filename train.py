@@ -37,7 +37,7 @@ def options(argv):
     parser.add_argument("--gpu-memory", type=command.numbers_of(float, 0),
                         default=0.0, metavar="GB", help="with --dry-run: say what fits a GPU of "
                         "so many GB, without data or that GPU, and stop")
-    found, rest = parser.parse_known_args(argv)
+    found, rest = configs.parse_with_fields(parser, argv)
     config = configs.load(rest)
     config.check_trainable()
     return config, found.profile, found.dry_run, found.gpu_memory
