@@ -64,11 +64,6 @@ def first(pairs, count):
     return Subset(pairs.dataset, pairs.indices[:count])
 
 
-def load_depth(config, device):
-    """The depth network of a Config, or nothing where it names no weights."""
-    return networks.load_depth(config.depth_weights).to(device) if config.depth_weights else None
-
-
 def batch_of(pairs, places, depths=False):
     """The batch of some of held_out_pairs, with {"source", "scene"}: lists of names; and with
     `depths` those that are stored of the two views of each: "depths" (b, 2, h, w), 0 unknown."""

@@ -84,7 +84,7 @@ def load(weights, depth_weights, blend, device):
     with torch.device("meta"):
         networks = Frozen(vae.AutoencoderKL(), clip.CLIP(), blend=blend)
     checkpoint.load_model(networks, weights)
-    networks.depth_net = load_depth(depth_weights) if depth_weights else None
+    networks.depth_net = load_depth(depth_weights)
     engine.convert(networks)
     return networks.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 

@@ -81,6 +81,17 @@ def compare_ranks(config, ranks, code, contents):
                              f"{'; '.join(different)}")
 
 
+def find_start(config, ranks, say, dry_run=False):
+    """The checkpoint that a run goes on from, or None, see `newest`; says what it starts from. A
+    dry run raises what is wrong with `init`, where it starts from that."""
+    saved = newest(config, ranks, say)
+    say(f"start    step {saved.step} of {config.out}" if saved else
+        f"start    {config.init or 'random weights'}, into {config.out}")
+    if dry_run and config.init and not saved:
+        checkpoint.read(config.init)
+    return saved
+
+
 def newest(config, ranks, say):
     """The run's newest undamaged checkpoint, or None. Rank 0 reads all its bytes to know; the other
     ranks have its step and meta data, and none of its tensors."""

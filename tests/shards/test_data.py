@@ -829,8 +829,7 @@ def test_the_fixed_pass_has_every_pair_once_and_begins_with_every_scene(mixture)
 def test_micro_batches_divide_a_ranks_share():
     batches = data.Batches(1, 3, 10, 3, rank=1, world=2)
     assert list(batches) == [[15, 16, 17], [18, 19], [25, 26, 27], [28, 29]]
-    assert len(batches) == 4 and batches.micro_steps == 2
-    assert list(data.Batches(3, 3, 4, 4)) == [] and len(data.Batches(5, 3, 4, 4)) == 0
+    assert list(data.Batches(3, 3, 4, 4)) == list(data.Batches(5, 3, 4, 4)) == []
     with pytest.raises(ValueError, match="batch_size 10 does not divide among 3 processes"):
         data.Batches(0, 1, 10, 3, world=3)
 
