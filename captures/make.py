@@ -218,16 +218,22 @@ def run_captures(args):
         print("note: ZeroNVS's original loader reads png images alone")
 
 
+def read_note(path):
+    """What stands beside a shard, {} where nothing does."""
+    note = path.with_suffix(".json")
+    return json.loads(note.read_text()) if note.is_file() else {}
+
+
 def is_made(path):
     """Whether a shard is there, or the note that nothing is left of it."""
-    note = path.with_suffix(".json")
-    return note.is_file() and (path.is_file() or not json.loads(note.read_text())["scenes"])
+    note = read_note(path)
+    return bool(note) and (path.is_file() or not note["scenes"])
 
 
 def summarize(plan):
     """Prints what there is, and what was left out. Raises ValueError where nothing is left."""
     left_out, total = {}, 0
-    notes = {path: json.loads(path.with_suffix(".json").read_text()) for path, _ in plan}
+    notes = {path: read_note(path) for path, _ in plan}
     for split in SPLITS:
         mine = {path: note for path, note in notes.items() if path.name.startswith(split)}
         there = [path for path in mine if path.is_file()]
