@@ -80,8 +80,8 @@ def split_captures(found, args):
     by_name = functools.partial(sorted, key=lambda capture: capture.name)
     if by_views:
         return {split: [
-            replace(capture, count=len(mine), read=functools.partial(read_part, capture.read, split))
-            for capture in by_name(train) if (mine := places(capture.count, split))]
+            replace(each, count=len(mine), read=functools.partial(read_part, each.read, split))
+            for each in by_name(train) if (mine := places(each.count, split))]
             for split in SPLITS}
     return dict(zip(SPLITS, (by_name(train), by_name(order[:held_out]))))
 
