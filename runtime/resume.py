@@ -12,7 +12,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from torch.utils.data import default_collate
 
 import camera
 import configs
@@ -51,7 +50,7 @@ def contents_of(pairs, config):
         if viewer and hasattr(reader, "check_blend"):
             reader.check_blend(config.quantile_blend)
         numbers = (k for k in itertools.count() if pairs.draw(k)[0] == source)
-        batch = default_collate([pairs[k] for k in itertools.islice(numbers, CHECKED_PAIRS)])
+        batch = pairs.__getitems__(list(itertools.islice(numbers, CHECKED_PAIRS)))
         if not config.depth_weights or not viewer:
             depth.pose_vector(batch, config.mode, None, config.quantile_blend)
         cameras = torch.cat([batch["cond_c2w"].flatten(), batch["radius"], batch["fov"]])
