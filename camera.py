@@ -51,11 +51,6 @@ class Mode:
         """Whether the scale follows from the conditioning view's depth at every pixel."""
         return self.unit in ("viewer", "metric")
 
-    @property
-    def needs_nearplane(self):
-        """Whether the scale follows from the depths of all views of the scene."""
-        return self.unit == "nearplane"
-
 
 MODES = {
     "3dof": Mode("3DoF", "angles", "scene", "", weights="zero123-xl.ckpt"),
@@ -101,11 +96,11 @@ def opengl_from_pytorch3d(R, T):
     return torch.linalg.inv(turn[:, None] * w2c)
 
 
-def look_at(position, target, up=(0.0, 0.0, 1.0)):
+def look_at(position, target):
     """Camera-to-world (..., 4, 4) of cameras at `position` (..., 3) that face `target` (..., 3)."""
     back = torch.nn.functional.normalize(position - target, dim=-1)
-    right = torch.linalg.cross(torch.as_tensor(up, dtype=back.dtype).expand_as(back), back)
-    right = torch.nn.functional.normalize(right, dim=-1)
+    up = back.new_tensor([0.0, 0.0, 1.0]).expand_as(back)
+    right = torch.nn.functional.normalize(torch.linalg.cross(up, back), dim=-1)
     c2w = torch.zeros(*back.shape[:-1], 4, 4, dtype=back.dtype)
     c2w[..., :3, :] = torch.stack([right, torch.linalg.cross(back, right), back, position], dim=-1)
     c2w[..., 3, 3] = 1
