@@ -175,23 +175,18 @@ class Batches(Sampler):
     """The numbers of the pairs that one rank reads in steps start_step .. steps - 1.
 
     Step t has pairs t * batch_size .. (t + 1) * batch_size - 1. Rank r has the r-th of `world`
-    slices of them, in `micro_steps` micro-batches of at most micro_batch pairs.
+    slices of them, in micro-batches of at most micro_batch pairs.
     """
 
     def __init__(self, start_step, steps, batch_size, micro_batch, rank=0, world=1):
         if batch_size % world:
             raise ValueError(f"batch_size {batch_size} does not divide among {world} processes")
-        self.start_step, self.steps, self.batch_size = start_step, steps, batch_size
-        self.micro_batch, self.share = micro_batch, batch_size // world
-        self.offset = rank * self.share
-        self.micro_steps = -(-self.share // micro_batch)
-
-    def __len__(self):
-        return max(0, self.steps - self.start_step) * self.micro_steps
+        self.steps, self.batch_size = range(start_step, steps), batch_size
+        self.share, self.rank, self.micro_batch = batch_size // world, rank, micro_batch
 
     def __iter__(self):
-        for step in range(self.start_step, self.steps):
-            first = step * self.batch_size + self.offset
+        for step in self.steps:
+            first = step * self.batch_size + self.rank * self.share
             for at in range(first, first + self.share, self.micro_batch):
                 yield list(range(at, min(at + self.micro_batch, first + self.share)))
 

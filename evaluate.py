@@ -12,6 +12,7 @@ import json
 from dataclasses import fields, replace
 from pathlib import Path
 
+import configs
 from runtime import command
 from runtime.files import unfinished, write_text
 from views import add_data_options
@@ -41,13 +42,17 @@ def parser():
     return p
 
 
+# answered before torch, which takes seconds, is imported
+ARGS = configs.parse_with_fields(parser()) if __name__ == "__main__" else None
+
+from analysis import score
+from runtime.networks import load_depth
+from runtime.ranks import device_of, join, own_device
+from views import render
+
+
 def main(args, overrides):
     """Scores a checkpoint. Raises ValueError or OSError with one line."""
-    import configs
-    from analysis import score
-    from runtime.ranks import device_of, join, own_device
-    from views import render
-
     for name in (text.removeprefix("--").partition("=")[0] for text in overrides):
         if name in {field.name for field in fields(configs.Config)} - set(FIELDS):
             raise ValueError(f"--{name} belongs to the training of the run and cannot be changed "
@@ -60,10 +65,10 @@ def main(args, overrides):
     pairs = score.held_out_pairs(config, config.eval_pairs)     # before anything large is read
     path = Path(args.checkpoint)
     folder = path.parent if path.name.startswith("step_") or path.is_file() else path
-    out = Path(args.out) if args.out else folder / "eval"
+    out = Path(args.out or folder / "eval")
     out.mkdir(parents=True, exist_ok=True)                      # or the command ends here
     net = render.load(tensors, device, "fp32")[0]
-    depth_net = score.load_depth(config, device)
+    depth_net = load_depth(config.depth_weights, device)
     judges, notes = score.judges_of(net, config, args.lpips, args.clip)
     ranks, _ = join(device)         # only rows of numbers travel
     found = ranks.gather(score.score(net, pairs, config, judges, depth_net, True, ranks.rank,
@@ -76,8 +81,6 @@ def main(args, overrides):
 
 def write(net, pairs, config, rows, depth_net, checkpoint, notes, out):
     """Writes what was found into the folder `out`, and prints its tables."""
-    from analysis import score
-
     if not any("reprojection" in row["scores"][score.MODEL] for row in rows):
         notes.append("no depth is known, so neither the warp nor the camera figures are there")
     found, scenes = score.summarize(rows), len({row["scene"] for row in rows})
@@ -95,4 +98,4 @@ def write(net, pairs, config, rows, depth_net, checkpoint, notes, out):
 
 
 if __name__ == "__main__":
-    command.run("evaluate.py", main, *parser().parse_known_args())
+    command.run("evaluate.py", main, *ARGS)

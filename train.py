@@ -37,10 +37,10 @@ def options(argv):
     parser.add_argument("--gpu-memory", type=command.numbers_of(float, 0),
                         default=0.0, metavar="GB", help="with --dry-run: say what fits a GPU of "
                         "so many GB, without data or that GPU, and stop")
-    found, rest = parser.parse_known_args(argv)
+    found, rest = configs.parse_with_fields(parser, argv)
     config = configs.load(rest)
     config.check_trainable()
-    return config, found.profile, found.dry_run or found.gpu_memory > 0, found.gpu_memory
+    return config, found.profile, found.dry_run, found.gpu_memory
 
 
 # answered before torch, which takes seconds, is imported
@@ -60,7 +60,7 @@ import engine
 import model
 from analysis import inspect as inspector
 from analysis import score
-from runtime import checkpoint, cost, files, resume
+from runtime import checkpoint, cost, files, networks, resume
 from runtime import ranks as group
 from runtime.log import Log, Meter, check_finite, peak_memory, revision, summary
 from runtime.optimizer import learning_rate
@@ -208,25 +208,15 @@ class Run:
         self.validates = self.pictures and config.validate_every > 0
         resume.compare_ranks(config, ranks, revision(), resume.contents_of(self.pairs, config))
 
-    def find_start(self, dry_run):
-        """The saved step that the run goes on from, or None."""
-        config = self.config
-        saved = resume.newest(config, self.ranks, self.log.say)
-        self.first_step = saved.step if saved else 0        # steps that are done already
-        self.log.say(f"start    step {saved.step} of {config.out}" if saved else
-                     f"start    {config.init or 'random weights'}, into {config.out}")
-        if dry_run and config.init and not saved:
-            checkpoint.read(config.init)        # raises what is wrong with it
-        return saved
-
     def build(self, saved, stack):
         """Network, average, optimizer and loader. `stack` has what is to be put back at the end."""
         config, ranks, device, log = self.config, self.ranks, self.device, self.log
+        self.first_step = saved.step if saved else 0        # steps that are done already
         self.net = net = resume.build(config, device)
         forms = engine.convert(net)
         if forms:
             log.say("fast     " + ", ".join(f"{count} {form}" for form, count in forms.items()))
-        self.depth_net = score.load_depth(config, device)       # or None
+        self.depth_net = networks.load_depth(config.depth_weights, device)    # or None
         self.ema, self.optimizer = resume.restore_or_init(config, net, saved, ranks, device)
         # tries out kernels at the first step; a GPU's sums differ from run to run in any case
         torch.backends.cudnn.benchmark = device.type == "cuda"
@@ -288,7 +278,7 @@ def run(config, traced=0, dry_run=False, gpu_memory=0.0):
         ready = Run(config, ranks, device, log, dry_run)
         if not dry_run:
             ranks.on_rank_0(stack.enter_context, files.locked(config.out))
-        saved = ready.find_start(dry_run)
+        saved = resume.find_start(config, ranks, log.say, dry_run)
         if dry_run:
             return
         ready.build(saved, stack)

@@ -80,9 +80,8 @@ def capture(path, size):
 def serve(args):
     """Loads the model and what is shown first, and answers the page until Ctrl-C."""
     config, device = open_named(args, needs_data=False)[1], device_of(args.device)
-    names = [reader.scene(i).name
-             for reader in (photos.held_out_sources(config) if Path(config.data).is_dir()
-                            or args.config or args.data else [])
+    there = args.config or args.data or Path(config.data).is_dir()
+    names = [reader.scene(i).name for reader in (photos.held_out_sources(config) if there else [])
              for i in range(min(len(reader), MOST_SCENES))]
     studio = Studio(lambda path: Render(*load(path, device, args.precision, args.init)),
                     models_of(args), args.out,

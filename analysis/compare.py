@@ -7,6 +7,7 @@ held-out pairs, and writes ablation.json, table.txt and curves.svg. What is done
 run that was stopped goes on: however often it is cut short, the same command comes to the same end.
 """
 
+import configs
 from runtime import command
 
 
@@ -29,7 +30,7 @@ def parser():
 
 
 # answered before torch, which takes seconds, is imported
-ARGS = parser().parse_known_args() if __name__ == "__main__" else ()
+ARGS = configs.parse_with_fields(parser()) if __name__ == "__main__" else ()
 
 import json
 import os
@@ -41,7 +42,6 @@ from pathlib import Path
 import torch
 
 import camera
-import configs
 from analysis import curves, score
 from runtime import checkpoint
 from runtime.files import read_json, write_text

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from runtime import command
-from runtime.files import unfinished
+from runtime.files import logged_rows, unfinished
 
 
 def read(folder, figure):
@@ -18,9 +18,8 @@ def read(folder, figure):
         raise FileNotFoundError(f"{folder} is no run of train.py: it has no {path.name} or no "
                                 "checkpoint, whose meta.json says the pairs of a step")
     batch_size = json.loads(metas[-1].read_text(encoding="utf-8"))["config"]["batch_size"]
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    lines = [{name: value for name, value in line.items() if isinstance(value, (int, float))}
-             for line in lines]
+    lines = [{name: value for name, value in row.items() if isinstance(value, (int, float))}
+             for row in logged_rows(path)]
     # what a run did again after a stop counts once, as last
     points = {line["step"] * batch_size: line[figure] for line in lines if figure in line}
     if not points:

@@ -64,11 +64,6 @@ def first(pairs, count):
     return Subset(pairs.dataset, pairs.indices[:count])
 
 
-def load_depth(config, device):
-    """The depth network of a Config, or nothing where it names no weights."""
-    return networks.load_depth(config.depth_weights).to(device) if config.depth_weights else None
-
-
 def batch_of(pairs, places, depths=False):
     """The batch of some of held_out_pairs, with {"source", "scene"}: lists of names; and with
     `depths` those that are stored of the two views of each: "depths" (b, 2, h, w), 0 unknown."""
@@ -236,7 +231,9 @@ def show(net, pairs, config, depth_net, log, step):
     """Writes a grid of pairs, a row each: conditioning view | truth | sample."""
     batch = pairs.__getitems__(range(min(GRID_PAIRS, len(pairs))))
     views, image_cond, truth = views_of(net, batch, config, depth_net)
-    path = log.picture(step, "grids", grid(image_cond, truth, views))
+    names = "photo", "truth", "sample"
+    rows = [list(zip(names, map(pictures.image, row))) for row in zip(image_cond, truth, views)]
+    path = log.picture(step, "grids", pictures.sheet(rows))
     log.say(f"{path}: conditioning view | truth | sample, of held-out views")
 
 
@@ -356,13 +353,6 @@ def report(rows, tables=TABLES, before=()):
 
 
 # ---- pictures
-
-def grid(image_cond, truth, views):
-    """The sheet of pairs, a row each, of images (b, 3, h, w) in [-1, 1]."""
-    names = "photo", "truth", "sample"
-    return pictures.sheet([list(zip(names, map(pictures.image, row)))
-                           for row in zip(image_cond, truth, views)])
-
 
 def cases_sheet(net, pairs, config, rows, depth_net=None):
     """The sheet of some pairs from the best to the worst, a row each: conditioning view, truth, the

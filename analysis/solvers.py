@@ -33,6 +33,7 @@ import torch
 
 import diffusion
 from analysis import curves, metrics, score
+from runtime.networks import load_depth
 from runtime.ranks import device_of
 from views import render
 
@@ -82,7 +83,8 @@ def main(args):
     """The command, options parsed. Raises ValueError or OSError with one line."""
     tensors, config = render.open_run(args.run, args.data, args.config, args.init)
     pairs, device = score.held_out_pairs(config, args.pairs), device_of(config.device)
-    net, depth_net = render.load(tensors, device, "fp32")[0], score.load_depth(config, device)
+    net = render.load(tensors, device, "fp32")[0]
+    depth_net = load_depth(config.depth_weights, device)
     batches = []
     for places in command.progress(score.batches_of(pairs, config), "solvers", "batches"):
         batches.append(distances(net, pairs.__getitems__(places), config, depth_net))

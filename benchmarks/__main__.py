@@ -32,7 +32,6 @@ def parser():
             if name in defaults:
                 add(f"--{option}", nargs="+", default=defaults[name],
                     help=f"{meaning} (%(default)s)", **number)
-        add("--tiny", action="store_true", help="a network of a few kilobytes")
         add("--json", default="", metavar="FILE", help="to write the rows to")
         add("--seconds-limit", default=560, help="of everything (%(default)s)", **number)
     return p

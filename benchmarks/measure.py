@@ -117,8 +117,8 @@ def device_here():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def clock(function, seconds, in_a_row=1):
-    """(seconds of the first call, mean seconds of later ones over at least so many `seconds`).
+def clock(function, in_a_row):
+    """(seconds of the first call, mean seconds of later ones over at least SECONDS).
     in_a_row: calls that follow each other without a wait for the device, as those of training.
     ValueError where what the function gives is not finite."""
     def run(calls):
@@ -133,16 +133,16 @@ def clock(function, seconds, in_a_row=1):
     for _ in range(WARM):
         if not all(values.isfinite().all() for values in function()):
             raise ValueError("what is measured gives numbers that are not finite")
-    while not times or sum(times) < seconds:
+    while not times or sum(times) < SECONDS:
         times.append(run(in_a_row))
     return first, sum(times) / len(times) / in_a_row
 
 
-def timed(variant, what, function, count, unit, tiny, work, in_a_row=1):
+def timed(variant, what, function, count, unit, work, in_a_row=1):
     """Yields how fast a function is that makes `count` pairs or views, of `work` FLOPs each; the
     time of its first call; and peak memory. unit: s/view, or how many a second."""
     torch.backends.cudnn.benchmark = torch.cuda.is_available()
-    first, seconds = clock(function, 0 if tiny else SECONDS, in_a_row)
+    first, seconds = clock(function, in_a_row)
     rate = count / seconds
     yield row(variant, what, 1 / rate if unit == "s/view" else rate, unit, flops=work * rate)
     yield row(variant, f"{what}: first call", first, "s")
@@ -150,10 +150,10 @@ def timed(variant, what, function, count, unit, tiny, work, in_a_row=1):
 
 
 @torch.no_grad()
-def ceiling(tiny=False):
+def ceiling():
     """Yields the rate of a large bf16 product."""
     device = device_here()
-    side = 256 if tiny else cost.CEILING_SIDE.get(device.type, cost.SMALL_SIDE)
+    side = cost.CEILING_SIDE.get(device.type, cost.SMALL_SIDE)
     a, b = torch.randn(2, side, side, device=device).bfloat16()
-    _, seconds = clock(lambda: [a @ b], 0 if tiny else SECONDS, in_a_row=10)
+    _, seconds = clock(lambda: [a @ b], in_a_row=10)
     yield row(CEILING, "", 2 * side**3 / seconds / 1e12, "TFLOP/s")

@@ -29,23 +29,17 @@ WARMED_UP = 1000                        # a step with the full learning rate
 IN_A_ROW = 5                            # calls between looks at the clock
 STEPS, FEW_STEPS = 50, 20               # of DDIM, of DPM-Solver++
 ENCODED = 64                            # views at once, for `engine`
-TINY = {"latent": "pixels", "image_size": 32, "model_channels": 32, "channel_mult": (1, 2),
-        "num_res_blocks": 1, "attention_resolutions": (1,), "num_heads": 2, "context_dim": 16,
-        "norm_groups": 8}
 ROOT = Path(__file__).parents[1]
 
-# Ours, the peer's, and what encodes; each is built for `tiny`.
-ENCODERS = {"VAE": (lambda tiny: vae.AutoencoderKL(*((32, (1, 2)) if tiny else ())),
-                    peers.Autoencoder, "encode"),
-            "CLIP": (lambda tiny: clip.CLIP(**(peers.TINY_CLIP if tiny else {})), peers.Clip,
-                     "encode_image")}
+# ours, the peer's, and what encodes
+ENCODERS = {"VAE": (vae.AutoencoderKL, peers.Autoencoder, "encode"),
+            "CLIP": (clip.CLIP, peers.Clip, "encode_image")}
 
 
-def config_of(tiny=False, batch=1, **changes):
-    """A Config of zero123-xl's network, or of one of a few kilobytes."""
-    return Config((Source("none", "encoded", "none", 1.0),), **{
-        "batch_size": batch, "micro_batch": batch, "mode": "7dof", **(TINY if tiny else {}),
-        **changes})
+def config_of(batch=1, device="auto"):
+    """A Config of zero123-xl's network."""
+    return Config((Source("none", "encoded", "none", 1.0),), batch_size=batch, micro_batch=batch,
+                  mode="7dof", device=device)
 
 
 def network(config, peer=False, autoencoder=None):
@@ -105,13 +99,12 @@ class Step:
         return loss
 
 
-def measure_training(variant, batch, tiny):
+def measure_training(variant, batch):
     """Yields pairs a second, time to the first step, peak memory; then the same as a CUDA graph."""
     device, what = device_here(), f"batch {batch}"
-    step = Step(config_of(tiny, batch, device=device.type), peer="diffusers" in variant,
-                compiled="eager" not in variant)
-    work = (1 + cost.BACKWARD) * cost.of(config_of(tiny), ALONE, 1).flops       # of a pair
-    how = batch, "pairs/s", tiny, work, IN_A_ROW
+    step = Step(config_of(batch, device.type), "diffusers" in variant, "eager" not in variant)
+    work = (1 + cost.BACKWARD) * cost.of(config_of(), ALONE, 1).flops       # of a pair
+    how = batch, "pairs/s", work, IN_A_ROW
     yield from timed(variant, what, step, *how)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()    # while it is recorded a graph has all that it needs
@@ -121,10 +114,10 @@ def measure_training(variant, batch, tiny):
 
 # ---- sampling and encoding
 
-def encoder(name, peer, tiny):
+def encoder(name, peer):
     """A frozen network of ENCODERS on the device, ours or the peer's."""
     with device_here():
-        net = ENCODERS[name][peer](tiny)
+        net = ENCODERS[name][peer]()
     engine.convert(net)
     # CPUs are slow in half precision
     dtype = torch.bfloat16 if device_here().type == "cuda" else torch.float32
@@ -133,15 +126,15 @@ def encoder(name, peer, tiny):
 
 
 @torch.no_grad()
-def measure_sampling(variant, views, tiny):
+def measure_sampling(variant, views):
     """Yields seconds a view at so many views at once, of the first call, and memory."""
     peer, device, fast = "diffusers" in variant, device_here(), None
-    config = config_of(tiny, **({"latent": "vae", "image_size": 64} if tiny else {}))
-    net = network(config, peer, encoder("VAE", peer, tiny)).eval().requires_grad_(False)
+    config = config_of()
+    net = network(config, peer, encoder("VAE", peer)).eval().requires_grad_(False)
     dtype = next(net.first_stage_model.parameters()).dtype
     net.model.to(dtype=dtype, memory_format=torch.channels_last)
-    shape, steps = model.latent_shape(config), 4 if tiny else STEPS
-    work = (2 * steps * cost.of(config, ALONE, 1).flops
+    shape = model.latent_shape(config)
+    work = (2 * STEPS * cost.of(config, ALONE, 1).flops
             + cost.flops_of(lambda: net.decode(torch.zeros(1, *shape, device=device))))
     if variant == "diffusers, compiled":
         for part in (net.model.diffusion_model, net.first_stage_model.decoder):
@@ -152,28 +145,26 @@ def measure_sampling(variant, views, tiny):
         diffusion.encoded_views, net, torch.randn(1, *shape, device=device),
         torch.randn(1, EMBEDDING, device=device),
         torch.randn(views, net.cc_projection.in_features - EMBEDDING), range(views), fast=fast)
-    what, how = f"{views} view{'s at once' * (views > 1)}", (views, "s/view", tiny)
-    yield from timed(variant, what, functools.partial(sampled, steps=steps), *how, work)
+    what, how = f"{views} view{'s at once' * (views > 1)}", (views, "s/view")
+    yield from timed(variant, what, functools.partial(sampled, steps=STEPS), *how, work)
     if fast and views == 1:
-        few = min(steps, FEW_STEPS)
-        yield from timed(variant, f"{what}, DPM-Solver++ {few} steps",
-                         functools.partial(sampled, sampler="dpm++", steps=few), *how, 0)
+        yield from timed(variant, f"{what}, DPM-Solver++ {FEW_STEPS} steps",
+                         functools.partial(sampled, sampler="dpm++", steps=FEW_STEPS), *how, 0)
 
 
 @torch.no_grad()
-def measure_encoding(variant, batch, tiny):
+def measure_encoding(variant, batch):
     """Yields views/s of the VAE and of CLIP, of both one after the other, and memory."""
-    seconds, side = 0, 32 if tiny else SIDE
-    views = torch.rand(batch, 3, side, side, device=device_here()) * 2 - 1
+    seconds, views = 0, torch.rand(batch, 3, SIDE, SIDE, device=device_here()) * 2 - 1
     for name, (_, _, method) in ENCODERS.items():
-        net = encoder(name, "peers" in variant, tiny)
+        net = encoder(name, "peers" in variant)
         x = views.to(dtype=next(net.parameters()).dtype, memory_format=torch.channels_last)
         encode = getattr(net, method)
         work = cost.flops_of(functools.partial(encode, x[:1]))
         if "compiled" in variant:
             encode = torch.compile(encode, dynamic=False)
-        for entry in timed(variant, name, functools.partial(encode, x), batch, "views/s", tiny,
-                           work, IN_A_ROW):
+        for entry in timed(variant, name, functools.partial(encode, x), batch, "views/s", work,
+                           IN_A_ROW):
             seconds += 1 / entry["value"] if entry["what"] == name else 0
             yield entry
     yield row(variant, "both", 1 / seconds, "views/s")
@@ -187,20 +178,19 @@ MEASURES = {"train": measure_training, "sample": measure_sampling, "encode": mea
 def run_variants(args):
     """The rows of one of MEASURES for --variants, at one size after the other."""
     sizes = args.views if args.name == "sample" else args.batch
-    jobs = [(variant, MEASURES[args.name], variant, size, args.tiny)
+    jobs = [(variant, MEASURES[args.name], variant, size)
             for size in sizes for variant in args.variants]
-    rows = collect([("ceiling", ceiling, args.tiny), *jobs], args.seconds_limit)
+    rows = collect([("ceiling", ceiling), *jobs], args.seconds_limit)
     return finish(rows, VARIANTS[args.name])
 
 
 def run_engine(args):
     """Rates with and without each part of the engine, and what a hundred lines of it earn."""
-    sizes = {"train": args.batch, "sample": args.views, "encode": [2 if args.tiny else ENCODED]}
+    sizes = {"train": args.batch, "sample": args.views, "encode": [ENCODED]}
     variants = {rate: next(iter(VARIANTS[rate])) for rate in args.rates}
     peer_of = {f"{variant} without {part}": variant
                for variant in variants.values() for part in args.without}
-    jobs = [(f"{rate} without {part or 'nothing'}", leave_out, part, MEASURES[rate], variant, size,
-             args.tiny)
+    jobs = [(f"{rate} without {part or 'nothing'}", leave_out, part, MEASURES[rate], variant, size)
             for part in ("", *args.without) for rate, variant in variants.items()
             if not part or rate in PARTS[part] for size in sizes[rate]]
     rows = finish(collect(jobs, args.seconds_limit), peer_of)
@@ -215,9 +205,9 @@ def run_engine(args):
     return rows
 
 
-def leave_out(part, measure, variant, *arguments):
+def leave_out(part, measure, variant, size):
     """The rows of a measurement by PyTorch's operations in place of a part of the engine."""
     if part:
         engine.kernels.enabled[part] = False
         variant += f" without {part}"
-    yield from measure(variant, *arguments)
+    yield from measure(variant, size)

@@ -8,9 +8,8 @@ import torch.nn as nn
 
 import clip
 
-VAE_WIDTHS = {False: (128, 256, 512, 512), True: (32, 64)}      # of its levels; small if tiny
-TINY_CLIP = {"embed_dim": 32, "image_resolution": 32, "vision_layers": 1, "vision_width": 64,
-             "vision_patch_size": 16}       # of ours
+VAE_WIDTHS = 128, 256, 512, 512         # of its levels
+WIDTH, LAYERS, SIDE, PATCH, EMBEDDING = 1024, 24, 224, 14, 768      # of ViT-L/14
 
 
 class UNet(nn.Module):
@@ -38,14 +37,13 @@ class UNet(nn.Module):
 
 class Autoencoder(nn.Module):
     """diffusers' autoencoder."""
-    def __init__(self, tiny=False):
+    def __init__(self):
         super().__init__()
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-        widths = VAE_WIDTHS[tiny]
         whole = AutoencoderKL(
-            block_out_channels=widths, layers_per_block=2, latent_channels=4,
-            down_block_types=["DownEncoderBlock2D"] * len(widths),
-            up_block_types=["UpDecoderBlock2D"] * len(widths))
+            block_out_channels=VAE_WIDTHS, layers_per_block=2, latent_channels=4,
+            down_block_types=["DownEncoderBlock2D"] * len(VAE_WIDTHS),
+            up_block_types=["UpDecoderBlock2D"] * len(VAE_WIDTHS))
         self.encoder, self.quant_conv = whole.encoder, whole.quant_conv
         self.decoder, self.post_quant_conv = whole.decoder, whole.post_quant_conv
 
@@ -58,16 +56,14 @@ class Autoencoder(nn.Module):
 
 class Clip(nn.Module):
     """transformers' image tower, with our preprocessing before it, which is part of the work."""
-    def __init__(self, tiny=False):
+    def __init__(self):
         super().__init__()
         from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-        width, layers, side, patch, out = ((64, 1, 32, 16, 32) if tiny else
-                                           (1024, 24, 224, 14, 768))
         self.tower = CLIPVisionModelWithProjection(CLIPVisionConfig(
-            hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
-            num_attention_heads=width // clip.HEAD_WIDTH, image_size=side, patch_size=patch,
-            projection_dim=out, hidden_act="quick_gelu"))
-        self.before = clip.CLIP(**{**(TINY_CLIP if tiny else {}), "vision_layers": 0})
+            hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=LAYERS,
+            num_attention_heads=WIDTH // clip.HEAD_WIDTH, image_size=SIDE, patch_size=PATCH,
+            projection_dim=EMBEDDING, hidden_act="quick_gelu"))
+        self.before = clip.CLIP(vision_layers=0)
 
     def encode_image(self, x):
         return self.tower(self.before.preprocess(x)).image_embeds

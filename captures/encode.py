@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 import clip
 import engine
 import vae
-from captures.make import ahead, check_out
+from captures.make import ahead, check_out, read_note
 from captures.writer import write_shard
 from depth import viewer_scale
 from runtime import checkpoint
@@ -84,7 +84,7 @@ def load(weights, depth_weights, blend, device):
     with torch.device("meta"):
         networks = Frozen(vae.AutoencoderKL(), clip.CLIP(), blend=blend)
     checkpoint.load_model(networks, weights)
-    networks.depth_net = load_depth(depth_weights) if depth_weights else None
+    networks.depth_net = load_depth(depth_weights)
     engine.convert(networks)
     return networks.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
@@ -197,12 +197,6 @@ def plan(args):
     root = os.path.commonpath([os.path.dirname(os.path.abspath(file.path)) for file, *_ in found])
     return [(file, format, side, Path(args.out) / os.path.relpath(os.path.abspath(file.path), root))
             for file, format, side in found]
-
-
-def read_note(path):
-    """What stands beside an encoded shard, {} where nothing does."""
-    note = path.with_suffix(".json")
-    return json.loads(note.read_text()) if note.is_file() else {}
 
 
 def is_there(file, path):

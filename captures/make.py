@@ -79,15 +79,11 @@ def split_captures(found, args):
     train = order[held_out:][:args.scenes or None]
     by_name = functools.partial(sorted, key=lambda capture: capture.name)
     if by_views:
-        return {split: [part_of(capture, split) for capture in by_name(train)
-                        if places(capture.count, split)] for split in SPLITS}
+        return {split: [
+            replace(each, count=len(mine), read=functools.partial(read_part, each.read, split))
+            for each in by_name(train) if (mine := places(each.count, split))]
+            for split in SPLITS}
     return dict(zip(SPLITS, (by_name(train), by_name(order[:held_out]))))
-
-
-def part_of(capture, split):
-    """The Capture of those views of a scene that are of one split."""
-    return replace(capture, count=len(places(capture.count, split)),
-                   read=functools.partial(read_part, capture.read, split))
 
 
 def read_part(read, split):
@@ -222,16 +218,22 @@ def run_captures(args):
         print("note: ZeroNVS's original loader reads png images alone")
 
 
+def read_note(path):
+    """What stands beside a shard, {} where nothing does."""
+    note = path.with_suffix(".json")
+    return json.loads(note.read_text()) if note.is_file() else {}
+
+
 def is_made(path):
     """Whether a shard is there, or the note that nothing is left of it."""
-    note = path.with_suffix(".json")
-    return note.is_file() and (path.is_file() or not json.loads(note.read_text())["scenes"])
+    note = read_note(path)
+    return bool(note) and (path.is_file() or not note["scenes"])
 
 
 def summarize(plan):
     """Prints what there is, and what was left out. Raises ValueError where nothing is left."""
     left_out, total = {}, 0
-    notes = {path: json.loads(path.with_suffix(".json").read_text()) for path, _ in plan}
+    notes = {path: read_note(path) for path, _ in plan}
     for split in SPLITS:
         mine = {path: note for path, note in notes.items() if path.name.startswith(split)}
         there = [path for path in mine if path.is_file()]

@@ -38,15 +38,12 @@ def find(places, out, depth, frames, dry_run):
     def find_one(place, _):
         is_video = place.suffix.lower() in VIDEO_SUFFIXES and place.is_file()
         name = place.resolve().stem if is_video else place.resolve().name
-        model, folder = Path(out) / "reconstructions" / name, place
-        if is_video and dry_run:
-            return [Capture(f"photos/{name}", frames, None)]
-        if is_video:
-            folder = video_photos(place, model.with_name(f"{name}_frames"), frames)
-        listed = photos_in(folder)
         if dry_run:
-            return [Capture(f"photos/{name}", len(listed), None)]
-        reconstruct(folder, listed, model, is_video)
+            return [Capture(f"photos/{name}", frames if is_video else len(photos_in(place)), None)]
+        model = Path(out) / "reconstructions" / name
+        folder = (video_photos(place, model.with_name(f"{name}_frames"), frames) if is_video else
+                  place)
+        reconstruct(folder, photos_in(folder), model, is_video)
         views, _ = read_colmap(model, folder, False)
         contact_sheet(views, Path(out) / f"{name}.png")
         return [Capture(f"photos/{name}", len(views),

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from camera import look_at
 from views import paths
 
 KINDS = ("arc", "walk", "fly")      # camera paths: even numbers are arcs, odd ones walk or fly
@@ -179,15 +180,9 @@ def cameras(scene, views, motion=1.0, turns=None):
 
     turns: angles (views, 2) in radians by which the cameras then look further to the left, and up.
     """
-    eye, gaze = along(scene.path, scene.kind, 0.5 + motion * np.linspace(-0.5, 0.5, views))
-    back = eye - gaze
-    back /= np.linalg.norm(back, axis=1, keepdims=True)
-    right = np.cross([0, 0, 1], back)
-    right /= np.linalg.norm(right, axis=1, keepdims=True)
-    c2w = np.zeros((views, 4, 4))
-    c2w[:, :3] = np.stack([right, np.cross(back, right), back, eye * scene.unit], axis=2)
-    c2w[:, 3, 3] = 1
-    c2w = torch.from_numpy(c2w)
+    places = 0.5 + motion * np.linspace(-0.5, 0.5, views)
+    c2w = look_at(*map(torch.from_numpy, along(scene.path, scene.kind, places)))
+    c2w[:, :3, 3] *= scene.unit
     if turns is not None:
         left, up = torch.as_tensor(turns, dtype=torch.float64).T
         c2w[:, :3, :3] = paths.rotation("z", left) @ c2w[:, :3, :3] @ paths.rotation("x", up)

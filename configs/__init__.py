@@ -263,6 +263,17 @@ class Options(command.Parser):
         raise ValueError(message)
 
 
+def parse_with_fields(parser, argv=None):
+    """(the options of a parser, the rest) of a command line on which fields of Config may follow.
+    An option that is neither ends the process, with the nearest of both."""
+    found, rest = parser.parse_known_args(argv)
+    names = Options()._option_string_actions
+    for name in (text.partition("=")[0] for text in rest if text.startswith("--")):
+        if "--" + name[2:].replace("-", "_") not in names:
+            parser.error(command.unknown("option", name, [*parser._option_string_actions, *names]))
+    return found, rest
+
+
 def parse(kind, text):
     """What a text means for a field of that type; or the text, which `check_fields` refuses."""
     if kind is bool:

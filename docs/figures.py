@@ -55,7 +55,7 @@ def pose(mode, number, cond, target, unit=1.0, stored=range(VIEWS)):
     scales = {"viewer": camera.quantile_scale(unit * depths[cond][None]),
               "nearplane": camera.stereomag_scale(
                   (unit * depths[list(stored)]).flatten(1).quantile(0.05, 1).quantile(0.1)[None]),
-              "cameras": camera.scene_geometry(c2w[list(stored)]).radius[None]}
+              "cameras": camera.scene_radius(c2w[list(stored)])[None]}
     scale = scales.get(camera.mode_named(mode).unit, torch.ones(1))
     return camera.conditioning(mode, c2w[cond][None], c2w[target][None], torch.tensor([fov]),
                                scale)
@@ -82,14 +82,19 @@ def canvas(width, height, panels=1, rows=1):
     return figure, figure.subplots(rows, panels)
 
 
-def png(made):
-    """A figure as an image, or the image that it is already."""
-    if isinstance(made, Image.Image):
-        return made
-    file = io.BytesIO()
-    made.savefig(file, dpi=100)
-    return Image.open(file).convert("RGB")
+def save(made, path):
+    """Writes a figure, or an image, as SVG or as a PNG of few colours."""
+    if path.suffix == ".svg":
+        made.savefig(path, metadata={"Date": None})
+        return
+    if not isinstance(made, Image.Image):
+        file = io.BytesIO()
+        made.savefig(file, dpi=100)
+        made = Image.open(file).convert("RGB")
+    made.quantize(COLORS).save(path, optimize=True)
 
+
+# ---- the figures
 
 def schedule():
     """Section 2: one image at five timesteps, and how much of it and of noise is in z_t."""
@@ -254,37 +259,33 @@ def broken():
     """Section 9: a right run, and what five broken ones say."""
     found = json.loads(MEASURED.read_text())
     figure, axes = canvas(10, 5.4, 3, 2)
-
-    def draw(panel, run, what, color, label=""):
-        points = [(line["step"], line[what]) for line in found[run]["log"] if what in line]
-        panel.plot(*zip(*points), ".-", color=color, label=label or run)
-
-    right = [json.loads(line) for line in
-             (ROOT / "weights" / "small.jsonl").read_text().splitlines()]
+    right = [line for line in map(json.loads, (ROOT / "weights" / "small.jsonl").read_text()
+                                  .splitlines()) if "loss_by_timestep" in line]
     for band, color in zip(right[0]["loss_by_timestep"], (GREEN, BLUE, "#8250df", RED)):
-        axes[0, 0].plot([line["step"] for line in right if "loss_by_timestep" in line],
-                        [line["loss_by_timestep"][band] for line in right
-                         if "loss_by_timestep" in line], color=color, lw=1, label=f"t {band}")
+        axes[0, 0].plot([line["step"] for line in right],
+                        [line["loss_by_timestep"][band] for line in right], color=color, lw=1,
+                        label=f"t {band}")
     axes[0, 0].set(title="right: configs/small.py, loss by timestep", yscale="log",
                    ylim=(0.008, 0.3))
-    for panel, run in ((axes[0, 1], "mirrored cameras"), (axes[0, 2], "wrong scale")):
-        draw(panel, "sound", "val_loss_750-999", BLUE)
-        draw(panel, run, "val_loss_750-999", RED)
-        panel.set(title=f"{run}: loss of t 750-999")
+    for panel, run, what, title in (
+            (axes[0, 1], "mirrored cameras", "val_loss_750-999", "loss of t 750-999"),
+            (axes[0, 2], "wrong scale", "val_loss_750-999", "loss of t 750-999"),
+            (axes[1, 1], "leaking scenes", "val_psnr", "held-out PSNR, as it logs"),
+            (axes[1, 2], "high rate", "loss", "training loss")):
+        for name, color in (("sound", BLUE), (run, RED)):
+            lines = [line for line in found[name]["log"] if what in line]
+            panel.plot([line["step"] for line in lines], [line[what] for line in lines], ".-",
+                       color=color, label=name)
+        panel.set(title=f"{run}: {title}")
     for run, color in (("sound, longer", BLUE), ("no dropout", RED)):
         axes[1, 0].plot(found[run]["without"].keys(), found[run]["without"].values(), "o-",
                         color=color, label=run)
     axes[1, 0].set(title="no dropout: loss without conditions", ylim=0)
-    draw(axes[1, 1], "sound", "val_psnr", BLUE)
-    draw(axes[1, 1], "leaking scenes", "val_psnr", RED, "leaking scenes, as it logs")
     last = found["leaking scenes"]["log"][-1]["step"]
     for run, color in (("sound", BLUE), ("leaking scenes", RED)):
         axes[1, 1].plot(last, found[run]["scored"]["1.5"]["psnr"], "*", color=color, ms=12,
                         label=f"{run}, scored")
-    axes[1, 1].set(title="leaking scenes: held-out PSNR")
-    draw(axes[1, 2], "sound", "loss", BLUE)
-    draw(axes[1, 2], "high rate", "loss", RED)
-    axes[1, 2].set(title="too high a rate: training loss", yscale="log")
+    axes[1, 2].set_yscale("log")
     for panel in axes.flat:
         panel.legend(frameon=False, fontsize=7)
     return figure
@@ -305,11 +306,7 @@ def main(argv):
     OUT.mkdir(exist_ok=True)
     for file, draw in FIGURES.items():
         if file.partition(".")[0] in (args.names or names):
-            made = draw()
-            if file.endswith(".svg"):
-                made.savefig(OUT / file, metadata={"Date": None})
-            else:
-                png(made).quantize(COLORS).save(OUT / file, optimize=True)
+            save(draw(), OUT / file)
             print(OUT / file, flush=True)
 
 

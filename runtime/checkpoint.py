@@ -268,7 +268,7 @@ def port(name, entry, current):
 
 def is_unused(key, current):
     """Whether a file may have this name without a place for it in the module."""
-    if key in current or key.startswith(UNUSED):
+    if key in current or key.startswith(UNUSED) or key in LEFTOVERS:
         return True
     part = UNET if key.startswith(EMA) else next(
         (part for part in (UNET, PROJECTION, *FROZEN) if key.startswith(part)), None)

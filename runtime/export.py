@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from clip import HEAD_WIDTH
 from runtime.files import read_json
 from runtime.foreign import read_file
 from runtime.tensors import StateDict, lazy, write_safetensors
@@ -23,7 +24,6 @@ CONFIG_FILE = "zeronvs_config.json"     # a run's configuration, which diffusers
 WEIGHTS = [stem + ending for ending in (".safetensors", ".bin", ".fp16.safetensors", ".fp16.bin")
            for stem in ("diffusion_pytorch_model", "model", "pytorch_model")]
 PREDICTIONS = {"eps": "epsilon", "z": "sample"}         # a run's name for what is predicted: theirs
-HEAD_WIDTH = 64             # of CLIP's vision transformers
 SCHEDULER = {
     "_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085,
     "beta_end": 0.012, "num_train_timesteps": 1000,

@@ -79,6 +79,17 @@ def read_json(path):
     return found
 
 
+def logged_rows(path):
+    """The dicts in a run's log.jsonl, each of a step; without lines that a kill or a full disk has
+    cut, and none where there is no file."""
+    rows = []
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with suppress(ValueError, KeyError, TypeError, RecursionError):
+            row = json.loads(line)
+            rows += [row] * isinstance(row["step"], int)
+    return rows
+
+
 def write_text(path, text):
     """Writes a small text file, UTF-8, through to the disk."""
     with unfinished(path) as partial, open(partial, "w", encoding="utf-8") as file:

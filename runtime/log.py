@@ -152,11 +152,10 @@ class Log:
         if not self.main:
             return
         with self.tolerant(self.path):
+            rows = files.logged_rows(self.path)
             if self.path.exists():
-                lines = self.path.read_bytes().splitlines()
-                with files.unfinished(self.path) as partial:
-                    partial.write_bytes(b"".join(line + b"\n" for line in lines
-                                                 if logged_step(line) <= step))
+                files.write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows
+                                                    if row["step"] <= step))
         with self.tolerant("TensorBoard", Exception):   # that fails in whatever way its packages do
             with suppress(ModuleNotFoundError):
                 from torch.utils.tensorboard import SummaryWriter
@@ -182,9 +181,9 @@ class Log:
 
     def is_worse(self, patience):
         """Whether the newest `patience` validations, if not 0, had no lower loss than another."""
-        if patience and self.main and self.path.exists():
-            rows = [json.loads(line) for line in self.path.read_bytes().splitlines()]
-            losses = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
+        if patience and self.main:
+            losses = {row["step"]: row["val_loss"] for row in files.logged_rows(self.path)
+                      if "val_loss" in row}
             best = min(losses, key=losses.get, default=0)
             if sum(step > best for step in losses) >= patience:
                 self.say(f"the loss of held-out pairs was least after step {best}, and it ends")
@@ -250,12 +249,3 @@ class Log:
         if self.trace:
             self.trace.stop()
         self.on_board("close")
-
-
-def logged_step(line):
-    """The step of a line of log.jsonl; infinity for what is none, as a kill or a full disk left."""
-    try:
-        step = json.loads(line)["step"]
-        return step if isinstance(step, int) else float("inf")
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return float("inf")

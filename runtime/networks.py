@@ -13,15 +13,18 @@ PREFIXES = ("", "cond_stage_model.model.")      # of CLIP's names: in its own fi
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")      # integers in OpenAI's files
 
 
-def load_depth(path):
-    """The frozen depth.DPT of MiDaS's `dpt_swin2_tiny_256.pt`. ValueError of another file."""
+def load_depth(path, device="cpu"):
+    """The frozen depth.DPT of MiDaS's `dpt_swin2_tiny_256.pt`, or None where path is "". ValueError
+    of another file."""
+    if not path:
+        return None
     tensors, model = checkpoint.read(path), depth.DPT()
     found, wanted = ({name: w for name, w in side.items() if not name.endswith(DERIVED)}
                      for side in (tensors.entries, model.state_dict()))
     if problem := misfit(found, wanted):
         raise ValueError(f"{path}: not DPT_SwinV2_T_256 (dpt_swin2_tiny_256.pt): {problem}")
     model.load_state_dict({name: tensors[name] for name in found}, strict=False)
-    return model.eval().requires_grad_(False)
+    return model.to(device).eval().requires_grad_(False)
 
 
 def load_clip(paths, build=clip.CLIP):

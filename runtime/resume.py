@@ -12,7 +12,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from torch.utils.data import default_collate
 
 import camera
 import configs
@@ -51,7 +50,7 @@ def contents_of(pairs, config):
         if viewer and hasattr(reader, "check_blend"):
             reader.check_blend(config.quantile_blend)
         numbers = (k for k in itertools.count() if pairs.draw(k)[0] == source)
-        batch = default_collate([pairs[k] for k in itertools.islice(numbers, CHECKED_PAIRS)])
+        batch = pairs.__getitems__(list(itertools.islice(numbers, CHECKED_PAIRS)))
         if not config.depth_weights or not viewer:
             depth.pose_vector(batch, config.mode, None, config.quantile_blend)
         cameras = torch.cat([batch["cond_c2w"].flatten(), batch["radius"], batch["fov"]])
@@ -79,6 +78,17 @@ def compare_ranks(config, ranks, code, contents):
         if different:
             raise ValueError(f"rank {rank} on {other} has not what rank 0 on {host} has: "
                              f"{'; '.join(different)}")
+
+
+def find_start(config, ranks, say, dry_run=False):
+    """The checkpoint that a run goes on from, or None, see `newest`; says what it starts from. A
+    dry run raises what is wrong with `init`, where it starts from that."""
+    saved = newest(config, ranks, say)
+    say(f"start    step {saved.step} of {config.out}" if saved else
+        f"start    {config.init or 'random weights'}, into {config.out}")
+    if dry_run and config.init and not saved:
+        checkpoint.read(config.init)
+    return saved
 
 
 def newest(config, ranks, say):

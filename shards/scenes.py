@@ -284,7 +284,7 @@ class RawScenes(Scenes):
         needs = camera.MODES[mode]
         pair = {"image_cond": self.pixels(scene, cond), "image_target": self.pixels(scene, target),
                 **super().pair(mode, scene, cond, target), "fov": shard.fov[inside],
-                "nearplane": self.nearplane(scene) if needs.needs_nearplane else math.nan}
+                "nearplane": self.nearplane(scene) if needs.unit == "nearplane" else math.nan}
         return {**pair, "depth_cond": self.depth(scene, cond)} if needs.needs_depth else pair
 
 

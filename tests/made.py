@@ -12,7 +12,7 @@ from PIL import Image
 
 import data
 from shards import scenes
-from configs import Source
+from configs import Config, Source
 
 SIDE = 8                        # pixels of the images made here
 
@@ -101,3 +101,14 @@ def rewritten(path, target, change):
     with tarfile.open(path) as tar:
         members = {info.name: change(info.name, tar.extractfile(info).read()) for info in tar}
     return write_tar(target, members)
+
+
+def tiny_config(batch=1, **changes):
+    """A Config of a network of a few kilobytes, of encoded pairs."""
+    tiny = {"latent": "pixels", "image_size": 32, "model_channels": 32, "channel_mult": (1, 2), "num_res_blocks": 1,
+            "attention_resolutions": (1,), "num_heads": 2, "context_dim": 16, "norm_groups": 8}
+    return Config((Source("none", "encoded", "none", 1.0),), **{
+        "batch_size": batch, "micro_batch": batch, "mode": "7dof", **tiny, **changes})
+
+
+TINY_CLIP = {"embed_dim": 32, "image_resolution": 32, "vision_layers": 1, "vision_width": 64, "vision_patch_size": 16}

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from camera import opengl_from_opencv
-from shards.index import pose_problems
+from shards.index import pose_problems, whole_matrices
 from views.colmap import MOST_PIXELS, Lens, read_images, read_lenses, text_of
 
 RE10K_NUMBERS = 19              # of a line of RealEstate10K's text
@@ -39,9 +39,7 @@ def matrix(rows, what):
         found = np.zeros(0)
     if found.shape not in ((3, 4), (4, 4)):
         raise ValueError(f"{what} is no 3x4 or 4x4 matrix of numbers")
-    full = torch.eye(4, dtype=torch.float64)
-    full[:len(found)] = torch.from_numpy(found)
-    return full
+    return torch.from_numpy(found if len(found) == 4 else whole_matrices(found))
 
 
 def opengl(w2c):

@@ -76,14 +76,11 @@ def load(path, device, precision, init=""):
     for name in net.state_dict().keys() & set(checkpoint.LEFTOVERS):    # nothing here uses them
         owner, _, leaf = name.rpartition(".")
         delattr(net.get_submodule(owner), leaf)
-    entries = {name: entry for name, entry in tensors.entries.items()
-               if name not in checkpoint.LEFTOVERS}
     to_precision(net, precision)
     # what is on "meta" gets memory that nobody fills before the file does
     net._apply(lambda x: torch.empty_like(x, device=device) if x.is_meta else x.to(device))
-    fresh = checkpoint.load_model(
-        net, checkpoint.StateDict(tensors.path, entries, tensors.meta, tensors.others),
-        ema=any(name.startswith(checkpoint.EMA) for name in entries)).fresh
+    averaged = any(name.startswith(checkpoint.EMA) for name in tensors)
+    fresh = checkpoint.load_model(net, tensors, averaged).fresh
     schedule = diffusion.schedule_buffers()
     for name in fresh:
         setattr(net, name, schedule[name].to(device))

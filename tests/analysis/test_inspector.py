@@ -96,7 +96,11 @@ def test_inspect_of_shards_without_depth_and_of_a_picture_that_cannot_be(tmp_pat
 @pytest.mark.parametrize("command, says", [
     (["data.py", "inspect", "x", "--outt=3"], "option --outt is not known, did you mean --out?"),
     (["data.py", "verify", "x", "--size", "-5"], "--size: -5 is not possible, only numbers from 1"),
-    (["-m", "runtime.checkpoint", "convert", "a", "b", "--emaa"], "did you mean --ema?")])
+    (["-m", "runtime.checkpoint", "convert", "a", "b", "--emaa"], "did you mean --ema?"),
+    (["evaluate.py", "out", "--pair=3"], "option --pair is not known, did you mean --pairs?"),
+    (["evaluate.py", "out", "--micro-batsh=3"], "did you mean --micro_batch?"),
+    (["-m", "analysis.compare", "x.py", "--minute=3"], "did you mean --minutes?"),
+    (["train.py", "configs/synth.py", "--profil", "5"], "did you mean --profile?")])
 def test_a_mistake_on_the_command_line_is_answered_in_a_line_without_torch(command, says):
     done = subprocess.run([sys.executable, "-X", "importtime", *command], capture_output=True,
                           text=True, cwd=os.path.dirname(prepare.__file__))

@@ -8,8 +8,11 @@ import time
 import pytest
 import torch
 
+import clip
+import vae
 from benchmarks import __main__ as bench
 from benchmarks import measure, networks
+from made import TINY_CLIP, tiny_config
 
 
 @pytest.fixture
@@ -25,6 +28,14 @@ def rows_of(monkeypatch, tmp_path, capsys):
 
     enabled = dict(networks.engine.kernels.enabled)
     monkeypatch.setattr(networks, "collect", here)
+    monkeypatch.setattr(networks, "config_of", lambda batch=1, device="auto": tiny_config(batch, device=device))
+    monkeypatch.setattr(networks, "ENCODERS", {
+        "VAE": (lambda: vae.AutoencoderKL(32, (1, 2)), None, "encode"),
+        "CLIP": (lambda: clip.CLIP(**TINY_CLIP), None, "encode_image")})
+    for module, changes in ((measure, {"SECONDS": 0.0}), (measure.cost, {"SMALL_SIDE": 256}),
+                            (networks, {"STEPS": 4, "FEW_STEPS": 4, "SIDE": 32})):
+        for name, value in changes.items():
+            monkeypatch.setattr(module, name, value)
     yield run
     networks.engine.kernels.enabled.update(enabled)
 
@@ -85,13 +96,13 @@ def test_senseless_options_are_one_line(argv, capsys):
 # ---- each benchmark
 
 def test_steps_are_measured_beside_a_ceiling(rows_of):
-    rows, _ = rows_of("train", "--tiny", "--batch", "1", "2", "--variants", "eager")
+    rows, _ = rows_of("train", "--batch", "1", "2", "--variants", "eager")
     assert rows["eager, batch 1"]["value"] > 0 and rows["eager, batch 1"]["unit"] == "pairs/s"
     assert rows["eager, batch 2"]["ceiling_share"] > 0
 
 
 def test_a_step_trains_every_part_as_the_product_does():
-    step = networks.Step(networks.config_of(True, 2), compiled=False)
+    step = networks.Step(tiny_config(2), compiled=False)
     before = {name: p.detach().clone() for name, p in step.optimizer.trained.items()}
     step()
     assert all(not torch.equal(p, before[name]) for name, p in step.optimizer.trained.items())
@@ -101,7 +112,7 @@ def test_a_step_trains_every_part_as_the_product_does():
 def test_the_engine_is_measured_part_by_part(rows_of, monkeypatch):
     seen = []
 
-    def training(variant, batch, tiny):
+    def training(variant, batch):
         seen.append(variant)
         yield measure.row(variant, f"batch {batch}", 80.0 if "without" in variant else 100.0,
                           "pairs/s")
@@ -118,8 +129,9 @@ def test_the_engine_is_measured_part_by_part(rows_of, monkeypatch):
     assert gain[1] == pytest.approx(2500 / lines)
 
 
-def test_views_are_timed(rows_of):
-    rows, _ = rows_of("sample", "--tiny", "--views", "1", "2", "--variants",
+def test_views_are_timed(rows_of, monkeypatch):
+    monkeypatch.setattr(networks, "config_of", lambda: tiny_config(latent="vae", image_size=64))
+    rows, _ = rows_of("sample", "--views", "1", "2", "--variants",
                       "product", "product, plain")
     assert rows["product, 1 view"]["unit"] == "s/view" and rows["product, 1 view"]["value"] > 0
     assert {"product, 2 views at once", "product, plain, 1 view",
@@ -127,8 +139,7 @@ def test_views_are_timed(rows_of):
 
 
 def test_encoders_are_timed_alone_and_together(rows_of):
-    rows, _ = rows_of("encode", "--tiny", "--batch", "2", "--variants",
-                      "product, eager")
+    rows, _ = rows_of("encode", "--batch", "2", "--variants", "product, eager")
     rates = [rows[f"product, eager, {part}"]["value"] for part in ("VAE", "CLIP")]
     both = rows["product, eager, both"]["value"]
     assert both == pytest.approx(1 / sum(1 / rate for rate in rates))
@@ -141,13 +152,12 @@ def test_the_peers_have_as_many_parameters():
     def count(module):
         return sum(parameter.numel() for parameter in module.parameters())
 
-    for tiny in (True, False):
-        config = networks.config_of(tiny)
-        with torch.device("meta"):
-            theirs = count(networks.peers.UNet(config, networks.model.latent_shape(config)[0]))
-            ours = networks.model.build(config)
-            assert count(ours.model.diffusion_model) == theirs and (tiny or theirs == 859_532_484)
-            for ours, theirs, _ in networks.ENCODERS.values():
-                ours, theirs = ours(tiny), theirs(tiny)
-                theirs = getattr(theirs, "tower", theirs)
-                assert count(getattr(ours, "visual", ours)) == count(theirs)
+    config = networks.config_of()
+    with torch.device("meta"):
+        theirs = count(networks.peers.UNet(config, networks.model.latent_shape(config)[0]))
+        ours = networks.model.build(config)
+        assert count(ours.model.diffusion_model) == theirs == 859_532_484
+        for ours, theirs, _ in networks.ENCODERS.values():
+            ours, theirs = ours(), theirs()
+            theirs = getattr(theirs, "tower", theirs)
+            assert count(getattr(ours, "visual", ours)) == count(theirs)

@@ -26,7 +26,7 @@ import configs
 import data
 import prepare
 import train
-from captures import datasets, own, resample, synth, writer
+from captures import datasets, own, resample, solids, synth, writer
 from runtime import command as command_line
 from views import cameras, colmap
 from views.colmap import Lens
@@ -44,7 +44,7 @@ STEP = 33_367               # microseconds between RealEstate10K's frames
 @dataclass
 class Truth:
     """A rendered scene, and photos cut out of its views."""
-    scene: synth.Scene
+    scene: solids.Scene
     c2w: torch.Tensor               # (v, 4, 4)
     images: np.ndarray              # (v, h, w, 3) uint8
     depths: np.ndarray              # (v, h, w)

@@ -34,7 +34,7 @@ def network(kind="two levels", pose=4):
     root = nn.Module()
     root.model = nn.Module()
     root.model.diffusion_model = model.UNet(8, 4, context_dim=16, **UNETS[kind])
-    root.first_stage_model = AutoencoderKL(ch=32, ch_mult=(1, 2), resolution=16)
+    root.first_stage_model = AutoencoderKL(ch=32, ch_mult=(1, 2))
     root.cond_stage_model = nn.Module()
     root.cond_stage_model.model = CLIP(16, 28, 2, 128, 14, 7, 11, 16)
     root.cc_projection = nn.Linear(16 + pose, 16)

@@ -306,6 +306,9 @@ def test_lines_of_a_log_are_not_glued_and_stray_bytes_do_not_block_a_resume(tmp_
         file.write(b'{"step": 3, "lo')
     first(4, loss=1.0)
     assert path.read_bytes().splitlines()[2:] == [b'{"step": 3, "lo', b'{"step": 4, "loss": 1.0}']
+    first(5, val_loss=1.0)
+    first(6, val_loss=2.0)
+    assert first.is_worse(1) and not first.is_worse(2)      # whatever was cut
 
 
 def test_a_grid_that_did_not_fit_does_not_stay(tmp_path, monkeypatch, capsys):

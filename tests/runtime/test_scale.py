@@ -21,14 +21,15 @@ from runtime import ranks as distributed
 import engine
 import model
 import vae
-from benchmarks import networks, peers
+from benchmarks import networks
+from made import TINY_CLIP, tiny_config
 from runtime.ranks import ALONE
 from runtime.optimizer import Ema, Optimizer
 
 
 def made(batch, **changes):
-    """(Config, network without layers of zeros, pairs) of the benchmarks' tiny size."""
-    step = networks.Step(networks.config_of(True, batch, **changes), compiled=False)
+    """(Config, network without layers of zeros, pairs) of a tiny size."""
+    step = networks.Step(tiny_config(batch, **changes), compiled=False)
     recompute = changes.get("checkpoint_activations", False)
     for stage in step.net.modules():
         if isinstance(stage, model.Stage):
@@ -213,7 +214,7 @@ def test_the_layout_of_weights_is_not_seen_in_checkpoints_and_a_resume_keeps_it(
 
 @pytest.mark.parametrize("encoders, wanted", [
     ((model.Pixels, model.NoEmbedding), ["UNet"]),      # nothing is frozen
-    ((lambda: vae.AutoencoderKL(32, (1,)), lambda: clip.CLIP(**peers.TINY_CLIP)),
+    ((lambda: vae.AutoencoderKL(32, (1,)), lambda: clip.CLIP(**TINY_CLIP)),
      ["UNet", "encode", "encode_image"])])
 def test_the_unet_and_the_frozen_encoders_are_compiled_not_the_decoder(encoders, wanted,
                                                                        monkeypatch):

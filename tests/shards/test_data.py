@@ -89,12 +89,9 @@ def test_every_golden_pair_equals_the_reference(golden_shards, format):
                                        rtol=0, atol=1e-13)
         assert crc(pair["depth_cond"].numpy()) == expected["crc32/depth_cond"][row]
         assert crc(reader.depth(scene, target)) == expected["crc32/depth_target"][row]
-        shape = camera.scene_geometry(known.c2w)
         for found, name in ((pair["fov"].rad2deg(), "fov_deg"), (pair["radius"], "scene_radius"),
-                            (known.depth_scale, "scale_adjustment"), (shape.center, "center"),
-                            (shape.radius_focus, "scene_radius_focus_pt"),
-                            (shape.elevation[cond], "cond_elevation_deg"),
-                            (shape.focus_point, "focus_pt")):
+                            (known.depth_scale, "scale_adjustment"),
+                            (camera.focus_point(known.c2w), "focus_pt")):
             np.testing.assert_allclose(found, expected[name][row].squeeze(), rtol=1e-10)
         T = camera.conditioning("3dof", pair["cond_c2w"][None], pair["target_c2w"][None],
                                 pair["fov"][None], pair["radius"][None])
@@ -831,8 +828,7 @@ def test_the_fixed_pass_has_every_pair_once_and_begins_with_every_scene(mixture)
 def test_micro_batches_divide_a_ranks_share():
     batches = data.Batches(1, 3, 10, 3, rank=1, world=2)
     assert list(batches) == [[15, 16, 17], [18, 19], [25, 26, 27], [28, 29]]
-    assert len(batches) == 4 and batches.micro_steps == 2
-    assert list(data.Batches(3, 3, 4, 4)) == [] and len(data.Batches(5, 3, 4, 4)) == 0
+    assert list(data.Batches(3, 3, 4, 4)) == list(data.Batches(5, 3, 4, 4)) == []
     with pytest.raises(ValueError, match="batch_size 10 does not divide among 3 processes"):
         data.Batches(0, 1, 10, 3, world=3)
 
