@@ -197,9 +197,8 @@ class PatchMerging(nn.Module):
         self.norm = nn.LayerNorm(2 * dim)
 
     def forward(self, x):
-        b, h, w, c = x.shape
-        x = x.view(b, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 4, 2, 5)  # (b, h/2, w/2, 2, 2, c)
-        return self.norm(self.reduction(x.reshape(b, h // 2, w // 2, 4 * c)))  # (b, h/2, w/2, 2c)
+        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (b, h/2, 2, w/2, 2, c)
+        return self.norm(self.reduction(x.permute(0, 1, 3, 4, 2, 5).flatten(3)))
 
 
 class Block(nn.Module):
@@ -215,15 +214,12 @@ class Block(nn.Module):
         self.register_buffer("attn_mask", shift_mask(size, window, shift) if shift else None)
 
     def forward(self, x):
-        b, h, w, c = x.shape
-        rows, columns = h // self.window, w // self.window
         y = x.roll((-self.shift, -self.shift), (1, 2))
-        y = y.view(b, rows, self.window, columns, self.window, c).transpose(2, 3)
-        y = y.reshape(b, rows * columns, self.window**2, c)  # (b, m, n, c)
-        y = self.attn(y, self.attn_mask)
-        y = y.view(b, rows, columns, self.window, self.window, c).transpose(2, 3)
-        y = y.reshape(b, h, w, c).roll((self.shift, self.shift), (1, 2))  # (b, h, w, c)
-        x = x + self.norm1(y)
+        y = y.unflatten(2, (-1, self.window)).unflatten(1, (-1, self.window)).transpose(2, 3)
+        grid = y.shape  # (b, rows, columns, window, window, c), rows and columns of windows
+        y = self.attn(y.flatten(3, 4).flatten(1, 2), self.attn_mask)  # (b, m, n, c)
+        y = y.view(grid).transpose(2, 3).flatten(3, 4).flatten(1, 2)  # (b, h, w, c)
+        x = x + self.norm1(y.roll((self.shift, self.shift), (1, 2)))
         return x + self.norm2(self.mlp(x))
 
 
