@@ -28,7 +28,7 @@ def rows_of(monkeypatch, tmp_path, capsys):
 
     enabled = dict(networks.engine.kernels.enabled)
     monkeypatch.setattr(networks, "collect", here)
-    monkeypatch.setattr(networks, "config_of", lambda batch=1, device="auto": tiny_config(batch, device=device))
+    monkeypatch.setattr(networks, "config_of", tiny_config)
     monkeypatch.setattr(networks, "ENCODERS", {
         "VAE": (lambda: vae.AutoencoderKL(32, (1, 2)), None, "encode"),
         "CLIP": (lambda: clip.CLIP(**TINY_CLIP), None, "encode_image")})
