@@ -11,7 +11,9 @@ TESTS = Path(__file__).parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS), *map(str, TESTS.glob("*/"))]
 os.environ.setdefault("OMP_NUM_THREADS", "1")       # small networks gain nothing from more; see -n
 # Files whose tests take longest, first: what is begun last keeps one process of -n waiting
-LONGEST = ("test_train", "test_model")
+LONGEST = ("test_train", "test_model", "test_sample", "test_faults", "test_scale", "test_page",
+           "test_diffusers_keys", "test_benchmarks", "test_data", "test_vae", "test_own", "test_encode",
+           "test_evaluate", "test_inspector", "test_depth", "test_clip", "test_metrics", "test_ablation")
 
 
 def pytest_configure(config):

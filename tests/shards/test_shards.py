@@ -93,7 +93,8 @@ def test_a_tar_whose_first_name_looks_like_something_else_is_read(tmp_path):
         assert read_source(tmp_path, "a.tar").shards[0].scenes == [name]
 
 
-PARTS = st.text(st.characters(codec="utf-8", exclude_characters="\0/"), min_size=1, max_size=40)
+# of one to four bytes; all that there are take hypothesis 6 s to list
+PARTS = st.text("aZ9 .-_=:\\\n\x01\x7f\xa0é\u2028漢\uffff\U0001f642", min_size=1, max_size=40)
 NAMES = st.lists(PARTS.filter(lambda part: part not in (".", "..")), min_size=1, max_size=8)
 OTHER_TYPES = [tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CONTTYPE]
 TYPES = st.sampled_from([tarfile.REGTYPE] * 4 + OTHER_TYPES)

@@ -424,7 +424,7 @@ def test_what_views_start_from_is_not_written_over(run, tmp_path, capsys):
         capsys.readouterr()
         line = refused(capsys, *given, "--checkpoint", run, "--out", out)
         assert str(given[-1]) in line and "--out" in line and given[-1].read_bytes() == kept
-        sampled(run, tmp_path / "other", *map(str, given))
+        sampled(run, tmp_path / "other", *map(str, given), "--steps", "1")
 
 
 @pytest.mark.parametrize("name", ["truth.png", "swing.gif", "views"])
@@ -452,7 +452,7 @@ def test_a_3dof_model_is_asked_for_what_it_knows_alone(run, tmp_path, capsys):
     config = replace(config, mode="3dof", out=str(tmp_path / "run"))
     save(config, golden.fill(model.build(config)))
     for motion in ("orbit", "swing", "spiral", "dolly", "grid"):
-        sampled(config.out, tmp_path / "out", f"--{motion}", "--steps", "1")
+        sampled(config.out, tmp_path / "out", f"--{motion}", "--steps", "1", "--views", "4")
     capsys.readouterr()
     for motion in ("pan", "tilt", "truck", "pedestal", "zoom"):
         line = refused(capsys, "--checkpoint", config.out, "--out", tmp_path / "no",
