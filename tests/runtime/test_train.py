@@ -39,7 +39,7 @@ from runtime import log as report
 import train
 from runtime.ranks import ALONE, Alone, Division
 from runtime import optimizer as rates
-from runtime import resume
+from runtime import checkpoint, resume
 from runtime.optimizer import Ema, Optimizer, learning_rate
 
 ROOT = Path(__file__).parents[2]
@@ -116,8 +116,7 @@ def test_three_training_steps_equal_the_reference(name, monkeypatch):
             differs = (found - expected[key]).abs() > max(10 * observed.get(key, 0), 2e-7)
             assert differs.float().mean() < 1e-3, key
         elif key.startswith("after3/model_ema."):
-            averages = {"model_ema.diffusion_model" + n.replace(".", ""): p
-                        for n, p in ema.average.items()}
+            averages = {checkpoint.ema_name(n): p for n, p in ema.average.items()}
             same(key, averages[key.removeprefix("after3/").split(" ")[0]])
         elif key.startswith("after3/"):
             same(key, dict(net.named_parameters())[key.removeprefix("after3/").split(" ")[0]])
