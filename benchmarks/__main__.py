@@ -11,10 +11,9 @@ from runtime import command
 BENCHMARKS = {"train": "steps of training the full-size UNet", "sample": "seconds a view",
               "encode": "views through the frozen encoders",
               "engine": "rates with and without each part of the engine"}
-# option: (its meaning, {benchmark: how many, unless told})
-SIZES = {"batch": ("pairs a step, or views at once", {"train": [192, 48], "encode": [64],
-                                                      "engine": [192, 48]}),
-         "views": ("views at once", {"sample": [1, 16, 24], "engine": [1, 16]})}
+# {benchmark: {option: pairs a step, or views at once}}
+SIZES = {"train": {"batch": [192, 48]}, "sample": {"views": [1, 16, 24]}, "encode": {"batch": [64]},
+         "engine": {"batch": [192, 48], "views": [1, 16]}}
 
 
 def parser():
@@ -28,10 +27,9 @@ def parser():
         for option, (default, choices) in chosen.items():
             add(f"--{option}", nargs="+", metavar="NAME", choices=list(choices), default=default,
                 help=f"of {'; '.join(choices)} (%(default)s)")
-        for option, (meaning, defaults) in SIZES.items():
-            if name in defaults:
-                add(f"--{option}", nargs="+", default=defaults[name],
-                    help=f"{meaning} (%(default)s)", **number)
+        for option, default in SIZES[name].items():
+            add(f"--{option}", nargs="+", default=default, help="how many at once (%(default)s)",
+                **number)
         add("--json", default="", metavar="FILE", help="to write the rows to")
         add("--seconds-limit", default=560, help="of everything (%(default)s)", **number)
     return p

@@ -36,10 +36,9 @@ ENCODERS = {"VAE": (vae.AutoencoderKL, peers.Autoencoder, "encode"),
             "CLIP": (clip.CLIP, peers.Clip, "encode_image")}
 
 
-def config_of(batch=1, device="auto"):
+def config_of(batch=1):
     """A Config of zero123-xl's network."""
-    return Config((Source("none", "encoded", "none", 1.0),), batch_size=batch, micro_batch=batch,
-                  mode="7dof", device=device)
+    return Config((Source("none", "encoded", "none", 1.0),), mode="7dof", micro_batch=batch)
 
 
 def network(config, peer=False, autoencoder=None):
@@ -101,12 +100,12 @@ class Step:
 
 def measure_training(variant, batch):
     """Yields pairs a second, time to the first step, peak memory; then the same as a CUDA graph."""
-    device, what = device_here(), f"batch {batch}"
-    step = Step(config_of(batch, device.type), "diffusers" in variant, "eager" not in variant)
+    what = f"batch {batch}"
+    step = Step(config_of(batch), "diffusers" in variant, "eager" not in variant)
     work = (1 + cost.BACKWARD) * cost.of(config_of(), ALONE, 1).flops       # of a pair
     how = batch, "pairs/s", work, IN_A_ROW
     yield from timed(variant, what, step, *how)
-    if device.type == "cuda":
+    if step.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()    # while it is recorded a graph has all that it needs
         step.passes = engine.Recorded(step.passes, step.net.parameters())
         yield from timed(variant, f"{what}, CUDA graph", step, *how)

@@ -16,13 +16,8 @@ import uuid
 from contextlib import suppress
 from pathlib import Path
 
-from runtime.files import unfinished
+from runtime.files import fcntl, unfinished
 from shards.files import PATIENCE, WEB_WINDOW, LocalFile, WebFile, cache_folder
-
-try:
-    import fcntl
-except ImportError:             # Windows
-    fcntl = None
 
 MAX_SHARDS = 1_000_000              # that one {000..126} pattern may name
 INDEX_SUFFIX = ".index"             # of the files that index.py keeps beside a shard
