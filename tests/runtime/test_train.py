@@ -615,7 +615,6 @@ def test_another_configuration_in_the_same_folder_is_refused_with_what_differs(s
     ({"init": "/nowhere.ckpt"}, "/nowhere.ckpt"),
     ({"init": "/nowhere.ckpt", "data": "/no/data/either"}, "/nowhere.ckpt"),    # before the data
     ({"latent": "vae"}, "needs --init=FILE"),
-    ({"batchsize": 8}, "did you mean --batch_size?"),
 ])
 def test_bad_input_is_refused_with_what_is_wrong(shards, tmp_path, change, message):
     if change.get("device") == "cuda" and torch.cuda.is_available():
@@ -632,10 +631,7 @@ def test_a_refusal_is_one_line_on_the_command_line_and_exit_code_2(shards, tmp_p
 
 
 BEFORE_TORCH = """
-import runpy, sys, configs
-def load(argv):
-    raise ValueError("option stepz is not known, did you mean steps?")
-configs.load = load
+import runpy, sys
 try:
     runpy.run_path("train.py", run_name="__main__")
 finally:
@@ -644,7 +640,8 @@ finally:
 
 
 @pytest.mark.parametrize("argument, code, says", [
-    ("--help", 0, "usage: train.py CONFIG"), ("--stepz=3", 2, "train.py: option stepz is not known"),
+    ("--help", 0, "usage: train.py CONFIG"),
+    ("--stepz=3", 2, "train.py: option --stepz is not known, did you mean --steps?"),
     ("--profile=-1", 2, "train.py: argument --profile: -1 is not possible")])
 def test_help_and_a_typo_are_answered_before_torch_is_imported(argument, code, says):
     done = subprocess.run([sys.executable, "-c", BEFORE_TORCH, argument], cwd=ROOT, text=True,
