@@ -28,9 +28,13 @@ def quick(patch):
     patch.setattr(inspect, "contradictions", lambda source: [])
 
 
+def run_code(code, run_name):
+    exec(code, {"__name__": run_name})
+
+
 class Popen:
     """What tests use of subprocess.Popen([sys.executable, *arguments]), in the project's folder;
-    arguments: FILE or -m MODULE, and its own. Its threads are gone, so it computes with one."""
+    arguments: FILE, -m MODULE or -c CODE, and its own. Its threads are gone, so it computes with one."""
 
     def __init__(self, *arguments, stdout=None, stderr=None, env=None):
         self.returncode, self.pid = None, os.fork()
@@ -45,8 +49,8 @@ class Popen:
             os.environ.update(env or {})
             os.chdir(ROOT)
             torch.set_num_threads(1)
-            start = runpy.run_module if arguments[0] == "-m" else runpy.run_path
-            sys.argv = [str(text) for text in arguments if text != "-m"]
+            start = {"-m": runpy.run_module, "-c": run_code}.get(arguments[0], runpy.run_path)
+            sys.argv = [str(text) for text in arguments if text not in ("-m", "-c")]
             start(sys.argv[0], run_name="__main__")
             status = 0
         except SystemExit as end:
@@ -69,9 +73,12 @@ class Popen:
                 time.sleep(0.01)
         return self.returncode
 
-    def terminate(self):
+    def send_signal(self, number):
         if self.returncode is None:
-            os.kill(self.pid, signal.SIGTERM)
+            os.kill(self.pid, number)
+
+    def terminate(self):
+        self.send_signal(signal.SIGTERM)
 
 
 def run(*arguments, **options):

@@ -25,14 +25,10 @@ def draw(name, shape, salt=SALT):
 
 def weight(name, shape, salt=SALT):
     """The value of the parameter called `name`: float32 tensor of that shape."""
-    w = draw(name, shape, salt)
+    w = torch.from_numpy(draw(name, shape, salt))
     if len(shape) >= 2:
-        w = w * np.float32(1 / np.sqrt(np.prod(shape[1:])))
-    elif name.endswith(".weight"):
-        w = 1 + np.float32(0.1) * w
-    else:
-        w = np.float32(0.05) * w
-    return torch.from_numpy(np.asarray(w, dtype=np.float32))
+        return w.mul_(np.float32(1 / np.sqrt(np.prod(shape[1:]))))
+    return w.mul_(np.float32(0.1)).add_(1) if name.endswith(".weight") else w.mul_(np.float32(0.05))
 
 
 @torch.no_grad()

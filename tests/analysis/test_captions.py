@@ -2,10 +2,9 @@
 transformers' CLIP."""
 
 import gzip
-import subprocess
 import sys
-from pathlib import Path
 
+import forked
 import golden
 import numpy as np
 import pytest
@@ -230,9 +229,8 @@ def test_bad_arguments_end_in_one_line(weights, image, message, files, tokenizer
 
 
 def test_script_runs_by_itself(files, tokenizer):
-    done = subprocess.run([sys.executable, "-m", "analysis.captions", files / "image.png", "--text",
-                           "a dog", "--weights", files / "openai.pt"], capture_output=True,
-                          text=True, cwd=Path(captions.__file__).parents[1])
+    done = forked.run("-m", "analysis.captions", files / "image.png", "--text", "a dog", "--weights",
+                      files / "openai.pt")
     assert (done.returncode, done.stdout, done.stderr) == (0, "100.0%  a dog\n", "")
 
 

@@ -11,6 +11,7 @@ import tarfile
 from captures import encode
 import conventions
 from analysis import inspect as inspector
+import forked
 import numpy as np
 import pytest
 from made import depth_png, encoded_scene, rewritten, scene_members, write_tar
@@ -189,9 +190,7 @@ def test_the_kind_of_a_shard_is_found_out(rendered, tmp_path):
 
 
 def test_the_command_line_ends_in_one_line_and_a_status(tmp_path):
-    command = [sys.executable, os.path.join(os.path.dirname(prepare.__file__), "data.py")]
-    done = subprocess.run([*command, "verify", str(tmp_path / "no.tar")], capture_output=True,
-                          text=True)
+    done = forked.run("data.py", "verify", tmp_path / "no.tar")
     assert done.returncode == 2 and done.stderr.startswith("data.py: no shards at ")
     assert done.stderr.count("\n") == 1
 

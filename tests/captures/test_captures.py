@@ -41,12 +41,6 @@ SCALES = (1.7, 0.4)         # scale_adjustment of the CO3D sequences
 STEP = 33_367               # microseconds between RealEstate10K's frames
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_core():
-    """Small renders gain nothing from threads."""
-    torch.set_num_threads(1)
-
-
 @dataclass
 class Truth:
     """A rendered scene, and photos cut out of its views."""

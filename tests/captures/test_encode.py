@@ -199,7 +199,6 @@ def test_a_damaged_first_image_costs_no_more_than_its_view(rendered, tmp_path, c
 def of_rank(rank, port, rendered, out, box):
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port))
-    torch.set_num_threads(1)
     write = encode.write_shard
 
     def noted(path, members):
@@ -216,7 +215,7 @@ def test_ranks_divide_the_shards(rendered, encoded, tmp_path):
     (tmp_path / "co3d").mkdir()
     for path in tmp_path.glob("train-*"):
         path.rename(tmp_path / "co3d" / path.name)
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

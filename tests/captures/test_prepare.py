@@ -6,13 +6,12 @@ import json
 import math
 import multiprocessing
 import re
-import subprocess
-import sys
 import tarfile
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -25,12 +24,6 @@ from runtime import command, files
 SIZE = 48
 VIEWS = 4
 MOTION = 0.4        # the default of prepare.py synth
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_core():
-    """Small renders gain nothing from threads."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
@@ -549,8 +542,7 @@ def test_bad_input_is_one_line_and_exit_code_2(option, value, says, tmp_path, ca
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     out = str(tmp_path / "file" / "out")
-    command = [sys.executable, prepare.__file__, "synth", "--out", out, *ARGUMENTS]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = forked.run("prepare.py", "synth", "--out", out, *ARGUMENTS)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.startswith("prepare.py: ") and done.stderr.count("\n") == 1
     assert str(tmp_path / "file") in done.stderr

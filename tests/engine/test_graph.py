@@ -5,7 +5,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from test_train import assert_same_state, logged, run, shards, tiny  # noqa: F401
+from runs import assert_same_state, logged, run, tiny
 
 import configs
 import engine
@@ -60,7 +60,7 @@ def test_gradients_are_written_where_there_are_none_and_added_to_where_there_are
 
 
 @pytest.mark.parametrize("micro_batch", [8, 4])
-def test_a_run_that_replays_is_the_run_that_does_not(shards, tmp_path, micro_batch,  # noqa: F811
+def test_a_run_that_replays_is_the_run_that_does_not(shards, quick_runs, tmp_path, micro_batch,
                                                      monkeypatch):
     run(tiny(shards, tmp_path / "plain", micro_batch=micro_batch))
     monkeypatch.setattr(engine, "can_capture", lambda config, ranks, device: config.graph)
@@ -94,7 +94,7 @@ def test_passes_are_recorded_on_one_gpu_where_it_is_asked_for():
 @needs_gpu
 @pytest.mark.parametrize("changes", [{}, {"micro_batch": 4}, {"checkpoint_activations": True},
                                      {"compile": True}, {"precision": "bf16"}])
-def test_a_graph_trains_as_kernels_that_are_launched(shards, tmp_path, changes):  # noqa: F811
+def test_a_graph_trains_as_kernels_that_are_launched(shards, tmp_path, changes):
     losses = []
     for recorded in (False, True):
         said = run(tiny(shards, tmp_path / str(recorded), graph=recorded,

@@ -21,10 +21,13 @@ def unet_of(case):
     """The UNet that a golden case describes, with its weights."""
     c = case["config"]
     heads = max(c["num_heads"], 1)
-    unet = model.UNet(c["in_channels"], c["out_channels"], c["model_channels"], c["channel_mult"],
-                      c["num_res_blocks"], c["attention_resolutions"], heads, c["context_dim"],
-                      c.get("num_head_channels", 0))
-    return golden.fill(unet)
+    with torch.device("meta"):      # to draw 860 M values once is enough
+        unet = model.UNet(c["in_channels"], c["out_channels"], c["model_channels"],
+                          c["channel_mult"], c["num_res_blocks"], c["attention_resolutions"], heads,
+                          c["context_dim"], c.get("num_head_channels", 0))
+    unet.load_state_dict({name: golden.weight(name, parameter.shape)
+                          for name, parameter in unet.named_parameters()}, assign=True)
+    return unet
 
 
 def unet_inputs(name, case):

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import pickle
+import random
 import re
 import shutil
 import signal
@@ -14,78 +15,44 @@ import sys
 import time
 import types
 
+import forked
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_train import (ONE_THREAD, ROOT, assert_same_state, kill_one_rank, logged, one_thread,
-                        run, shards, tiny, whole_run)
+from runs import (CHEAP, ONE_THREAD, ROOT, assert_same_state, kill_one_rank, logged, run, tiny)
 
 import configs
 import train
 from runtime import checkpoint, files, log, resume, threads, workers
 from runtime import ranks as group
 
-__all__ = ["one_thread", "shards", "whole_run"]      # fixtures
-
-# Runs one configuration as a whole, and another 10 times until a random moment; then to its end.
-# A fork each, which takes a tenth of the time of a new process.
-KILLED = """
-import os, random, signal, sys, time
-import torch
-torch.set_num_threads(1)
-import train
-from runtime import checkpoint
-from runtime import cost
-from runtime import ranks as distributed
-whole, killed, steps = sys.argv[1].split(","), sys.argv[2].split(","), []
-def start(arguments):
-    child = os.fork()
-    if not child:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        try:
-            train.main(arguments)
-            os._exit(0)
-        finally:
-            os._exit(1)
-    return child
-train.main(whole)
-needs = cost.of(*[train.configs.load(killed), distributed.ALONE, 8])
-cost.of, peak = lambda *arguments: needs, cost.ceiling(torch.device("cpu"), "fp32")
-cost.ceiling = lambda *arguments: peak
-chance, out = random.Random(0), killed[2].removeprefix("--out=")
-def newest():
-    found = checkpoint.steps(out)
-    return checkpoint.step_of(found[0]) if found else 0
-for attempt in range(10):
-    before, child = newest(), start(killed)
-    # most are killed in steps and saves after the first save of theirs, some while they start
-    while attempt % 4 and newest() == before < 24:
-        time.sleep(0.002)
-    time.sleep(chance.uniform(0, 0.1))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    steps.append(newest())
-print("newest after each kill:", *steps)
-sys.exit(os.waitstatus_to_exitcode(os.waitpid(start(killed), 0)[1]))
-"""
-
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_a_run_killed_at_ten_random_moments_ends_with_the_same_bits(shards, tmp_path):
+def test_a_run_killed_at_ten_random_moments_ends_with_the_same_bits(shards, tmp_path, monkeypatch, capfd):
     options = {"steps": 24, "save_every": 2, "keep_every": 1000, "sample_every": 1000}
-    runs = [",".join(tiny(shards, tmp_path / name, **options)) for name in ("whole", "killed")]
-    done = subprocess.run([sys.executable, "-c", KILLED, *runs], cwd=ROOT, env=ONE_THREAD,
-                          capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    print(done.stdout)
-    newest = [int(step) for step in
-              re.search("newest after each kill: (.*)", done.stdout)[1].split()]
-    assert newest == sorted(newest), "a step that was there is lost"
-    assert len(set(newest)) > 4, f"hardly any step between the kills: {newest}"
-    assert logged(tmp_path / "killed") == logged(tmp_path / "whole")
-    assert_same_state(tmp_path / "killed", tmp_path / "whole", 24)
-    assert "damaged" not in done.stdout + done.stderr
+    out, chance, steps = tmp_path / "killed", random.Random(0), []
+    whole, killed = (tiny(shards, tmp_path / name, **options) for name in ("whole", "killed"))
+    run(whole)
+
+    def newest():
+        found = checkpoint.steps(out)
+        return checkpoint.step_of(found[0]) if found else 0
+    for attempt in range(10):
+        before, process = newest(), forked.Popen("train.py", *killed)
+        # most are killed in steps and saves after the first save of theirs, some while they start
+        while attempt % 4 and newest() == before < 24:
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, 0.1))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        steps.append(newest())
+    assert forked.Popen("train.py", *killed).wait() == 0
+    assert steps == sorted(steps), "a step that was there is lost"
+    assert len(set(steps)) > 4, f"hardly any step between the kills: {steps}"
+    assert logged(out) == logged(tmp_path / "whole")
+    assert_same_state(out, tmp_path / "whole", 24)
+    assert "damaged" not in "".join(capfd.readouterr())
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "no optimizer"])
@@ -185,7 +152,7 @@ def test_torchrun_starts_dead_ranks_again_which_end_when_it_is_killed_and_the_ru
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = tiny(shards, out, kill_one_rank(out) + f"open({str(tmp_path)!r} + '/rank' + "
+    arguments = tiny(shards, out, CHEAP + kill_one_rank(out) + f"open({str(tmp_path)!r} + '/rank' + "
                      "str(os.getpid()), 'w')\n", steps=100_000, save_every=3)
     with subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",

@@ -3,10 +3,9 @@
 import json
 
 import pytest
-from test_train import logged, one_thread, run, shards, tiny, whole_run     # noqa: F401, fixtures
+from runs import logged, run, tiny
 
 import configs
-import train
 from analysis import inspect as inspector
 from runtime import cost
 from shards import scenes
@@ -16,7 +15,7 @@ OPTIONS = {"validate_every": 2, "validate_pairs": 8, "eval_pairs": 8, "save_ever
 
 
 def test_the_end_tells_what_was_gained_over_the_model_that_a_run_started_from(
-        shards, whole_run, tmp_path):                   # noqa: F811
+        shards, whole_run, tmp_path):
     out = tmp_path / "tuned"
     run(tiny(shards, out, init=whole_run[0], **OPTIONS | {"steps": 4}))
     # going on compares with the model of step 0, not with that of step 4
@@ -29,7 +28,7 @@ def test_the_end_tells_what_was_gained_over_the_model_that_a_run_started_from(
 
 
 def test_a_run_ends_when_held_out_pairs_get_worse_and_stays_ended(
-        shards, whole_run, tmp_path):                   # noqa: F811
+        shards, whole_run, tmp_path):
     out, options = tmp_path / "worse", {"lr": 0.3, "lr_projection": 0.3, "patience": 2, "ema_decay": 0.0}
     for _ in range(2):
         said = run(tiny(shards, out, init=whole_run[0], **OPTIONS, **options))
@@ -39,7 +38,7 @@ def test_a_run_ends_when_held_out_pairs_get_worse_and_stays_ended(
 
 @pytest.mark.parametrize("axis, wrong", [(None, False), (1, True)])
 def test_a_run_whose_data_contradict_its_cameras_is_told_so_at_its_start(
-        shards, tmp_path, monkeypatch, axis, wrong):    # noqa: F811
+        shards, tmp_path, monkeypatch, axis, wrong):
     monkeypatch.setattr(inspector, "contradictions", LOOK)
     stored = scenes.RawScenes.scene
 

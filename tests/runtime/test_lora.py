@@ -6,8 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train import (SOURCES, assert_same_state, logged, one_thread, run, saved, shards, tiny,
-                        whole_run)        # noqa: F401, fixtures
+from runs import SOURCES, assert_same_state, logged, run, saved, tiny
 
 import configs
 import engine
@@ -49,14 +48,14 @@ def test_an_update_of_full_rank_has_the_gradient_of_its_weight(converts_first):
 
 
 @pytest.fixture(scope="module")
-def low_run(shards, whole_run, tmp_path_factory):       # noqa: F811
+def low_run(shards, whole_run, tmp_path_factory):
     out = tmp_path_factory.mktemp("low") / "run"
     said = run(tiny(shards, out, init=whole_run[0], **LOW))
     return out, said
 
 
 def test_a_run_saves_updates_and_projection_alone_and_goes_on_bit_for_bit(
-        shards, whole_run, low_run, tmp_path):          # noqa: F811
+        shards, whole_run, low_run, tmp_path):
     run(tiny(shards, tmp_path / "halves", init=whole_run[0], steps=3, **LOW))
     run(tiny(shards, tmp_path / "halves", init=whole_run[0], **LOW))
     assert logged(tmp_path / "halves") == logged(low_run[0])
@@ -68,7 +67,7 @@ def test_a_run_saves_updates_and_projection_alone_and_goes_on_bit_for_bit(
 
 
 def test_merged_weights_are_those_that_were_trained_and_their_views_the_same(
-        whole_run, low_run, tmp_path):                  # noqa: F811
+        whole_run, low_run, tmp_path):
     out, base = low_run[0], str(whole_run[0])
     for ema in (False, True):
         checkpoint.convert(out, tmp_path / f"merged{ema}.safetensors", ema=ema, init=base)
@@ -85,7 +84,7 @@ def test_merged_weights_are_those_that_were_trained_and_their_views_the_same(
 
 
 def test_updates_are_opened_with_the_file_that_they_were_trained_on_and_no_other(
-        shards, whole_run, low_run, tmp_path):          # noqa: F811
+        shards, whole_run, low_run, tmp_path):
     with pytest.raises(ValueError, match="holds low-rank updates .* name it with --init=.*whole"):
         checkpoint.read(low_run[0])
     assert "step 6" in checkpoint.info(low_run[0])
@@ -100,7 +99,7 @@ def test_updates_are_opened_with_the_file_that_they_were_trained_on_and_no_other
         run(tiny(shards, tmp_path / "none", **LOW))
 
 
-def test_updates_that_fit_no_weight_are_refused(whole_run, low_run):        # noqa: F811
+def test_updates_that_fit_no_weight_are_refused(whole_run, low_run):
     found = checkpoint.read_any(low_run[0])
     for name in (UP, UP.replace(lora.UP, lora.DOWN)):
         for change in (lambda entries, name=name: entries.pop(name), lambda entries, name=name: entries.update(

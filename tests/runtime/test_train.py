@@ -1,30 +1,27 @@
 """train.py: the reference's steps, equal runs on any number of ranks, exact resume, bad input."""
 
 import contextlib
-import functools
 import gzip
-import io
 import json
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tarfile
 import time
 import types
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import forked
 import golden
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from runs import CHEAP, ONE_THREAD, ROOT, SOURCES, assert_same_state, kill_one_rank, logged, run, saved, tiny
 from test_model import small_model
 
 import depth
@@ -34,18 +31,12 @@ import configs
 from runtime import cost
 from runtime import ranks as distributed
 import model
-import prepare
 from runtime import log as report
 import train
 from runtime.ranks import ALONE, Alone, Division
 from runtime import optimizer as rates
 from runtime import checkpoint, resume
 from runtime.optimizer import Ema, Optimizer, learning_rate
-
-ROOT = Path(__file__).parents[2]
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
-SOURCES = (configs.Source("co3d", "co3d", "co3d/train-*.tar", 0.5, "co3d/held-out-*.tar"),
-           configs.Source("re10k", "re10k", "re10k/train-*.tar", 0.5, "re10k/held-out-*.tar"))
 
 
 # ---- golden steps
@@ -131,108 +122,6 @@ def test_warm_up_is_the_references():
 
 # ---- whole runs, on a few tiny scenes
 
-def cache_costs(patch):
-    """What a run needs, and what the machine can do, are the slowest parts of one this small: found
-    once for each configuration."""
-    count, found = cost.of, {}
-
-    def of(config, ranks, pairs):
-        key = (config.precision, config.checkpoint_activations, config.divide_optimizer,
-               config.model_channels, config.batch_size, ranks.world, pairs)
-        return found[key] if key in found else found.setdefault(key, count(config, ranks, pairs))
-    patch.setattr(cost, "of", of)
-    patch.setattr(cost, "ceiling", functools.cache(cost.ceiling))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Networks this small gain nothing from threads, which wait for each other when it is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        cache_costs(patch)
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setattr(train.inspector, "contradictions", lambda source: [])     # a second, 60 times
-        yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="session")
-def shards(tmp_path_factory):
-    """A folder with a few scenes of 16x16 views in both layouts."""
-    folder = tmp_path_factory.mktemp("synth")
-    prepare.main(["synth", "--out", str(folder), "--scenes", "8", "--held-out", "4", "--views", "4",
-                  "--size", "16", "--device", "cpu", "--workers", "1"])
-    return folder
-
-
-@pytest.fixture(scope="session")
-def spoilt(shards, tmp_path_factory):
-    """A copy of the shards, in whose training scenes two of four views are damaged."""
-    folder = tmp_path_factory.mktemp("spoilt") / "data"
-    shutil.copytree(shards, folder)
-    for shard in sorted(folder.glob("*/train-*.tar")):
-        with tarfile.open(shard) as tar:
-            images = [file for file in tar if file.name.endswith(("0001.png", "0002.png"))]
-        with open(shard, "r+b") as file:
-            for image in images:
-                file.seek(image.offset_data)
-                file.write(bytes(64))
-    return folder
-
-
-def tiny(shards, out, code="", **changes):
-    """The arguments of a run that takes a second: a config file's path and overrides. code: what
-    the file does besides, when it is read."""
-    path = Path(out).with_suffix(".py")
-    path.write_text("from configs import Config, Source\n"
-                    f"config = Config(sources={SOURCES!r}, latent='pixels', prediction='z',\n"
-                    "image_size=16, model_channels=32, channel_mult=(1, 1), num_res_blocks=1,\n"
-                    "attention_resolutions=(2,), num_heads=1, norm_groups=8, context_dim=32,\n"
-                    "steps=6, batch_size=8, micro_batch=8, warmup_steps=0, lr=1e-3, device='cpu',\n"
-                    "precision='fp32', workers=0, log_every=1, save_every=3, eval_pairs=0,\n"
-                    "validate_every=0, sample_every=100, sample_steps=2, guidance=1.0, eta=0.0)\n"
-                    + code)
-    changes = {"data": str(shards), "out": str(out), **changes}
-    return [str(path), *(f"--{name}={value}" for name, value in changes.items())]
-
-
-def run(arguments):
-    """Runs train.py in this process. Returns what it said."""
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        train.main(arguments)
-    return said.getvalue()
-
-
-def command(arguments, **options):
-    """Runs train.py as a user does. Returns the finished process."""
-    return subprocess.run([sys.executable, "train.py", *arguments], cwd=ROOT, capture_output=True,
-                          text=True, timeout=300, check=False, env=ONE_THREAD, **options)
-
-
-def logged(out, name="loss"):
-    return [json.loads(line)[name] for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-
-
-def saved(out, step, name="model"):
-    return load_file(Path(out) / f"step_{step:08d}" / f"{name}.safetensors")
-
-
-def assert_same_state(out, other, step):
-    """Weights, averages and moments of two runs are equal bit for bit."""
-    for name in ("model", "ema", "optimizer"):
-        first, second = saved(out, step, name), saved(other, step, name)
-        assert set(first) == set(second)
-        assert all(torch.equal(first[key], second[key]) for key in first)
-
-
-@pytest.fixture(scope="session")
-def whole_run(shards, tmp_path_factory):
-    """(folder, what it said) of six steps in one process."""
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    return out, run(tiny(shards, out, eval_pairs=8))
-
-
 def test_fewer_held_out_pairs_than_asked_for_are_all_scored(shards, tmp_path):
     said = run(tiny(shards, tmp_path / "few", steps=1, eval_pairs=5000))
     found = int(re.search(r"held out are (\d+) pairs, of the 5000 of --eval_pairs", said)[1])
@@ -270,7 +159,7 @@ def test_what_a_killed_run_logged_beyond_its_checkpoint_is_logged_once(shards, w
 def test_a_signal_to_the_whole_group_saves_at_once_and_the_run_goes_on(shards, tmp_path):
     out = tmp_path / "stopped"
     # no step is saved of itself for a long time
-    arguments = tiny(shards, out, steps=100_000, workers=1, save_every=100_000, log_every=5,
+    arguments = tiny(shards, out, CHEAP, steps=100_000, workers=1, save_every=100_000, log_every=5,
                      sample_every=100_000)
     process = subprocess.Popen([sys.executable, "train.py", *arguments], cwd=ROOT,
                                start_new_session=True, env=ONE_THREAD, stdout=subprocess.PIPE,
@@ -363,24 +252,9 @@ def test_a_parameter_without_a_gradient_is_decayed_and_saved_like_the_others(sha
 
 # ---- several ranks
 
-def kill_one_rank(out):
-    """For a config file: once a step is saved, rank 1 is killed without a word, once."""
-    return f"""
-import glob, os, signal, threading, time
-def kill():
-    while not glob.glob({str(out / "step_*")!r}):
-        time.sleep(0.01)
-    os.kill(os.getpid(), signal.SIGKILL)
-if os.environ.get("RANK") == "1" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-    threading.Thread(target=kill, daemon=True).start()
-"""
-
-
 def ranks_main(rank, jobs, outcomes):
     """In a process that stays for all jobs (world, port, arguments, stderr): their outcomes."""
-    torch.set_num_threads(1)
-    cost.ceiling = functools.cache(cost.ceiling)
-    cost.of = lambda *_: cost.Cost(*[1] * 8)        # what a run needs is of no concern here
+    forked.quick(pytest.MonkeyPatch())      # what a run needs is of no concern here
     for i, (world, port, arguments, errors) in enumerate(jobs):
         if rank >= world:
             continue
@@ -407,7 +281,7 @@ def run_ranks(jobs, folder):
             free.bind(("127.0.0.1", 0))
             ports.append(free.getsockname()[1])
     files = [folder / f"{name}.said" for name in jobs]
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     outcomes = context.Queue()
     rows = [(world, port, arguments, str(file))
             for (world, arguments), port, file in zip(jobs.values(), ports, files)]
@@ -740,7 +614,6 @@ def test_another_configuration_in_the_same_folder_is_refused_with_what_differs(s
     ({"init": "/nowhere.ckpt"}, "/nowhere.ckpt"),
     ({"init": "/nowhere.ckpt", "data": "/no/data/either"}, "/nowhere.ckpt"),    # before the data
     ({"latent": "vae"}, "needs --init=FILE"),
-    ({"batchsize": 8}, "did you mean --batch_size?"),
 ])
 def test_bad_input_is_refused_with_what_is_wrong(shards, tmp_path, change, message):
     if change.get("device") == "cuda" and torch.cuda.is_available():
@@ -751,16 +624,13 @@ def test_bad_input_is_refused_with_what_is_wrong(shards, tmp_path, change, messa
 
 
 def test_a_refusal_is_one_line_on_the_command_line_and_exit_code_2(shards, tmp_path):
-    done = command(tiny(shards, tmp_path / "bad", batch_size=7, micro_batch=3))
+    done = forked.run("train.py", *tiny(shards, tmp_path / "bad", batch_size=7, micro_batch=3))
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("train.py: batch_size 7 on 1 ranks is 7 pairs each")
 
 
 BEFORE_TORCH = """
-import runpy, sys, configs
-def load(argv):
-    raise ValueError("option stepz is not known, did you mean steps?")
-configs.load = load
+import runpy, sys
 try:
     runpy.run_path("train.py", run_name="__main__")
 finally:
@@ -769,7 +639,8 @@ finally:
 
 
 @pytest.mark.parametrize("argument, code, says", [
-    ("--help", 0, "usage: train.py CONFIG"), ("--stepz=3", 2, "train.py: option stepz is not known"),
+    ("--help", 0, "usage: train.py CONFIG"),
+    ("--stepz=3", 2, "train.py: option --stepz is not known, did you mean --steps?"),
     ("--profile=-1", 2, "train.py: argument --profile: -1 is not possible")])
 def test_help_and_a_typo_are_answered_before_torch_is_imported(argument, code, says):
     done = subprocess.run([sys.executable, "-c", BEFORE_TORCH, argument], cwd=ROOT, text=True,

@@ -1,14 +1,15 @@
 """data.py against the reference's shards and Python's tarfile, and its order against itself."""
 
 import io
-import ast
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
+import forked
 import golden
 import numpy as np
 import pytest
@@ -546,8 +548,7 @@ def test_a_flipped_bit_of_a_kept_index_is_noticed(tmp_path):
 
 
 MANY = """
-import resource, sys
-sys.path[:0] = {path!r}
+import resource
 resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
 from shards import index
 from made import read_source
@@ -562,8 +563,8 @@ def test_many_shards_start_again_with_few_descriptors(tmp_path, small):
     for i in range(150):
         write_tar(tmp_path / f"{i}.tar", members)
     reader = read_source(tmp_path, "*.tar")
-    code = MANY.format(path=PATH, folder=str(tmp_path), small=small)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    code = MANY.format(folder=str(tmp_path), small=small)
+    done = forked.run("-c", code)
     assert done.stdout == f"{len(reader)}\n", done.stderr
     kept = tmp_path / "0.tar.co3d.index"
     assert kept.stat().st_mtime_ns < max(os.stat(path).st_mtime_ns for path in tmp_path.iterdir())
@@ -647,15 +648,22 @@ def delivered(batches):
     return found
 
 
-RANK = """
-import pickle, sys
-sys.path[:0] = {path!r}
-import data, test_data
-pairs = pickle.loads(sys.stdin.buffer.read())
-batches = data.Batches(0, 1000, 8, 2, rank={rank}, world=2)
-for batch in data.Loader(pairs, batches, workers=4):
-    print(test_data.delivered([batch]), flush=True)
-"""
+FORK = multiprocessing.get_context("fork")          # of this process, which has imported torch
+
+
+def started(function, *arguments):
+    """(process that runs function(*arguments, a pipe's end), the other end)."""
+    ours, theirs = FORK.Pipe()
+    process = FORK.Process(target=function, args=(*arguments, theirs))
+    process.start()
+    theirs.close()
+    return process, ours
+
+
+def send_share(pairs, rank, pipe):
+    """Sends what a rank of two reads with four workers, a micro-batch at a time."""
+    for batch in data.Loader(pairs, data.Batches(0, 1000, 8, 2, rank=rank, world=2), workers=4):
+        pipe.send(delivered([batch]))
 
 
 def test_the_sequence_is_the_same_for_any_ranks_workers_and_restarts(pairs):
@@ -670,39 +678,33 @@ def test_the_sequence_is_the_same_for_any_ranks_workers_and_restarts(pairs):
         assert {number: pair for part in parts for number, pair in part.items()} == whole
     # Two ranks with four workers each are killed after three steps, of two micro-batches each; one
     # rank goes on, without workers.
-    path, seen = PATH, {}
+    seen = {}
     for rank in range(2):
-        with subprocess.Popen([sys.executable, "-c", RANK.format(path=path, rank=rank)], text=False,
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-            process.stdin.write(pickle.dumps(pairs))
-            process.stdin.close()
-            for _ in range(3 * 2):
-                seen |= ast.literal_eval(process.stdout.readline().decode())
-            process.kill()
+        process, pipe = started(send_share, pairs, rank)
+        for _ in range(3 * 2):
+            seen |= pipe.recv()
+        process.kill()
+        process.join()
     assert sorted(seen) == list(range(24))
     rest = read_all(pairs, start_step=3, steps=6, batch_size=8, micro_batch=8)
     assert seen | rest == whole and list(rest) == list(range(24, 48))
 
 
-DYING = """
-import os, pickle, signal, sys
-sys.path[:0] = {path!r}
-import data
-loader = data.Loader(pickle.loads(sys.stdin.buffer.read()), data.Batches(0, 10**6, 4, 4), 1)
-try:
-    for batch in loader:
-        os.kill(loader._iterator._workers[0].pid, signal.SIGKILL)
-except (RuntimeError, ChildProcessError) as err:
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # PyTorch's handler raises too
-    print(data.is_dead_worker(err) or str(err) == data.DEAD_WORKER, flush=True)
-    os._exit(0)
-"""
+def send_death(pairs, pipe):
+    """Sends what a loader whose worker is killed ends with."""
+    loader = data.Loader(pairs, data.Batches(0, 10**6, 4, 4), 1)
+    try:
+        for batch in loader:
+            os.kill(loader._iterator._workers[0].pid, signal.SIGKILL)
+    except (RuntimeError, ChildProcessError) as err:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # PyTorch's handler raises too
+        pipe.send(data.is_dead_worker(err) or str(err) == data.DEAD_WORKER)
 
 
 def test_a_loader_process_that_dies_ends_the_loop(pairs):
-    done = subprocess.run([sys.executable, "-c", DYING.format(path=PATH)], timeout=60,
-                          input=pickle.dumps(pairs), capture_output=True)
-    assert done.stdout == b"True\n", done.stderr
+    process, pipe = started(send_death, pairs)
+    assert pipe.recv() is True
+    process.join()
     assert not data.is_dead_worker(RuntimeError("CUDA out of memory"))
 
 
@@ -753,7 +755,7 @@ from shards import scenes
 if __name__ == "__main__":
     source = configs.Source("made", "co3d", "*.tar", 1.0)
     pairs = data.Pairs([scenes.open_source(source, {folder!r}, {side})], [1.0], 0, {side}, "3dof")
-    loader = data.Loader(pairs, data.Batches(0, 1000, 4, 4), workers=2)
+    loader = data.Loader(pairs, data.Batches(0, 1000, 4, 4), workers=1)
     loader.multiprocessing_context = {context!r}
     batches = iter(loader)
     print(next(batches)["number"].tolist())
