@@ -18,6 +18,7 @@ LARGEST_ENTRY = 20.0                        # of the relative pose where it is c
 TANH_GAIN, TANH_RANGE = 0.5, 10.0           # squashed translations: gain * range * tanh(t / range)
 STEREOMAG_RANGE = (0.1, 100.0)              # near-plane quantiles are clipped to it
 QUANTILE, QUANTILE_STRIDE = 0.2, 4          # of the conditioning depth, every 4th row and column
+SMALLEST_SQUARES = 1e-3                     # of the metric depth, summed
 
 
 # ---- the modes
@@ -96,11 +97,11 @@ def opengl_from_pytorch3d(R, T):
     return torch.linalg.inv(turn[:, None] * w2c)
 
 
-def look_at(position, target):
+def look_at(position, target, up=(0.0, 0.0, 1.0)):
     """Camera-to-world (..., 4, 4) of cameras at `position` (..., 3) that face `target` (..., 3)."""
     back = torch.nn.functional.normalize(position - target, dim=-1)
-    up = back.new_tensor([0.0, 0.0, 1.0]).expand_as(back)
-    right = torch.nn.functional.normalize(torch.linalg.cross(up, back), dim=-1)
+    right = torch.linalg.cross(torch.as_tensor(up, dtype=back.dtype).expand_as(back), back)
+    right = torch.nn.functional.normalize(right, dim=-1)
     c2w = torch.zeros(*back.shape[:-1], 4, 4, dtype=back.dtype)
     c2w[..., :3, :] = torch.stack([right, torch.linalg.cross(back, right), back, position], dim=-1)
     c2w[..., 3, 3] = 1
@@ -108,6 +109,16 @@ def look_at(position, target):
 
 
 # ---- the geometry of a scene
+
+@dataclass
+class SceneGeometry:
+    """Where the cameras of a scene stand, in the scene's unit. Angles in degrees."""
+    center: torch.Tensor            # (3,) mean of the camera centres
+    focus_point: torch.Tensor       # (3,) nearest to all optical axes; nan when they are parallel
+    radius: torch.Tensor            # () mean distance of the camera centres to `center`
+    radius_focus: torch.Tensor      # () the same to `focus_point`
+    elevation: torch.Tensor         # (n,) of each camera
+
 
 def focus_point(c2w):
     """The point (3,) of least squared distance to all optical axes of c2w (n, 4, 4): where the
@@ -122,10 +133,16 @@ def focus_point(c2w):
     return torch.linalg.solve(normal, (across.mT @ across @ position[:, :, None]).mean(0)[:, 0])
 
 
-def scene_radius(c2w):
-    """Mean distance () of the cameras c2w (n, 4, 4) of a scene to their mean, in its unit."""
+def scene_geometry(c2w):
+    """SceneGeometry of the cameras c2w (n, 4, 4) of one scene; float64 wanted."""
     position = c2w[:, :3, 3]
-    return (position - position.mean(0)).norm(dim=-1).mean()
+    center, focus = position.mean(0), focus_point(c2w)
+    from_center = (position - center).norm(dim=-1)
+    # quirk: a scene's "elevation" is the cameras' above its focus point only where they stand on a
+    # circle around a vertical axis [test_scene_geometry_equals_the_reference]
+    elevation = torch.rad2deg(torch.atan2((center - focus).norm(), from_center))
+    return SceneGeometry(center, focus, from_center.mean(),
+                         (position - focus).norm(dim=-1).mean(), elevation)
 
 
 # ---- the pose vector
@@ -182,3 +199,10 @@ def quantile_scale(depth):
     """Depth at every pixel (b, h, w) of conditioning views -> 20% quantiles (b,): the published
     scale, which a fifth of the view is nearer than."""
     return depth[:, ::QUANTILE_STRIDE, ::QUANTILE_STRIDE].flatten(1).quantile(QUANTILE, dim=1)
+
+
+def metric_scale(metric, depth):
+    """Factor (b,) from metric depth (b, h, w) to the scene's unit: least squares over depth > 0."""
+    valid = depth > 0
+    product = torch.where(valid, metric * depth, 0).flatten(1).sum(1)
+    return product / torch.where(valid, metric**2, 0).flatten(1).sum(1).clamp(min=SMALLEST_SQUARES)

@@ -36,6 +36,8 @@ MAX_LOGIT_SCALE = math.log(100)  # Swin V2 section 3.2: the temperature is 0.01 
 MASKED = -100.0  # what is added to the score of two pixels that are no neighbours
 HEAD_WIDTH = 32  # before the decoder's last convolution
 STAGES = 1, 2, 3, 4  # of the encoder, fine to coarse
+# Beginnings of names that files hold and that disparity does not depend on
+UNUSED = "pretrained.model.norm.", "pretrained.model.head.", "scratch.refinenet4.resConfUnit1."
 
 
 # ---- the scale

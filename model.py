@@ -346,5 +346,5 @@ def build(config):
 
 def latent_shape(config):
     """(c, h, w) of the latents of a Config."""
-    channels, shrink = (3 * FOLD**2, FOLD) if config.latent == "pixels" else (vae.Z_CHANNELS, 8)
+    channels, shrink = (3 * FOLD**2, FOLD) if config.latent == "pixels" else (4, 8)
     return channels, config.image_size // shrink, config.image_size // shrink

@@ -5,8 +5,8 @@
     python sample.py --capture FOLDER --photos 3,17,25 --path FOLDER/transforms.json
     python sample.py --help
 
-The model's views are made in views/render.py, the samplers are in diffusion.py, camera paths in
-views/paths.py, the photo in views/photos.py, what is written in views/pictures.py.
+Its options are in views/__init__.py, camera paths in views/paths.py, the photo in views/photos.py,
+the model's views in views/render.py, the samplers in diffusion.py, its files in views/folder.py.
 """
 
 import math

@@ -29,14 +29,14 @@ def options(argv):
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="fields of Config, which may follow as --name=value (but for `sources`):\n\n"
                + inspect.getsource(configs.Config).partition('"""\n')[2].partition("@property")[0])
-    parser.add_argument("--profile", type=command.numbers_of(int, 0), default=0, metavar="N",
-                        help="write a trace of N steps to the folder of the run")
-    parser.add_argument("--dry-run", action="store_true",
-                        help="print what would run and the memory it needs; the run's folder is "
-                             "not touched")
-    parser.add_argument("--gpu-memory", type=command.numbers_of(float, 0),
-                        default=0.0, metavar="GB", help="with --dry-run: say what fits a GPU of "
-                        "so many GB, without data or that GPU, and stop")
+    add = parser.add_argument
+    add("--profile", type=command.numbers_of(int, 0), default=0, metavar="N",
+        help="write a trace of N steps to the folder of the run")
+    add("--dry-run", action="store_true",
+        help="print what would run and the memory it needs; the run's folder is not touched")
+    add("--gpu-memory", type=command.numbers_of(float, 0), default=0.0, metavar="GB",
+        help="with --dry-run: say what fits a GPU of so many GB, without data or that GPU, and "
+             "stop")
     found, rest = configs.parse_with_fields(parser, argv)
     config = configs.load(rest)
     config.check_trainable()
@@ -171,8 +171,8 @@ def report(run, meter, logged, done, norm, validates):
 def averaged(run, function, *arguments):
     """What a function of score.py gives for the averaged weights on rank 0; None on other ranks."""
     with run.ema.in_place(run.net):
-        if run.ranks.rank == 0:
-            return function(run.net, run.held_out, run.config, run.depth_net, *arguments)
+        return (function(run.net, run.held_out, run.config, run.depth_net, *arguments)
+                if run.ranks.rank == 0 else None)
 
 
 def end(run, done, stopped):

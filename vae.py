@@ -20,7 +20,6 @@ import torch.nn.functional as F
 SCALE_FACTOR = 0.18215         # Stable Diffusion's: latents times this have a deviation near 1
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
 NORM_GROUPS, NORM_EPS = 32, 1e-6
-Z_CHANNELS = 4
 FOLD = 2                        # pixels a side that Pixels folds into channels
 
 
@@ -28,15 +27,17 @@ class AutoencoderKL(nn.Module):
     """Images to the posterior of their latents, and latents back to images.
 
     ch: channels of the finest level; ch_mult: multiples of it, one a level, each level half the
-    size of the one before.
+    size of the one before; attn_resolutions: grid sizes with attention, counted from `resolution`,
+    whatever the image's own size.
     """
-    def __init__(self, ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2):
+    def __init__(self, ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=4, embed_dim=4,
+                 attn_resolutions=(), resolution=256):
         super().__init__()
-        widths = [ch * mult for mult in ch_mult]
-        self.encoder = Encoder(widths, num_res_blocks)
-        self.decoder = Decoder(widths, num_res_blocks)
-        self.quant_conv = nn.Conv2d(2 * Z_CHANNELS, 2 * Z_CHANNELS, 1)
-        self.post_quant_conv = nn.Conv2d(Z_CHANNELS, Z_CHANNELS, 1)
+        levels = (ch, ch_mult, num_res_blocks, attn_resolutions, resolution)
+        self.encoder = Encoder(*levels, 2 * z_channels)
+        self.decoder = Decoder(*levels, z_channels)
+        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
 
     def encode(self, x):
         """Image, of sides that 8 divides, to the posterior's (mean, logvar); neither is multiplied
@@ -60,18 +61,19 @@ def sample(mean, logvar, noise):
 
 
 class Encoder(nn.Module):
-    """(b, 3, h, w) -> moments (b, 2z, h/8, w/8) for four levels."""
-    def __init__(self, widths, num_res_blocks):
+    """(b, 3, h, w) -> (b, c_out, h/8, w/8) for four levels."""
+    def __init__(self, ch, ch_mult, num_res_blocks, attn_resolutions, resolution, c_out):
         super().__init__()
-        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
         self.down = nn.ModuleList()
-        for level, (c_in, c) in enumerate(zip([widths[0], *widths], widths)):
-            down = Level(c_in, c, num_res_blocks)
+        widths = [ch * mult for mult in ch_mult]
+        for level, (c_in, c) in enumerate(zip([ch, *widths], widths)):
+            down = Level(c_in, c, num_res_blocks, resolution >> level in attn_resolutions)
             down.downsample = Downsample(c) if level < len(widths) - 1 else nn.Identity()
             self.down.append(down)
         self.mid = middle(c)
         self.norm_out = nn.GroupNorm(NORM_GROUPS, c, NORM_EPS)
-        self.conv_out = nn.Conv2d(c, 2 * Z_CHANNELS, 3, padding=1)
+        self.conv_out = nn.Conv2d(c, c_out, 3, padding=1)
 
     def forward(self, x):
         h = self.conv_in(x)                                                 # (b, ch, h, w)
@@ -82,13 +84,14 @@ class Encoder(nn.Module):
 
 class Decoder(nn.Module):
     """(b, z, h, w) -> (b, 3, 8h, 8w) for four levels. `up` counts from the finest, the last."""
-    def __init__(self, widths, num_res_blocks):
+    def __init__(self, ch, ch_mult, num_res_blocks, attn_resolutions, resolution, c_in):
         super().__init__()
-        self.conv_in = nn.Conv2d(Z_CHANNELS, widths[-1], 3, padding=1)
+        widths = [ch * mult for mult in ch_mult]
+        self.conv_in = nn.Conv2d(c_in, widths[-1], 3, padding=1)
         self.mid = middle(widths[-1])
         self.up = nn.ModuleList()
         for level, (c, wider) in enumerate(zip(widths, [*widths[1:], widths[-1]])):
-            up = Level(wider, c, num_res_blocks + 1)
+            up = Level(wider, c, num_res_blocks + 1, resolution >> level in attn_resolutions)
             up.upsample = Upsample(c) if level > 0 else nn.Identity()
             self.up.append(up)
         self.norm_out = nn.GroupNorm(NORM_GROUPS, widths[0], NORM_EPS)
@@ -102,14 +105,21 @@ class Decoder(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks at one grid size, (b, c_in, h, w) -> (b, c_out, h, w); the change of size
-    behind them is Encoder's or Decoder's."""
-    def __init__(self, c_in, c_out, blocks):
+    """Residual blocks at one grid size, each followed by attention where the level has it.
+
+    (b, c_in, h, w) -> (b, c_out, h, w); the change of size after them is Encoder's or Decoder's.
+    """
+    def __init__(self, c_in, c_out, blocks, attention):
         super().__init__()
-        self.block = nn.Sequential(*(ResBlock(c_out if i else c_in, c_out) for i in range(blocks)))
+        self.block = nn.ModuleList(ResBlock(c_out if i else c_in, c_out) for i in range(blocks))
+        self.attn = nn.ModuleList(Attention(c_out) for _ in range(blocks) if attention)
 
     def forward(self, x):
-        return self.block(x)
+        for i, block in enumerate(self.block):
+            x = block(x)
+            if self.attn:
+                x = self.attn[i](x)
+        return x
 
 
 def middle(c):

@@ -63,7 +63,7 @@ def add_capture_options(parser, name):
     if name == "photos":
         add("--video-frames", type=count(2), default=100, help="photos taken of a video, evenly")
     if name not in ("re10k", "acid"):
-        add("--no-depth", dest="depth", action="store_false", default=True, help="leave depth out")
+        add("--no-depth", dest="depth", action="store_false", help="leave depth out")
     add("--out", default=f"data/{name}", help="folder of the shards")
     add("--size", type=count(SMALLEST), default=256, help="pixels a side")
     add("--views", type=count(0), default=0, help="of a scene at most, evenly chosen; 0: all")
@@ -81,7 +81,7 @@ def add_encode_options(add):
     add("--weights", required=True, help="zero123-xl.ckpt, or another file with the autoencoder "
         "and CLIP")
     add("--depth-weights", default="", help="dpt_swin2_tiny_256.pt, which fills holes of depth")
-    add("--no-quantile-blend", dest="quantile_blend", action="store_false", default=True,
+    add("--no-quantile-blend", dest="quantile_blend", action="store_false",
         help="the scale is that of the depth network alone, known depths or not")
     add("--out", default="data/encoded", help="folder of the encoded shards")
     add("--format", default="", choices=("", "co3d", "re10k", "acid"),
@@ -91,7 +91,7 @@ def add_encode_options(add):
         "fp32 on a CPU, unless told")
     add("--compile", action="store_true", help="torch.compile the networks: for many views")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to encode")
-    add("--loaders", type=count(0), default=None, help="processes a rank that decode images; on a "
+    add("--loaders", type=count(0), help="processes a rank that decode images; on a "
         "GPU as many as there are cores for, up to 16, unless told")
 
 

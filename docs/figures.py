@@ -55,7 +55,7 @@ def pose(mode, number, cond, target, unit=1.0, stored=range(VIEWS)):
     scales = {"viewer": camera.quantile_scale(unit * depths[cond][None]),
               "nearplane": camera.stereomag_scale(
                   (unit * depths[list(stored)]).flatten(1).quantile(0.05, 1).quantile(0.1)[None]),
-              "cameras": camera.scene_radius(c2w[list(stored)])[None]}
+              "cameras": camera.scene_geometry(c2w[list(stored)]).radius[None]}
     scale = scales.get(camera.mode_named(mode).unit, torch.ones(1))
     return camera.conditioning(mode, c2w[cond][None], c2w[target][None], torch.tensor([fov]),
                                scale)

@@ -30,7 +30,8 @@ class Ema:
     any; its decay grows from .1 to `decay`."""
     def __init__(self, unet, decay, ranks=ALONE, divided=False):
         averaged = lora.updates(unet) or dict(unet.named_parameters())
-        self.division = Division(averaged, ranks, divided)
+        self.division = Division({checkpoint.UNET + name: p for name, p in averaged.items()},
+                                 ranks, divided)
         self.live = self.division.mine
         self.average = {name: p.detach().clone() for name, p in self.live.items()}
         self.decay, self.updates = decay, 0
@@ -68,15 +69,13 @@ class Ema:
 
     def tensors(self):
         """Yields (checkpoint's name, average) of all parameters; all ranks go through it."""
-        for name, tensor in self.division.gather(self.average):
-            yield checkpoint.UNET + name, tensor
+        return self.division.gather(self.average)
 
     def restore(self, tensors, updates):
         """Takes this rank's part of rank 0's averages by the checkpoint's names."""
-        like = {checkpoint.UNET + name: p for name, p in self.division.parameters.items()}
-        for name, tensor in self.division.ranks.from_rank_0(tensors, like):
-            if name.removeprefix(checkpoint.UNET) in self.average:
-                self.average[name.removeprefix(checkpoint.UNET)].copy_(tensor)
+        for name, tensor in self.division.ranks.from_rank_0(tensors, self.division.parameters):
+            if name in self.average:
+                self.average[name].copy_(tensor)
         self.updates = updates
 
 

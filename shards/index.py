@@ -311,7 +311,7 @@ class RawIndex(Index):
         except ValueError as err:
             raise Damaged(scene, str(err)) from err
         return {"c2w": c2w[:, :3].numpy(), "fov": fov, "depth_scale": depth_scale,
-                "radius": camera.scene_radius(c2w)}
+                "radius": camera.scene_geometry(c2w).radius}
 
     def member(self, row, kind):
         """(bytes, `shard.tar: category/scene/frame000001`) of the image or depth of a view, a row

@@ -24,10 +24,8 @@ def golden_scale(mode, variant, dtype):
         blend = not variant.endswith("noblend")
         dense = depth.dense_depth(GOLDEN["in/depth_model_disparity"], known, blend)
         return camera.quantile_scale(dense)
-    if mode == "7dof_metric_scale":     # no network of this project has metric depth
-        metric = GOLDEN["in/depth_model_metric"][:, 0]
-        product, square = (torch.where(known > 0, metric * other, 0).flatten(1).sum(1) for other in (known, metric))
-        return product / square.clamp(min=1e-3)
+    if mode == "7dof_metric_scale":
+        return camera.metric_scale(GOLDEN["in/depth_model_metric"][:, 0], known)
     if mode == "7dof_stereomag_scale":
         return camera.stereomag_scale(GOLDEN["in/nearplane_quantile"].to(dtype))
     return GOLDEN["in/scene_radius"].to(dtype)
@@ -68,9 +66,13 @@ def test_scene_geometry_equals_the_reference(world):
     bottom = torch.tensor([0.0, 0, 0, 1], dtype=torch.float64)
     bottom = bottom.expand(len(expected["in_world2cam"]), 1, 4)
     c2w = torch.linalg.inv(torch.cat([expected["in_world2cam"], bottom], dim=1))
+    scene = camera.scene_geometry(c2w)
     golden.assert_close(c2w, expected["camtoworld"], relative=1e-12)
-    golden.assert_close(camera.focus_point(c2w), expected["focus_pt"], relative=1e-9)
-    golden.assert_close(camera.scene_radius(c2w), expected["scene_radius"], relative=1e-12)
+    golden.assert_close(scene.center, expected["center"], relative=1e-12)
+    golden.assert_close(scene.focus_point, expected["focus_pt"], relative=1e-9)
+    golden.assert_close(scene.radius, expected["scene_radius"], relative=1e-12)
+    golden.assert_close(scene.radius_focus, expected["scene_radius_focus_pt"], relative=1e-9)
+    golden.assert_close(scene.elevation, expected["elevation_deg"], relative=1e-9)
 
 
 def test_co3d_cameras_equal_the_reference():
@@ -85,7 +87,8 @@ def test_parallel_and_single_cameras_have_no_focus_point():
     parallel = torch.eye(4, dtype=torch.float64).repeat(3, 1, 1)
     parallel[:, 0, 3] = torch.arange(3)
     for c2w in (parallel, parallel[:1]):
-        assert camera.focus_point(c2w).isnan().all() and camera.scene_radius(c2w).isfinite()
+        scene = camera.scene_geometry(c2w)
+        assert scene.focus_point.isnan().all() and scene.radius.isfinite()
 
 
 def test_opencv_and_opengl_are_one_flip_apart():

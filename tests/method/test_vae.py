@@ -113,6 +113,18 @@ def test_inputs_are_left_as_they_were():
     assert torch.equal(x, x_before) and torch.equal(z, z_before)
 
 
+def test_attention_levels_count_from_the_configured_resolution():
+    def levels_with_attention(**arguments):
+        with torch.device("meta"):
+            model = vae.AutoencoderKL(ch=32, ch_mult=(1, 2, 2), **arguments)
+        return ([len(level.attn) for level in model.encoder.down],
+                [len(level.attn) for level in model.decoder.up])
+
+    assert levels_with_attention() == ([0, 0, 0], [0, 0, 0])
+    assert levels_with_attention(attn_resolutions=(128,)) == ([0, 2, 0], [0, 3, 0])
+    assert levels_with_attention(attn_resolutions=(64,), resolution=64) == ([2, 0, 0], [3, 0, 0])
+
+
 # ---------------------------------------------------------------- diffusers
 
 def diffusers_name(name, levels):
@@ -128,8 +140,8 @@ def diffusers_name(name, levels):
         rest[:2] = ["mid_block", *parts[rest[1]]]
     elif rest[0] in ("down", "up"):
         level = int(rest[1]) if rest[0] == "down" else levels - 1 - int(rest[1])
-        parts = {"block": ["resnets"], "downsample": ["downsamplers", "0"],
-                 "upsample": ["upsamplers", "0"]}
+        parts = {"block": ["resnets"], "attn": ["attentions"],
+                 "downsample": ["downsamplers", "0"], "upsample": ["upsamplers", "0"]}
         rest[:3] = [f"{rest[0]}_blocks", str(level), *parts[rest[2]]]
     if "attentions" in rest:
         names = {"norm": ["group_norm"], "q": ["to_q"], "k": ["to_k"], "v": ["to_v"],
@@ -138,16 +150,18 @@ def diffusers_name(name, levels):
     return ".".join([side, *rest]).replace("nin_shortcut", "conv_shortcut")
 
 
-def test_equals_diffusers_autoencoder_in_float64():
+@pytest.mark.parametrize("attn_resolutions", [(), (128,)])
+def test_equals_diffusers_autoencoder_in_float64(attn_resolutions):
     pytest.importorskip("diffusers", reason="oracle: pip install --no-deps diffusers")
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as Oracle
     widths = (32, 64, 96)
-    ours = vae.AutoencoderKL(ch=32, ch_mult=(1, 2, 3))
+    kinds = ["Attn" if 256 >> level in attn_resolutions else "" for level in range(len(widths))]
+    ours = vae.AutoencoderKL(ch=32, ch_mult=(1, 2, 3), attn_resolutions=attn_resolutions)
     golden.fill(ours).double()
     theirs = Oracle(
         block_out_channels=widths, layers_per_block=2, latent_channels=4,
-        down_block_types=["DownEncoderBlock2D"] * len(widths),
-        up_block_types=["UpDecoderBlock2D"] * len(widths)).double().eval()
+        down_block_types=[f"{kind}DownEncoderBlock2D" for kind in kinds],
+        up_block_types=[f"{kind}UpDecoderBlock2D" for kind in reversed(kinds)]).double().eval()
     state = {}
     for name, tensor in ours.state_dict().items():
         name = diffusers_name(name, len(widths))

@@ -28,7 +28,7 @@ def test_weights_that_nothing_trains_are_decayed_first_and_averaged_then():
     optimizer, ema = Optimizer(net, config), Ema(net.model.diffusion_model, 0.9999)
     for step in range(3):
         optimizer.step(step, ema)
-    weight, average = net.model.diffusion_model.norm2.weight, ema.average["norm2.weight"]
+    weight, average = net.model.diffusion_model.norm2.weight, ema.average["model.diffusion_model.norm2.weight"]
     torch.testing.assert_close(weight, before * (1 - 1e-3)**3)
     assert ((average.abs() > weight.abs()) & (average.abs() < before.abs())).all()
     assert ema.updates == 3 and ema.pull() == 1 - (1 + 4) / (10 + 4)        # of the fourth update

@@ -35,7 +35,7 @@ from runtime import log as report
 import train
 from runtime.ranks import ALONE, Alone, Division
 from runtime import optimizer as rates
-from runtime import resume
+from runtime import checkpoint, resume
 from runtime.optimizer import Ema, Optimizer, learning_rate
 
 
@@ -107,8 +107,7 @@ def test_three_training_steps_equal_the_reference(name, monkeypatch):
             differs = (found - expected[key]).abs() > max(10 * observed.get(key, 0), 2e-7)
             assert differs.float().mean() < 1e-3, key
         elif key.startswith("after3/model_ema."):
-            averages = {"model_ema.diffusion_model" + n.replace(".", ""): p
-                        for n, p in ema.average.items()}
+            averages = {checkpoint.ema_name(n): p for n, p in ema.average.items()}
             same(key, averages[key.removeprefix("after3/").split(" ")[0]])
         elif key.startswith("after3/"):
             same(key, dict(net.named_parameters())[key.removeprefix("after3/").split(" ")[0]])
@@ -615,7 +614,6 @@ def test_another_configuration_in_the_same_folder_is_refused_with_what_differs(s
     ({"init": "/nowhere.ckpt"}, "/nowhere.ckpt"),
     ({"init": "/nowhere.ckpt", "data": "/no/data/either"}, "/nowhere.ckpt"),    # before the data
     ({"latent": "vae"}, "needs --init=FILE"),
-    ({"batchsize": 8}, "did you mean --batch_size?"),
 ])
 def test_bad_input_is_refused_with_what_is_wrong(shards, tmp_path, change, message):
     if change.get("device") == "cuda" and torch.cuda.is_available():
@@ -632,10 +630,7 @@ def test_a_refusal_is_one_line_on_the_command_line_and_exit_code_2(shards, tmp_p
 
 
 BEFORE_TORCH = """
-import runpy, sys, configs
-def load(argv):
-    raise ValueError("option stepz is not known, did you mean steps?")
-configs.load = load
+import runpy, sys
 try:
     runpy.run_path("train.py", run_name="__main__")
 finally:
@@ -644,7 +639,8 @@ finally:
 
 
 @pytest.mark.parametrize("argument, code, says", [
-    ("--help", 0, "usage: train.py CONFIG"), ("--stepz=3", 2, "train.py: option stepz is not known"),
+    ("--help", 0, "usage: train.py CONFIG"),
+    ("--stepz=3", 2, "train.py: option --stepz is not known, did you mean --steps?"),
     ("--profile=-1", 2, "train.py: argument --profile: -1 is not possible")])
 def test_help_and_a_typo_are_answered_before_torch_is_imported(argument, code, says):
     done = subprocess.run([sys.executable, "-c", BEFORE_TORCH, argument], cwd=ROOT, text=True,
