@@ -388,6 +388,21 @@ def test_a_bad_file_is_told_where_it_belongs_and_a_photo_is_taken(server, browse
     server.studio.start(known)
 
 
+def test_a_view_that_is_superseded_while_it_arrives_is_followed_by_the_next(server, browser):
+    page = Page(browser, server.address)
+    page.at_rest()
+    page.js("""(whole => { window.fetch = async (...given) => {
+        const answer = await whole(...given);
+        if (given[0] !== '/view') return answer;
+        window.fetch = whole;
+        answer.blob = async () => { window.broken = 1; throw new DOMException('', 'AbortError'); };
+        return answer;
+    }; moved(); })(fetch)""")
+    page.until("window.broken && !pumping")
+    page.keys("d")
+    page.at_rest()
+
+
 def test_another_tab_takes_over_and_the_first_can_take_it_back(server, browser):
     page = Page(browser, server.address)
     server.studio.open({})
@@ -412,7 +427,7 @@ def test_the_page_fits_a_telephone_and_a_dark_room(server, browser):
     assert nameless == []
     wrong = [line for line in page.browser.get_log("browser") if line["level"] == "SEVERE"
              and "Failed to load resource" not in line["message"]]
-    assert not wrong, wrong
+    assert not wrong, "\n".join(line["message"] for line in wrong)
 
 
 # ---- the command
