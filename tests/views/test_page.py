@@ -6,6 +6,7 @@ pictures of docs/, of weights/small.safetensors and the scenes of `prepare.py sy
 """
 
 import base64
+import functools
 import http.client
 import io
 import json
@@ -435,7 +436,10 @@ def test_the_page_fits_a_telephone_and_a_dark_room(server, browser):
 def test_the_command_prints_its_address_and_ctrl_c_ends_it_at_once(run, tmp_path):
     command = [sys.executable, "view.py", "--checkpoint", str(run), "--data", str(run.parent / "data"),
                "--no-browser", "--device", "cpu", "--out", str(tmp_path)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # whoever runs tests in the background ignores Ctrl-C, and so would what they start
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          preexec_fn=heard) as process:
         try:
             address = re.search(r"http://127.0.0.1:\d+/\?token=\S+", process.stdout.readline())[0]
             host, _, rest = address.removeprefix("http://").partition("/")
